@@ -1,0 +1,9 @@
+//! The run config: one YAML file, shared by the launcher, the ranks and the tools.
+//!
+//! Two types. *Raw* is what the YAML says; [`RunConfig`] is *resolved*: every default filled in, every path absolute, every
+//! limit checked, so that whoever holds one need not check it again. It is passed on whole, never field by field.
+
+pub mod batch_plan;
+pub mod resolved;
+
+pub use resolved::*;

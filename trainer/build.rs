@@ -1,0 +1,1 @@
+include!("../ops/torch_rpath.rs");
