@@ -13,8 +13,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+
+from cached import fail, made_once, point
 
 VERSION = "2.11.0"
 PYTHON = "3.12"  # which build of the wheel to take; no Python runs its code
@@ -43,10 +44,6 @@ WHEELS = [
         ["nvidia/cu13/lib/libcupti.so.13"],
     ),
 ]
-
-
-def fail(message):
-    sys.exit(f"libtorch: {message}")
 
 
 def fetch(requirement, sha256, folder):
@@ -83,31 +80,15 @@ def link_libtorch(lib):
         fail("gcc could not link libtorch.so")
 
 
-def build(prefix):
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    for stale in prefix.parent.glob(f".{prefix.name}.*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", dir=prefix.parent))
-    try:
-        for requirement, sha256, members in WHEELS:
-            folder = work / "download"
-            folder.mkdir()
-            print(f"libtorch: downloading {requirement}", file=sys.stderr)
-            unpack(fetch(requirement, sha256, folder), members, work)
-            shutil.rmtree(folder)
-        link_libtorch(work / "torch" / "lib")
-        (work / "torch" / "build-version").write_text(VERSION + "\n")
-        os.rename(work, prefix)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def point(link, target):
-    if link.is_symlink() and os.readlink(link) == str(target):
-        return
-    temporary = link.with_name(f"{link.name}.{os.getpid()}")
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
+def build(work):
+    for requirement, sha256, members in WHEELS:
+        folder = work / "download"
+        folder.mkdir()
+        print(f"libtorch: downloading {requirement}", file=sys.stderr)
+        unpack(fetch(requirement, sha256, folder), members, work)
+        shutil.rmtree(folder)
+    link_libtorch(work / "torch" / "lib")
+    (work / "torch" / "build-version").write_text(VERSION + "\n")
 
 
 def main():
@@ -115,11 +96,8 @@ def main():
         fail("usage: libtorch.py LINK")
     if os.uname().machine != "x86_64":
         fail(f"this machine is {os.uname().machine}; the pinned wheels are for x86_64 only")
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     recipe = hashlib.sha256(repr((WHEELS, PYTHON)).encode()).hexdigest()[:12]
-    prefix = cache / "phalanx" / f"libtorch-{VERSION}-cpu-{recipe}"
-    if not (prefix / "torch" / "build-version").is_file():
-        build(prefix)
+    prefix = made_once(f"libtorch-{VERSION}-cpu-{recipe}", 2000, build)
     point(pathlib.Path(sys.argv[1]), prefix / "torch")
 
 
