@@ -1,1 +1,3 @@
-//! To be written.
+//! The program that every rank runs.
+
+pub mod tensorboard;
