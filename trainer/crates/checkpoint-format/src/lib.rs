@@ -1,1 +1,39 @@
-//! To be written.
+//! The checkpoint on disk: layout, commit protocol, checks, reads into any layout, comparison, and the exchange with
+//! Hugging Face's and Meta's formats. No torch, no network, no pickle that can run code.
+//!
+//! ```text
+//! checkpoints/step-0001200/
+//!   rank-00000-000.safetensors …   that rank's share, files of at most 4 GiB
+//!   index.json                     tensor -> global shape, dtype, boxes: offsets, lengths, file, byte range, checksum
+//!   state.json                     step, tokens, data cursor, mesh, generation, hashes
+//!   MANIFEST.json                  every file: size, checksum; what the boxes add up to
+//!   COMMIT                         SHA-256 of MANIFEST.json, written last
+//! ```
+
+pub mod boxes;
+pub mod checksum;
+pub mod disk;
+mod dtype;
+mod error;
+pub mod failpoint;
+pub mod fence;
+pub mod index;
+pub mod manifest;
+mod mapped;
+pub mod names;
+pub mod parallel;
+mod read;
+pub mod retention;
+mod save;
+pub mod scan;
+pub mod share;
+pub mod tensor_file;
+mod verify;
+
+pub use boxes::{TensorBox, boxes_of_flat_range};
+pub use dtype::{Dtype, convert};
+pub use error::{FormatError, Result};
+pub use manifest::TrainState;
+pub use read::Checkpoint;
+pub use save::{Piece, Save};
+pub use verify::Verified;
