@@ -1,5 +1,6 @@
-// Included by the build.rs of every crate whose tests or binaries link libtorch: they find it without LD_LIBRARY_PATH, which
-// still wins over it (RUNPATH), so that another libtorch 2.11 can be chosen at run time.
+// Included by the build.rs of every crate whose tests or binaries link libtorch: they find it
+// without LD_LIBRARY_PATH, which still wins over it (RUNPATH), so that another libtorch 2.11 can be
+// chosen at run time.
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     let Ok(libtorch) = std::env::var("LIBTORCH") else { return };

@@ -1,9 +1,10 @@
 //! Writes TensorBoard event files: scalars only.
 //!
-//! A file is a sequence of records, each `length (u64 LE), masked CRC32C of the length, data, masked CRC32C of the data`, and
-//! each data is a protobuf `Event`. The messages below state the few fields used here, with the numbers of TensorFlow's
-//! `event.proto` and `summary.proto`. Every start of a run adds a file of its own to the folder; a session start tells readers
-//! which steps of the files before it were lost with a crash.
+//! A file is a sequence of records, each `length (u64 LE), masked CRC32C of the length, data,
+//! masked CRC32C of the data`, and each data is a protobuf `Event`. The messages below state the
+//! few fields used here, with the numbers of TensorFlow's `event.proto` and `summary.proto`. Every
+//! start of a run adds a file of its own to the folder; a session start tells readers which steps
+//! of the files before it were lost with a crash.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -85,7 +86,8 @@ impl TensorboardWriter {
         &self.path
     }
 
-    /// Says that training starts at `first_step`: readers drop that step and later ones from the files before this one.
+    /// Says that training starts at `first_step`: readers drop that step and later ones from the
+    /// files before this one.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -118,7 +120,8 @@ impl TensorboardWriter {
     }
 }
 
-/// Makes a file that did not exist. Readers take the files of a folder in the order of their names: seconds come first.
+/// Makes a file that did not exist. Readers take the files of a folder in the order of their names:
+/// seconds come first.
 fn create_file(dir: &Path) -> io::Result<(File, PathBuf)> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let host = rustix::system::uname().nodename().to_string_lossy().replace(['/', '.'], "-");

@@ -1,0 +1,49 @@
+//! Where a rule does not hold, and why. An exception that nothing needs any more is a problem too.
+
+use super::Violation;
+use super::rules::MAX_FUNCTION_LINES;
+use super::source::{Source, words};
+
+/// Files and folders (ending in '/') in which `unsafe` may stand.
+const UNSAFE_ALLOWED: &[(&str, &str)] = &[
+    ("trainer/crates/torch-shim/src/", "the one crate that calls libtorch"),
+    ("trainer/crates/checkpoint-format/src/mapped.rs", "memory maps of read-only files"),
+];
+
+/// Functions that may be longer than the limit.
+const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[];
+
+pub fn allows_unsafe(path: &str) -> bool {
+    UNSAFE_ALLOWED.iter().any(|(place, _)| covers(place, path))
+}
+
+pub fn allows_long_function(path: &str, name: &str) -> bool {
+    LONG_FUNCTIONS.iter().any(|(file, function, _)| *file == path && *function == name)
+}
+
+fn covers(place: &str, path: &str) -> bool {
+    place == path || (place.ends_with('/') && path.starts_with(place))
+}
+
+/// Every exception must have a use.
+pub fn check_used(sources: &[Source], violations: &mut Vec<Violation>) {
+    let mut unused = |what: String| {
+        let message = format!("the exception for {what} is not needed any more: remove it");
+        let path = "ops/xtask/src/tidy/exceptions.rs".to_owned();
+        violations.push(Violation { path, line: 0, message });
+    };
+    for (place, _) in UNSAFE_ALLOWED {
+        let holds_unsafe =
+            |s: &&Source| covers(place, &s.path) && !words(&s.code, "unsafe").is_empty();
+        if !sources.iter().any(|source| holds_unsafe(&source)) {
+            unused(format!("unsafe code in {place}"));
+        }
+    }
+    for (file, name, _) in LONG_FUNCTIONS {
+        let source = sources.iter().find(|source| source.path == *file);
+        let functions = source.map(Source::functions).unwrap_or_default();
+        if !functions.iter().any(|f| f.name == *name && f.num_lines > MAX_FUNCTION_LINES) {
+            unused(format!("the long function {name} of {file}"));
+        }
+    }
+}
