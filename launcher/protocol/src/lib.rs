@@ -1,1 +1,26 @@
-//! To be written.
+//! What an agent and its ranks say to each other, and the files they share.
+//!
+//! The agent (the launcher, one per node) spawns a rank with one end of a socketpair as its
+//! standard input. Both sides exchange [`message`]s in bounded [`frame`]s: the rank says hello, the
+//! agent assigns it a place, and from then on the rank reports and the agent may ask it to stop.
+//! The rendezvous [`store`] lives in the agent, so that it outlives every rank.
+//!
+//! The rank's side is the blocking [`client::RankClient`]; the agent's side is the launcher's
+//! supervisor. [`env`] and [`exit_code`] are the only registries of their kind; [`run_dir`] and
+//! [`jsonl`] say where a run's files are and how they are written.
+
+pub mod client;
+pub mod env;
+pub mod exit_code;
+pub mod frame;
+pub mod jsonl;
+pub mod message;
+pub mod run_dir;
+pub mod store;
+
+pub use client::{ClientError, RankClient, StoreClient};
+pub use message::{
+    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, StepReport, ToRank,
+};
+pub use run_dir::RunDir;
+pub use store::StoreError;

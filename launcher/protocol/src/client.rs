@@ -1,0 +1,351 @@
+//! The rank's side of the control socket. Blocking, with one thread of its own, and no runtime.
+//!
+//! The control thread reads what the agent says without the training thread's help: it sets the
+//! stop flag, hands out replies of the store, and on an abort or at the end of the stream (the
+//! agent is gone) calls the abort callback and ends the process within [`LAST_WORDS`].
+//!
+//! Ranks see a stop at different moments: they must agree on it at a step boundary (one rank's flag
+//! is enough), before they act on it.
+
+use crate::env;
+use crate::frame::{self, FrameError};
+use crate::message::{Assignment, Event, FailureReport, FromRank, Phase, StepReport, ToRank};
+use crate::store::{StoreError, StoreReply, StoreRequest};
+use std::collections::HashMap;
+use std::io::BufReader;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Time a rank has for its abort callback before it ends itself.
+pub const LAST_WORDS: Duration = Duration::from_millis(300);
+/// Longest wait for the assignment after the hello.
+const ASSIGNMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest time the agent may leave a message unread before it counts as gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time beyond a request's own time-out in which the agent must have answered.
+const REPLY_SLACK: Duration = Duration::from_secs(30);
+
+/// Why a rank cannot talk to its agent.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The process was not started by an agent.
+    #[error(
+        "this process was not started by an agent ({} is not set): start ranks with `phalanx run`",
+        env::CONTROL
+    )]
+    NotARank,
+    /// The variable does not say what it should.
+    #[error("{} is {value:?}, expected {:?}", env::CONTROL, env::CONTROL_STDIN)]
+    BadControl {
+        /// Its value.
+        value: String,
+    },
+    /// The socket or a frame failed.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The socket failed outside a frame.
+    #[error("control socket: {0}")]
+    Io(#[from] std::io::Error),
+    /// The agent closed the socket or said something else before the assignment.
+    #[error("the agent sent no assignment: {found}")]
+    NoAssignment {
+        /// What came instead.
+        found: String,
+    },
+}
+
+type AbortCallback = Box<dyn Fn(&str) + Send>;
+
+struct Shared {
+    assignment: Assignment,
+    writer: Mutex<UnixStream>,
+    is_stopping: AtomicBool,
+    next_id: AtomicU64,
+    replies: Mutex<HashMap<u64, SyncSender<StoreReply>>>,
+    on_abort: Mutex<Option<AbortCallback>>,
+}
+
+/// A rank's connection to its agent. Clones share it.
+#[derive(Clone)]
+pub struct RankClient {
+    shared: Arc<Shared>,
+}
+
+impl RankClient {
+    /// Connects over the socket that the agent left as standard input, says hello, waits for the
+    /// assignment, and starts the control thread. SIGTERM, SIGINT and SIGUSR2 to this process then
+    /// ask the whole run to stop at a step boundary. Call it once, before any work.
+    pub fn from_env() -> Result<Self, ClientError> {
+        let value = std::env::var(env::CONTROL).map_err(|_| ClientError::NotARank)?;
+        if value != env::CONTROL_STDIN {
+            return Err(ClientError::BadControl { value });
+        }
+        let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+        // Nothing that this process starts shall inherit the socket.
+        let null = std::fs::File::open("/dev/null")?;
+        rustix::stdio::dup2_stdin(&null).map_err(std::io::Error::from)?;
+        let client = Self::from_stream(socket)?;
+        client.forward_signals()?;
+        Ok(client)
+    }
+
+    /// Connects over a given socket; for tests. Installs no signal handler.
+    pub fn from_stream(socket: UnixStream) -> Result<Self, ClientError> {
+        socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        socket.set_read_timeout(Some(ASSIGNMENT_TIMEOUT))?;
+        let mut reader = BufReader::new(socket.try_clone()?);
+        let build = env!("CARGO_PKG_VERSION").to_owned();
+        frame::write(&mut &socket, &FromRank::Hello { pid: std::process::id(), build })?;
+        let assignment = match frame::read(&mut reader)? {
+            Some(ToRank::Assignment(assignment)) => assignment,
+            Some(other) => return Err(ClientError::NoAssignment { found: format!("{other:?}") }),
+            None => {
+                return Err(ClientError::NoAssignment { found: "it closed the socket".into() });
+            }
+        };
+        socket.set_read_timeout(None)?;
+        let shared = Arc::new(Shared {
+            assignment,
+            writer: Mutex::new(socket),
+            is_stopping: AtomicBool::new(false),
+            next_id: AtomicU64::new(1),
+            replies: Mutex::default(),
+            on_abort: Mutex::default(),
+        });
+        let listener = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || listener.listen(&mut reader))?;
+        Ok(Self { shared })
+    }
+
+    /// The rank's place.
+    pub fn assignment(&self) -> &Assignment {
+        &self.shared.assignment
+    }
+
+    /// Whether this rank was told to stop at the next step boundary, save and exit with 75.
+    pub fn stop_requested(&self) -> bool {
+        self.shared.is_stopping.load(Ordering::Acquire)
+    }
+
+    /// Reports an optimizer step.
+    pub fn report_step(&self, report: StepReport) -> Result<(), ClientError> {
+        self.shared.send(&FromRank::Step(Box::new(report)))
+    }
+
+    /// Reports what the rank does from now on.
+    pub fn phase(&self, phase: Phase) -> Result<(), ClientError> {
+        self.shared.send(&FromRank::Phase(phase))
+    }
+
+    /// Has something written to `events.jsonl`.
+    pub fn event(&self, event: Event) -> Result<(), ClientError> {
+        self.shared.send(&FromRank::Event(event))
+    }
+
+    /// Reports a committed checkpoint; rank 0 only, after COMMIT is durable.
+    pub fn checkpoint_committed(&self, step: u64) -> Result<(), ClientError> {
+        self.shared.send(&FromRank::CheckpointCommitted { step })
+    }
+
+    /// Reports why the rank is about to exit with an error. Lines are cut to what a frame holds.
+    pub fn failure(&self, mut report: FailureReport) -> Result<(), ClientError> {
+        report.lines.truncate(100);
+        for line in &mut report.lines {
+            if line.len() > 4096 {
+                *line = line.chars().take(1024).chain("…".chars()).collect();
+            }
+        }
+        self.shared.send(&FromRank::Failure(Box::new(report)))
+    }
+
+    /// Reports that the last step is done and saved; then exit with 0.
+    pub fn finished(&self, step: u64) -> Result<(), ClientError> {
+        self.shared.send(&FromRank::Finished { step })
+    }
+
+    /// The rendezvous store of this generation.
+    pub fn store(&self) -> StoreClient {
+        StoreClient { shared: Arc::clone(&self.shared) }
+    }
+
+    /// What to do when the generation ends early: abort the communicators, so that no thread stays
+    /// in a collective. Called once, on the control thread, with the reason; the process ends soon
+    /// after, whether it returns or not.
+    pub fn on_abort(&self, callback: impl Fn(&str) + Send + 'static) {
+        *lock(&self.shared.on_abort) = Some(Box::new(callback));
+    }
+
+    fn forward_signals(&self) -> Result<(), ClientError> {
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
+        let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGUSR2])?;
+        let shared = Arc::clone(&self.shared);
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            for signal in signals.forever() {
+                let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
+                shared.is_stopping.store(true, Ordering::Release);
+                // A lost agent is the control thread's business.
+                let _ = shared.send(&FromRank::StopRequested { signal: name.to_owned() });
+            }
+        })?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn send(&self, message: &FromRank) -> Result<(), ClientError> {
+        let frame = frame::encode(message)?;
+        let mut writer = lock(&self.writer);
+        Ok(std::io::Write::write_all(&mut *writer, &frame)?)
+    }
+
+    fn listen(&self, reader: &mut BufReader<UnixStream>) {
+        let reason = loop {
+            match frame::read(reader) {
+                Ok(Some(ToRank::Stop { now: false })) => {
+                    self.is_stopping.store(true, Ordering::Release);
+                }
+                Ok(Some(ToRank::Stop { now: true })) => break "told to stop at once".to_owned(),
+                Ok(Some(ToRank::Abort { reason })) => break reason,
+                Ok(Some(ToRank::Store { id, reply })) => {
+                    // The asker may have given up, which is no fault.
+                    let asker = lock(&self.replies).remove(&id);
+                    let _ = asker.map(|asker| asker.try_send(reply));
+                }
+                Ok(Some(ToRank::Assignment(_))) => break "assigned twice".to_owned(),
+                Ok(None) => break "the agent is gone".to_owned(),
+                Err(error) => break format!("the agent is gone: {error}"),
+            }
+        };
+        self.end(&reason);
+    }
+
+    /// Ends the process. SIGKILL, because exit handlers of a library whose threads still run may
+    /// hang, and because nobody reads the status: the agent asked for it or is gone.
+    fn end(&self, reason: &str) {
+        let watchdog = std::thread::Builder::new().name("last-words".into()).spawn(|| {
+            std::thread::sleep(LAST_WORDS);
+            kill_self();
+        });
+        lock(&self.replies).clear();
+        tracing_line(&self.assignment, reason);
+        if let Some(callback) = lock(&self.on_abort).take() {
+            callback(reason);
+        }
+        match watchdog {
+            Ok(watchdog) => drop(watchdog.join()),
+            Err(_) => kill_self(),
+        }
+    }
+}
+
+fn kill_self() {
+    let own = rustix::process::getpid();
+    let _ = rustix::process::kill_process(own, rustix::process::Signal::KILL);
+}
+
+/// One line in the form of the rank's other log lines; written here because the process is about to
+/// end and its subscriber may be held by a thread that hangs.
+fn tracing_line(assignment: &Assignment, reason: &str) {
+    let line = serde_json::json!({
+        "level": "INFO",
+        "target": "rank_protocol",
+        "fields": { "message": format!("rank {} ends: {reason}", assignment.rank) },
+    });
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
+}
+
+/// A handle on the rendezvous store; every call is bounded in time. Clones share it.
+#[derive(Clone)]
+pub struct StoreClient {
+    shared: Arc<Shared>,
+}
+
+impl StoreClient {
+    /// Writes a value over whatever is there.
+    pub fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        let request = StoreRequest::Set { key: key.to_owned(), value: value.to_vec() };
+        match self.ask(request, Duration::ZERO)? {
+            StoreReply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The value, as soon as it is there.
+    pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
+        let request = StoreRequest::Get { key: key.to_owned(), timeout_ms: millis(timeout) };
+        match self.ask(request, timeout)? {
+            StoreReply::Value(value) => Ok(value),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Adds to a decimal counter, 0 where absent; returns the sum.
+    pub fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {
+        match self.ask(StoreRequest::Add { key: key.to_owned(), amount }, Duration::ZERO)? {
+            StoreReply::Sum(sum) => Ok(sum),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Returns as soon as all keys are there.
+    pub fn wait(&self, keys: &[String], timeout: Duration) -> Result<(), StoreError> {
+        let request = StoreRequest::Wait { keys: keys.to_vec(), timeout_ms: millis(timeout) };
+        match self.ask(request, timeout)? {
+            StoreReply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Whether all keys are there now.
+    pub fn check(&self, keys: &[String]) -> Result<bool, StoreError> {
+        match self.ask(StoreRequest::Check { keys: keys.to_vec() }, Duration::ZERO)? {
+            StoreReply::Bool(is_there) => Ok(is_there),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Removes a key; whether it was there.
+    pub fn delete(&self, key: &str) -> Result<bool, StoreError> {
+        match self.ask(StoreRequest::Delete { key: key.to_owned() }, Duration::ZERO)? {
+            StoreReply::Bool(was_there) => Ok(was_there),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn ask(&self, request: StoreRequest, timeout: Duration) -> Result<StoreReply, StoreError> {
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = sync_channel(1);
+        lock(&self.shared.replies).insert(id, sender);
+        let lost = |reason: String| {
+            lock(&self.shared.replies).remove(&id);
+            StoreError::Lost { reason }
+        };
+        let message = FromRank::Store { id, request };
+        self.shared.send(&message).map_err(|error| lost(error.to_string()))?;
+        let bound = timeout.saturating_add(REPLY_SLACK);
+        match receiver.recv_timeout(bound) {
+            Ok(StoreReply::Error(error)) => Err(error),
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(lost(format!("{error} ({} s)", bound.as_secs()))),
+        }
+    }
+}
+
+fn unexpected(reply: &StoreReply) -> StoreError {
+    StoreError::Lost { reason: format!("it sent {reply:?} to another request") }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A lock that a panicking thread left behind guards plain data that is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

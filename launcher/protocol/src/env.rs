@@ -1,0 +1,25 @@
+//! Every environment variable that Phalanx reads or sets, in one place.
+
+/// Folder that holds runs by name; `runs` in the working directory where unset.
+pub const RUNS: &str = "PHALANX_RUNS";
+/// Path of the trainer's binary; beside the launcher's own where unset.
+pub const TRAINER: &str = "PHALANX_TRAINER";
+/// Folder of the libtorch to run with (the one that holds `lib/`); found by itself where unset.
+pub const LIBTORCH: &str = "PHALANX_LIBTORCH";
+/// Filter of log lines, as `tracing-subscriber`'s `EnvFilter` reads it; `info` where unset.
+pub const LOG: &str = "PHALANX_LOG";
+/// Folder of reference cases that the parity tests take besides their own.
+pub const REFERENCES: &str = "PHALANX_REFERENCES";
+/// Set for a rank: where its control socket is. Always [`CONTROL_STDIN`].
+pub const CONTROL: &str = "PHALANX_CONTROL";
+/// Set for a rank, for people who look at a process list: its rank.
+pub const RANK: &str = "PHALANX_RANK";
+
+/// The value of [`CONTROL`]: the control socket is the rank's standard input.
+pub const CONTROL_STDIN: &str = "stdin";
+
+/// Where the dynamic linker looks for libtorch; set for a rank.
+pub const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+/// Set for a rank to its number of threads, so that no math library starts one per core.
+pub const THREADS: [&str; 4] =
+    ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"];

@@ -1,0 +1,267 @@
+//! The messages between an agent and a rank.
+
+use crate::store::{StoreReply, StoreRequest};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// From the agent to a rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToRank {
+    /// The rank's place; the answer to [`FromRank::Hello`].
+    Assignment(Assignment),
+    /// Stop at the next step boundary, save, and exit with 75.
+    Stop {
+        /// Do not even finish the step or save.
+        now: bool,
+    },
+    /// The generation is over (another rank failed): abort the communicators; the process ends
+    /// within 0.5 s.
+    Abort {
+        /// Why, in words.
+        reason: String,
+    },
+    /// The answer to a [`FromRank::Store`].
+    Store {
+        /// The request's id.
+        id: u64,
+        /// What came of it.
+        reply: StoreReply,
+    },
+}
+
+/// From a rank to its agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromRank {
+    /// The first message.
+    Hello {
+        /// Process id.
+        pid: u32,
+        /// Version of the trainer's build.
+        build: String,
+    },
+    /// What the rank does from now on.
+    Phase(Phase),
+    /// An optimizer step is done. Every rank reports; rank 0's is shown.
+    Step(Box<StepReport>),
+    /// A checkpoint is committed. Rank 0 reports it, after COMMIT is durable.
+    CheckpointCommitted {
+        /// Its step.
+        step: u64,
+    },
+    /// Something for `events.jsonl`.
+    Event(Event),
+    /// The rank is about to fail, and why.
+    Failure(Box<FailureReport>),
+    /// The last step is done and saved.
+    Finished {
+        /// The last step.
+        step: u64,
+    },
+    /// The rank was told to stop by a signal of its own: all ranks must.
+    StopRequested {
+        /// Name of the signal.
+        signal: String,
+    },
+    /// A request to the rendezvous store.
+    Store {
+        /// Unique within the rank; the reply carries it.
+        id: u64,
+        /// What is asked.
+        request: StoreRequest,
+    },
+}
+
+/// A rank's place in its generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// Identity of the run; differs for two runs of one name.
+    pub run_id: String,
+    /// Generation, from 1; grows with every change of membership.
+    pub generation: u64,
+    /// Rank, from 0.
+    pub rank: usize,
+    /// Number of ranks.
+    pub world_size: usize,
+    /// Rank within the node, from 0.
+    pub local_rank: usize,
+    /// Ranks on this node.
+    pub local_world_size: usize,
+    /// CPU threads the rank may use.
+    pub threads: usize,
+    /// The run's directory, absolute; its `config.yaml` is the resolved config.
+    pub run_dir: PathBuf,
+    /// Step of the checkpoint to continue from; `None`: start from the initial weights.
+    pub resume_step: Option<u64>,
+    /// Range of steps to profile, both ends included.
+    pub profile_steps: Option<(u64, u64)>,
+}
+
+/// What a rank does; a deadline belongs to each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Setting up devices, communicators and the model.
+    Init,
+    /// Reading a checkpoint.
+    Load,
+    /// Waiting for data.
+    Data,
+    /// Training steps.
+    Train,
+    /// Evaluating.
+    Validate,
+    /// Writing a checkpoint.
+    Save,
+    /// Taking down.
+    Exit,
+}
+
+impl Phase {
+    /// The name it is written as.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Init => "init",
+            Phase::Load => "load",
+            Phase::Data => "data",
+            Phase::Train => "train",
+            Phase::Validate => "validate",
+            Phase::Save => "save",
+            Phase::Exit => "exit",
+        }
+    }
+}
+
+/// One optimizer step: a line of `metrics.jsonl`.
+///
+/// A number that is not finite is written as `null` and read back as NaN.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// 1-based step.
+    pub step: u64,
+    /// Mean loss per target token, over all ranks.
+    #[serde(with = "null_is_nan")]
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    #[serde(with = "null_is_nan")]
+    pub grad_norm: f64,
+    /// Learning rate of this step.
+    #[serde(with = "null_is_nan")]
+    pub learning_rate: f64,
+    /// Tokens seen by the run so far, this step included.
+    pub tokens: u64,
+    /// Tokens of this step, over all ranks, per second.
+    #[serde(with = "null_is_nan")]
+    pub tokens_per_second: f64,
+    /// Wall time of the step, in seconds.
+    #[serde(with = "null_is_nan")]
+    pub step_time_s: f64,
+    /// Part of it spent waiting for data, in seconds.
+    #[serde(with = "null_is_nan")]
+    pub data_wait_s: f64,
+    /// Generation that did the step.
+    pub generation: u64,
+    /// Whether the update was skipped because the loss or a gradient was not finite.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub skipped: bool,
+    /// Loss on held-out documents, where this step was followed by an evaluation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_loss: Option<f64>,
+    /// TFLOP/s per GPU, attention counted in full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tflops_full: Option<f64>,
+    /// TFLOP/s per GPU, causal attention counted as half.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tflops_half: Option<f64>,
+    /// Share of the GPU's peak, attention counted in full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu_full: Option<f64>,
+    /// Share of the GPU's peak, causal attention counted as half.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu_half: Option<f64>,
+    /// Peak GPU memory, in GiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_gib: Option<f64>,
+}
+
+/// Something that happened in a rank, for `events.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Kind, in snake case.
+    pub kind: String,
+    /// What belongs to it; the names `time`, `kind`, `generation` and `rank` are taken.
+    #[serde(default)]
+    pub fields: serde_json::Map<String, serde_json::Value>,
+}
+
+/// Classes of failure; each has its own consequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureClass {
+    /// A link; also what a rank reports whose peer went away.
+    Transient,
+    /// The process itself: a crash, out of memory, an internal error.
+    Process,
+    /// The node or its GPU.
+    Node,
+    /// No progress.
+    Hang,
+    /// The config or its inputs: trying again is of no use.
+    Config,
+    /// Loss or gradients not finite, too often.
+    Numeric,
+    /// Stopped from outside.
+    Preemption,
+    /// A file could not be read or written.
+    Storage,
+}
+
+impl FailureClass {
+    /// The name it is written as.
+    pub fn name(self) -> &'static str {
+        match self {
+            FailureClass::Transient => "transient",
+            FailureClass::Process => "process",
+            FailureClass::Node => "node",
+            FailureClass::Hang => "hang",
+            FailureClass::Config => "config",
+            FailureClass::Numeric => "numeric",
+            FailureClass::Preemption => "preemption",
+            FailureClass::Storage => "storage",
+        }
+    }
+}
+
+/// Why a rank fails, in its own words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailureReport {
+    /// Class.
+    pub class: FailureClass,
+    /// What the rank was doing.
+    pub phase: Phase,
+    /// Step it was at, where it was at one.
+    pub step: Option<u64>,
+    /// Collective it was in, such as `all_reduce #37 of data`.
+    #[serde(default)]
+    pub collective: Option<String>,
+    /// The message and its causes, one a line; the first says what happened.
+    pub lines: Vec<String>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// JSON has no NaN: `null` stands for every number that is not finite.
+mod null_is_nan {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        value.is_finite().then_some(*value).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
+    }
+}
