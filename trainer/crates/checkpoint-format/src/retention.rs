@@ -24,7 +24,7 @@ pub fn apply(checkpoints_dir: &Path, keep_last: usize, keep_every_steps: u64) ->
     committed.sort_unstable();
     let mut remove: BTreeSet<u64> =
         steps_to_remove(&committed, keep_last, keep_every_steps).into_iter().collect();
-    let oldest_kept = committed.iter().rev().take(keep_last.max(1)).last();
+    let oldest_kept = committed.get(committed.len().saturating_sub(keep_last.max(1)));
     if committed.len() > keep_last.max(1) {
         let damaged = found.damaged.iter().filter(|damaged| !damaged.is_link).map(|d| d.step);
         remove.extend(damaged.filter(|step| Some(step) < oldest_kept));

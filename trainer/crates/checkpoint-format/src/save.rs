@@ -86,6 +86,11 @@ impl Save {
         self
     }
 
+    /// The folder of checkpoints.
+    pub fn checkpoints_dir(&self) -> &Path {
+        &self.checkpoints_dir
+    }
+
     /// The folder it is written in.
     pub fn temporary(&self) -> PathBuf {
         self.checkpoints_dir.join(names::temporary_folder(self.step, self.generation))
@@ -326,29 +331,31 @@ impl Save {
         let _ = std::fs::remove_dir_all(self.temporary());
     }
 
-    /// Every rank, at the end: whether this save, and no older one of the same step, was committed.
+    /// Every rank, at the end: whether this save, and no older one of the same step, was committed. Its bytes.
     ///
     /// # Errors
     /// [`FormatError::NotCommitted`] where it was not.
-    pub fn committed(&self) -> Result<()> {
-        let read = || -> Result<u64> {
+    pub fn committed(&self) -> Result<u64> {
+        let read = || -> Result<Manifest> {
             let folder = Folder::open(&self.folder())?;
             folder.open_file(names::COMMIT)?;
             let manifest = folder.read(names::MANIFEST, crate::read::MAX_MANIFEST)?;
-            let manifest: Manifest = serde_json::from_slice(&manifest)
-                .map_err(|error| FormatError::damaged(folder.path(), error.to_string()))?;
-            Ok(manifest.generation)
+            serde_json::from_slice(&manifest)
+                .map_err(|error| FormatError::damaged(folder.path(), error.to_string()))
         };
         match read() {
-            Ok(generation) if generation == self.generation => Ok(()),
-            Ok(generation) => {
-                Err(self.not_committed(format!("found it of generation {generation}")))
+            Ok(manifest) if manifest.generation == self.generation => {
+                Ok(manifest.files.values().map(|file| file.size).sum())
+            }
+            Ok(manifest) => {
+                let found = manifest.generation;
+                Err(self.not_committed(format!("the one found is of generation {found}")))
             }
             Err(_) => Err(self.not_committed("another rank failed; its log says why".to_string())),
         }
     }
 
-    fn not_committed(&self, reason: String) -> FormatError {
+    pub(crate) fn not_committed(&self, reason: String) -> FormatError {
         FormatError::NotCommitted { step: self.step, reason }
     }
 }
