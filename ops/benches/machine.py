@@ -21,10 +21,10 @@ def say(*words):
 
 
 def busy_s():
-    """CPU seconds that the whole machine has used since it started."""
+    """CPU seconds that the whole machine has used since it started, or that its host kept from it."""
     with open("/proc/stat") as f:
-        user, nice, system, _idle, _iowait, irq, softirq = (int(x) for x in f.readline().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(x) for x in f.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def own_s():
