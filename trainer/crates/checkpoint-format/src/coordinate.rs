@@ -3,7 +3,7 @@
 //! Whatever fails on whichever rank, every rank passes the same barriers and then returns; nothing is committed, the temporary folder is
 //! removed, and older checkpoints stay. Only a barrier that fails (a peer is gone) ends it earlier.
 
-use crate::error::{FormatError, Result};
+use crate::error::Result;
 use crate::manifest::TrainState;
 use crate::retention;
 use crate::save::{Piece, Save};
@@ -50,7 +50,7 @@ impl JointSave<'_> {
     /// Writes, commits and removes old checkpoints.
     ///
     /// # Errors
-    /// On the rank that failed its own error, with path and bytes; on the others [`FormatError::NotCommitted`].
+    /// On the rank that failed its own error, with path and bytes; on the others [`crate::FormatError::NotCommitted`].
     pub fn run(&self, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
         let began = Instant::now();
         let outcome = self.write_and_commit(barrier);

@@ -184,7 +184,8 @@ impl Save {
                 )));
             }
             let rows = piece.region.lengths.first().copied().unwrap_or(1);
-            if rows == 0 || piece.data.is_empty() {
+            if piece.data.is_empty() {
+                out.push(piece.clone());
                 continue;
             }
             let row_bytes = piece.data.len() as u64 / rows;
