@@ -1,0 +1,11 @@
+//! The order of the data as a pure function of the global sample index: no state, no IO, and
+//! independent of the number of ranks.
+//!
+//! global sample -> [`mixture`] -> sample of a source -> epoch and position -> [`epoch`] -> window
+//! of row groups and place in it. Documents are shuffled inside a window by the [`crate::packing`].
+
+pub mod epoch;
+pub mod feistel;
+pub mod mixture;
+
+pub use epoch::{EpochOrder, GroupSize, OrderParams, SampleUnit, WindowSpan};

@@ -1,0 +1,189 @@
+//! A window of row groups in memory: its documents in the order of the stream, or its bins.
+
+use super::dataset::Dataset;
+use super::storage::RangeReader;
+use crate::error::{DataError, Result};
+use crate::order::feistel::Feistel;
+use crate::order::{EpochOrder, SampleUnit};
+use crate::packing::{self, Part, Segment};
+use crate::shards::decode::DecodeRequest;
+use crate::shards::footer::{FileRange, Footer};
+use crate::shards::manifest::Manifest;
+use crate::shards::split::HoldOut;
+use crate::shards::{DecodedGroup, RowGroup};
+use futures::StreamExt;
+use std::sync::Arc;
+
+/// Row groups of a window that are read at a time.
+const READS_AT_A_TIME: usize = 2;
+
+/// A document, or a part of one, in a window.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    group: u32,
+    part: Part,
+}
+
+/// The documents of a window.
+#[derive(Debug)]
+pub struct Window {
+    groups: Vec<DecodedGroup>,
+    pieces: Vec<Piece>,
+    /// One past the last unit of each document, or index past the last piece of each bin, from
+    /// the start of the window.
+    ends: Vec<u64>,
+}
+
+impl Window {
+    /// Tokens of the stream from `start` (from the beginning of the window) on, up to `len`.
+    /// Appends to `segments`; returns how many tokens there were.
+    pub fn stream<'w>(&'w self, start: u64, len: u64, segments: &mut Vec<Segment<'w>>) -> u64 {
+        let mut at = start;
+        let first = self.ends.partition_point(|&end| end <= start);
+        for (piece, &end) in self.pieces[first..].iter().zip(&self.ends[first..]) {
+            if at >= start + len {
+                break;
+            }
+            let piece_start = end - u64::from(piece.part.len);
+            let stop = end.min(start + len);
+            let (from, to) = ((at - piece_start) as usize, (stop - piece_start) as usize);
+            let ids = self.ids(piece);
+            segments.push(Segment { ids: &ids[from..to], next: ids.get(to).copied() });
+            at = stop;
+        }
+        at - start
+    }
+
+    /// The parts of one bin, counted from the start of the window.
+    pub fn bin<'w>(&'w self, bin: u64, segments: &mut Vec<Segment<'w>>) {
+        let bin = bin as usize;
+        let start = bin.checked_sub(1).map_or(0, |before| self.ends[before]) as usize;
+        for piece in &self.pieces[start..self.ends[bin] as usize] {
+            let end = (piece.part.start + u64::from(piece.part.len)) as usize;
+            let group = &self.groups[piece.group as usize];
+            let next = piece.part.continues.then(|| group.ids[end]);
+            segments.push(Segment { ids: self.ids(piece), next });
+        }
+    }
+
+    fn ids(&self, piece: &Piece) -> &[i32] {
+        let start = piece.part.start as usize;
+        &self.groups[piece.group as usize].ids[start..start + piece.part.len as usize]
+    }
+
+    fn new(
+        dataset: &Dataset,
+        manifest: &Manifest,
+        groups: Vec<(RowGroup, DecodedGroup)>,
+        unit: SampleUnit,
+        key: Option<u64>,
+    ) -> Self {
+        let mut window = Window { groups: Vec::new(), pieces: Vec::new(), ends: Vec::new() };
+        for (at, (group, decoded)) in groups.into_iter().enumerate() {
+            let path = &manifest.files[group.file as usize].path;
+            let hold_out = HoldOut::new(path, dataset.validation_fraction);
+            let rows =
+                packing::split_rows(&decoded.lengths, group.first_row, &hold_out, dataset.split);
+            let at = at as u32;
+            match unit {
+                SampleUnit::Tokens(_) => window.pieces.extend(rows.iter().map(|row| {
+                    let part = Part { start: row.start, len: row.len, continues: false };
+                    Piece { group: at, part }
+                })),
+                SampleUnit::Bins => {
+                    for bin in packing::best_fit(&rows, dataset.sample_len) {
+                        window.pieces.extend(bin.iter().map(|&part| Piece { group: at, part }));
+                        window.ends.push(window.pieces.len() as u64);
+                    }
+                }
+            }
+            window.groups.push(decoded);
+        }
+        if let SampleUnit::Tokens(_) = unit {
+            window.order_documents(key);
+        }
+        window
+    }
+
+    /// Shuffles the documents and adds up where each ends.
+    fn order_documents(&mut self, key: Option<u64>) {
+        if let Some(key) = key {
+            let feistel = Feistel::new(self.pieces.len() as u64, key);
+            let order = (0..self.pieces.len() as u64).map(|at| feistel.map(at) as usize);
+            self.pieces = order.map(|at| self.pieces[at]).collect();
+        }
+        let mut end = 0;
+        self.ends.extend(self.pieces.iter().map(|piece| {
+            end += u64::from(piece.part.len);
+            end
+        }));
+    }
+}
+
+/// Reads and decodes a window of an epoch of a source.
+pub async fn load(
+    dataset: Arc<Dataset>,
+    source: usize,
+    order: Arc<EpochOrder>,
+    window: usize,
+    reader: RangeReader,
+) -> Result<Window> {
+    let manifest = dataset.sources[source].manifest.clone();
+    let span = order.windows[window];
+    let mut groups = Vec::with_capacity(span.end_group - span.first_group);
+    let reads: Vec<_> = order.groups[span.first_group..span.end_group]
+        .iter()
+        .map(|&index| {
+            let group = manifest.groups[index as usize];
+            load_group(manifest.clone(), group, dataset.vocab_size, reader.clone())
+        })
+        .collect();
+    let mut reads = futures::stream::iter(reads).buffered(READS_AT_A_TIME);
+    while let Some(group) = reads.next().await {
+        groups.push(group?);
+    }
+    let (unit, key) = (dataset.sources[source].params.unit, order.document_key(window));
+    off_thread(move || Ok(Window::new(&dataset, &manifest, groups, unit, key))).await
+}
+
+async fn load_group(
+    manifest: Arc<Manifest>,
+    group: RowGroup,
+    vocab_size: usize,
+    reader: RangeReader,
+) -> Result<(RowGroup, DecodedGroup)> {
+    let path = manifest.files[group.file as usize].path.clone();
+    let what = format!("row group {}", group.index);
+    let range = group.offset..group.offset + group.bytes;
+    let bytes = reader.read(&path, range, &what).await?;
+    off_thread(move || {
+        let file = &manifest.files[group.file as usize];
+        let footer = Footer::read(&path)?;
+        if footer.hash != file.footer_hash || footer.file_bytes != file.bytes {
+            let detail = "it changed after the run had read its footer".to_string();
+            return Err(DataError::Damaged {
+                path: path.clone(),
+                bytes: footer.file_bytes,
+                detail,
+            });
+        }
+        let range = FileRange { offset: group.offset, bytes, file_bytes: file.bytes };
+        let request = DecodeRequest {
+            path: &path,
+            footer: &footer,
+            group: group.index as usize,
+            first_row: group.first_row,
+            vocab_size,
+        };
+        Ok((group, request.decode(&range)?))
+    })
+    .await
+}
+
+/// Runs work on a thread for blocking work.
+async fn off_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| DataError::Stopped { detail: error.to_string() })?
+}

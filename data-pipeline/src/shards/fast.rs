@@ -1,0 +1,87 @@
+//! Decodes a row group of the layout that [`super::ShardWriter`] writes, page by page, without
+//! building arrays: the levels are skipped, because the lengths stand in a column of their own.
+
+use super::footer::{FileRange, ShardInfo};
+use super::{IDS_COLUMN, LENGTHS_COLUMN};
+use parquet::basic::{Encoding, Type};
+use parquet::column::page::{Page, PageReader};
+use parquet::errors::{ParquetError, Result};
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
+use parquet::file::serialized_reader::SerializedPageReader;
+use std::sync::Arc;
+
+/// Indices of the two leaf columns, where a row group has exactly the layout of our writer.
+pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(usize, usize)> {
+    info?;
+    let find = |name: &str| {
+        group.columns().iter().position(|column| {
+            let path = column.column_path().parts();
+            path.first().is_some_and(|part| part == name)
+        })
+    };
+    let (ids, lengths) = (find(IDS_COLUMN)?, find(LENGTHS_COLUMN)?);
+    let plain = |column: &ColumnChunkMetaData| {
+        column.column_type() == Type::INT32
+            && column.encodings().all(|e| matches!(e, Encoding::PLAIN | Encoding::RLE))
+    };
+    let (ids_column, lengths_column) = (group.column(ids), group.column(lengths));
+    let ids_levels =
+        (ids_column.column_descr().max_def_level(), ids_column.column_descr().max_rep_level());
+    let usable = plain(ids_column)
+        && plain(lengths_column)
+        && ids_levels == (1, 1)
+        && lengths_column.column_descr().max_def_level() == 0
+        && lengths_column.column_descr().max_rep_level() == 0;
+    usable.then_some((ids, lengths))
+}
+
+/// The values of one leaf column of a row group: PLAIN int32 without nulls.
+pub fn read_values(
+    range: &FileRange,
+    metadata: &ParquetMetaData,
+    group: usize,
+    column: usize,
+    capacity: usize,
+) -> Result<Vec<i32>> {
+    let group = metadata.row_group(group);
+    let chunk = group.column(column);
+    let rows = group.num_rows() as usize;
+    let mut pages = SerializedPageReader::new(Arc::new(range.clone()), chunk, rows, None)?;
+    let mut values = Vec::with_capacity(capacity);
+    while let Some(page) = pages.get_next_page()? {
+        let levels = level_bytes(&page, chunk)?;
+        let bytes = page.buffer().get(levels..).unwrap_or_default();
+        let (words, rest) = bytes.as_chunks::<4>();
+        if !rest.is_empty() {
+            return Err(ParquetError::General(format!("a page of {} bytes", bytes.len())));
+        }
+        values.extend(words.iter().map(|word| i32::from_le_bytes(*word)));
+    }
+    Ok(values)
+}
+
+/// Bytes of repetition and definition levels in front of a page's values.
+fn level_bytes(page: &Page, chunk: &ColumnChunkMetaData) -> Result<usize> {
+    let unsupported = || ParquetError::General("a page that is not PLAIN".into());
+    match page {
+        Page::DataPage { buf, encoding: Encoding::PLAIN, .. } => {
+            let mut at = 0;
+            let descr = chunk.column_descr();
+            for level in [descr.max_rep_level(), descr.max_def_level()] {
+                if level > 0 {
+                    let prefix = buf.get(at..).and_then(|rest| rest.first_chunk::<4>());
+                    let prefix = prefix.ok_or_else(|| ParquetError::EOF("levels".into()))?;
+                    at += 4 + u32::from_le_bytes(*prefix) as usize;
+                }
+            }
+            Ok(at)
+        }
+        Page::DataPageV2 {
+            encoding: Encoding::PLAIN,
+            def_levels_byte_len,
+            rep_levels_byte_len,
+            ..
+        } => Ok((def_levels_byte_len + rep_levels_byte_len) as usize),
+        _ => Err(unsupported()),
+    }
+}
