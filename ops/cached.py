@@ -30,9 +30,10 @@ def made_once(name, megabytes, make):
         return wanted
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
+        lock = (wanted.parent / f"{name}.lock").open("w")
     except OSError as error:
-        fail(f"cannot make {wanted.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written")
-    with (wanted.parent / f"{name}.lock").open("w") as lock:
+        fail(f"cannot write {wanted.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written")
+    with lock:
         wait_for(lock, wanted)
         if wanted.is_dir():
             return wanted
