@@ -175,7 +175,7 @@ mod tests {
         check(Dtype::F32, &1.5f32.to_le_bytes(), Dtype::Bf16, &[0xC0, 0x3F]);
         check(Dtype::F32, &0.1f32.to_le_bytes(), Dtype::F64, &f64::from(0.1f32).to_le_bytes());
         // Halfway between 1 and the next BF16 goes to the even one, 1.
-        check(Dtype::F32, &1.003_906_25f32.to_le_bytes(), Dtype::Bf16, &[0x80, 0x3F]);
+        check(Dtype::F32, &f32::from_bits(0x3F80_8000).to_le_bytes(), Dtype::Bf16, &[0x80, 0x3F]);
         check(Dtype::I64, &7i64.to_le_bytes(), Dtype::I64, &7i64.to_le_bytes());
     }
 

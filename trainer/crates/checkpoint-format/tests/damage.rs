@@ -1,4 +1,5 @@
 //! Any damage to any file is found, reported, and the checkpoint before is used; hostile input is an error, never a panic.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Hugging Face's and Meta's formats: bit-equal round trips, and files written by PyTorch and transformers themselves
 //! (`tests/meta/make.py` makes them; `$PHALANX_REFERENCES` may name more folders with a model each).
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use checkpoint_format::export::{ExportOptions, Exported, export_hf};
 use checkpoint_format::hf::HfSource;
