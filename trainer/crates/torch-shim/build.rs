@@ -1,1 +1,60 @@
-include!("../../../ops/torch_rpath.rs");
+//! Compiles the C++ shim against the headers of the libtorch that `LIBTORCH` names, and emits the rpath of the tests.
+
+use std::path::{Path, PathBuf};
+
+mod rpath {
+    include!("../../../ops/torch_rpath.rs");
+
+    pub fn emit() {
+        main();
+    }
+}
+
+const SOURCES: &[&str] = &[
+    "csrc/autograd.cpp",
+    "csrc/ops.cpp",
+    "csrc/parameter.cpp",
+    "csrc/fused_linear.cpp",
+    "csrc/fused_norm.cpp",
+    "csrc/fused_block.cpp",
+    "csrc/fused_head.cpp",
+];
+
+fn main() {
+    rpath::emit();
+    println!("cargo:rerun-if-changed=csrc");
+    let root = prefix();
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        .pic(true)
+        .warnings(false)
+        // The kernels must be fast in debug builds too: tests train with them.
+        .opt_level(3)
+        .debug(false)
+        .include(root.join("include"))
+        .include(root.join("include/torch/csrc/api/include"))
+        .include("csrc")
+        .define("USE_DISTRIBUTED", None)
+        .define("USE_C10D_GLOO", None)
+        .files(SOURCES);
+    build.compile("phalanx_torch_shim");
+    println!("cargo:rustc-link-search=native={}", root.join("lib").display());
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+}
+
+/// The libtorch prefix: `LIBTORCH`, or else what torch-sys was built against.
+fn prefix() -> PathBuf {
+    if let Ok(root) = std::env::var("LIBTORCH") {
+        return PathBuf::from(root);
+    }
+    if let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB")
+        && let Some(root) = Path::new(&lib).parent()
+    {
+        return root.to_path_buf();
+    }
+    println!("cargo:error=LIBTORCH is not set: run ops/setup, or point it at a libtorch 2.11");
+    std::process::exit(1);
+}

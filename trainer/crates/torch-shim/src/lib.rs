@@ -1,1 +1,17 @@
-//! To be written.
+//! The fence around libtorch: tch, and a C++ shim for what tch does not reach.
+//!
+//! Three layers: [`sys`] declares the shim's C functions, `result` turns each call into a `Result`, and the public modules
+//! are safe. This is the only crate that may be unsafe around libtorch.
+#![expect(unsafe_code, reason = "this crate is the fence around libtorch's C++ interface")]
+
+pub mod autograd;
+pub mod bytes;
+mod error;
+pub mod fused;
+pub mod ops;
+pub mod params;
+mod result;
+mod sys;
+
+pub use error::{Result, ShimError};
+pub use tch;

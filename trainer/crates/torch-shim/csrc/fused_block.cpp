@@ -1,0 +1,112 @@
+// The operators of a block that hold no weight: rotary embedding, attention core, SwiGLU.
+#include <ATen/ATen.h>
+
+#include "fused.h"
+
+namespace {
+
+using namespace phalanx;
+
+// x: [batch, sequence, heads, head_dim]; cos, sin: [.., sequence, 1, head_dim], both halves equal. `sign` is 1 for the
+// rotation and -1 for its inverse, which is also its transpose.
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign) {
+  auto wide = x.to(cos.scalar_type());
+  auto halves = wide.chunk(2, -1);
+  auto turned = at::cat({halves[1].neg(), halves[0]}, -1);
+  return (wide * cos + turned * (sin * sign)).to(x.scalar_type());
+}
+
+struct RopeQkv : torch::autograd::Function<RopeQkv> {
+  static variable_list forward(AutogradContext* context, const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                               int64_t heads, int64_t kv_heads, int64_t head_dim) {
+    context->save_for_backward({cos, sin});
+    context->saved_data["heads"] = heads;
+    auto split = qkv.unflatten(-1, {heads + 2 * kv_heads, head_dim});
+    auto c = cos.unsqueeze(-2), s = sin.unsqueeze(-2);
+    auto q = rotate(split.narrow(2, 0, heads), c, s, 1.0).transpose(1, 2);
+    auto k = rotate(split.narrow(2, heads, kv_heads), c, s, 1.0).transpose(1, 2);
+    auto v = split.narrow(2, heads + kv_heads, kv_heads).clone().transpose(1, 2);
+    return {q, k, v};
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    auto saved = context->get_saved_variables();
+    auto c = saved[0].unsqueeze(-2), s = saved[1].unsqueeze(-2);
+    auto dq = rotate(gradients[0].transpose(1, 2), c, s, -1.0);
+    auto dk = rotate(gradients[1].transpose(1, 2), c, s, -1.0);
+    auto dqkv = at::cat({dq, dk, gradients[2].transpose(1, 2)}, 2).flatten(2);
+    return {dqkv, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct SwiGlu : torch::autograd::Function<SwiGlu> {
+  static Tensor forward(AutogradContext* context, const Tensor& gate_up) {
+    context->save_for_backward({gate_up});
+    auto dtype = statistics_dtype(gate_up);
+    auto halves = gate_up.chunk(2, -1);
+    return (at::silu(halves[0].to(dtype)) * halves[1].to(dtype)).to(gate_up.scalar_type());
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    auto gate_up = context->get_saved_variables()[0];
+    auto dtype = statistics_dtype(gate_up);
+    auto halves = gate_up.chunk(2, -1);
+    auto gate = halves[0].to(dtype), up = halves[1].to(dtype), dy = gradients[0].to(dtype);
+    auto sigmoid = at::sigmoid(gate);
+    auto silu = gate * sigmoid;
+    auto d_gate = dy * up * (sigmoid + silu * (1 - sigmoid));
+    return {at::cat({d_gate, dy * silu}, -1).to(gate_up.scalar_type())};
+  }
+};
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return at::scaled_dot_product_attention(q, k, v, {}, 0.0, true, std::nullopt, q.size(1) != k.size(1));
+}
+
+// q: [batch, heads, sequence, head_dim]. `lengths`: for each row in turn, its documents' lengths; `counts`: how many
+// each row has. No rows: one document a row.
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* lengths, const int64_t* counts,
+                 size_t num_rows) {
+  Tensor out;
+  if (num_rows == 0) {
+    out = attend(q, k, v);
+  } else {
+    std::vector<Tensor> rows;
+    for (size_t row = 0; row < num_rows; row++) {
+      std::vector<Tensor> documents;
+      int64_t start = 0;
+      for (int64_t i = 0; i < counts[row]; i++) {
+        int64_t length = *lengths++;
+        auto cut = [&](const Tensor& x) { return x.narrow(0, row, 1).narrow(2, start, length); };
+        documents.push_back(attend(cut(q), cut(k), cut(v)));
+        start += length;
+      }
+      rows.push_back(documents.size() == 1 ? documents[0] : at::cat(documents, 2));
+    }
+    out = rows.size() == 1 ? rows[0] : at::cat(rows, 0);
+  }
+  return out.transpose(1, 2).flatten(2);
+}
+
+}  // namespace
+
+extern "C" {
+
+char* phx_rope_qkv(Tensor* qkv, Tensor* cos, Tensor* sin, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                   Tensor** out) {
+  return guarded([&] {
+    auto result = RopeQkv::apply(*qkv, *cos, *sin, heads, kv_heads, head_dim);
+    for (int i = 0; i < 3; i++) out[i] = give(result[i]);
+  });
+}
+
+char* phx_swiglu(Tensor* gate_up, Tensor** out) {
+  return guarded([&] { *out = give(SwiGlu::apply(*gate_up)); });
+}
+
+char* phx_attention(Tensor* q, Tensor* k, Tensor* v, const int64_t* lengths, const int64_t* counts, size_t num_rows,
+                    Tensor** out) {
+  return guarded([&] { *out = give(attention(*q, *k, *v, lengths, counts, num_rows)); });
+}
+
+}  // extern "C"

@@ -1,0 +1,75 @@
+// Output head and cross-entropy in one, so that the full logits never exist.
+#include <ATen/ATen.h>
+
+#include "fused.h"
+
+namespace {
+
+using namespace phalanx;
+
+// One chunk: its loss; with gradients, turns `logits` into their gradient in place.
+Tensor chunk_loss(Tensor& logits, const Tensor& targets, double scale, bool gradients) {
+  auto valid = targets.ne(-100);
+  auto index = targets.clamp_min(0).unsqueeze(1);
+  auto normalizer = at::logsumexp(logits, {1});
+  auto losses = (normalizer - logits.gather(1, index).squeeze(1)) * valid;
+  if (gradients) {
+    logits.sub_(normalizer.unsqueeze(1)).exp_();
+    logits.scatter_add_(1, index, at::full_like(index, -1.0, logits.scalar_type()));
+    logits.mul_((valid * scale).to(logits.scalar_type()).unsqueeze(1));
+  }
+  return losses.sum() * scale;
+}
+
+// The forward pass computes the gradients too: logits are made once and dropped chunk by chunk. The weight's gradient is
+// added there for a loss gradient of exactly one, which backward checks.
+struct HeadLoss : torch::autograd::Function<HeadLoss> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const c10::intrusive_ptr<Use>& use, const Tensor& targets, double scale, int64_t chunk) {
+    auto& parameter = *use->parameter;
+    auto rows = x.reshape({-1, x.size(-1)});
+    auto labels = targets.reshape({-1}).to(at::kLong);
+    auto dtype = statistics_dtype(x);
+    auto loss = at::zeros({}, x.options().dtype(dtype));
+    auto dx = use->open ? at::empty_like(rows) : Tensor();
+    for (int64_t start = 0; start < rows.size(0); start += chunk) {
+      auto count = std::min(chunk, rows.size(0) - start);
+      auto part = rows.narrow(0, start, count);
+      auto logits = at::linear(part, weight).to(dtype);
+      loss += chunk_loss(logits, labels.narrow(0, start, count), scale, use->open);
+      if (!use->open) continue;
+      auto d_logits = logits.to(x.scalar_type());
+      auto d_part = dx.narrow(0, start, count);
+      at::mm_out(d_part, d_logits, weight);
+      accumulate_product(parameter.gradient, d_logits, part);
+    }
+    keep_use(context, use);
+    if (use->open) context->save_for_backward({dx.view(x.sizes())});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    auto use = kept_use(context);
+    TORCH_CHECK(gradients[0].item<double>() == 1.0,
+                "head_loss computes its gradients in the forward pass, for a loss gradient of one; put every factor into "
+                "its scale");
+    auto dx = context->get_saved_variables()[0];
+    use->done();
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+char* phx_head_loss(Tensor* x, Parameter* parameter, Tensor* targets, double scale, int64_t chunk, Tensor** out) {
+  return guarded([&] {
+    TORCH_CHECK(chunk > 0, "head_loss: chunk_tokens must be at least 1, not ", chunk);
+    TORCH_CHECK(targets->numel() * x->size(-1) == x->numel(), "head_loss: ", targets->numel(), " targets for an input of ",
+                x->sizes());
+    *out = give(HeadLoss::apply(*x, parameter->weight, open_use(parameter), *targets, scale, chunk));
+  });
+}
+
+}  // extern "C"

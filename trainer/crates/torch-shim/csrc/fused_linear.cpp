@@ -1,0 +1,72 @@
+// Linear and embedding whose weight gradients go straight into the accumulator.
+#include <ATen/ATen.h>
+
+#include "fused.h"
+
+namespace phalanx {
+
+void accumulate_product(Tensor& accumulator, const Tensor& a, const Tensor& b) {
+  auto dtype = accumulator.scalar_type();
+  // Products of BF16 operands are exact in FP32, so casting both loses nothing and keeps the sum in FP32.
+  accumulator.addmm_(a.to(dtype).t(), b.to(dtype));
+}
+
+}  // namespace phalanx
+
+namespace {
+
+using namespace phalanx;
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const c10::intrusive_ptr<Use>& use) {
+    keep_use(context, use);
+    context->save_for_backward({x});
+    return at::linear(x, weight);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    auto use = kept_use(context);
+    auto& parameter = *use->parameter;
+    auto x = context->get_saved_variables()[0];
+    auto dy = gradients[0].reshape({-1, parameter.weight.size(0)});
+    Tensor dx;
+    if (context->needs_input_grad(0)) dx = at::mm(dy, parameter.weight.detach()).view(x.sizes());
+    accumulate_product(parameter.gradient, dy, x.reshape({-1, parameter.weight.size(1)}));
+    use->done();
+    return {dx, Tensor(), Tensor()};
+  }
+};
+
+struct Embedding : torch::autograd::Function<Embedding> {
+  static Tensor forward(AutogradContext* context, const Tensor& tokens, const Tensor& weight,
+                        const c10::intrusive_ptr<Use>& use) {
+    keep_use(context, use);
+    context->save_for_backward({tokens});
+    return at::embedding(weight, tokens);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    auto use = kept_use(context);
+    auto& parameter = *use->parameter;
+    auto tokens = context->get_saved_variables()[0].reshape({-1});
+    auto dy = gradients[0].reshape({-1, parameter.weight.size(1)}).to(parameter.gradient.scalar_type());
+    parameter.gradient.index_add_(0, tokens, dy);
+    use->done();
+    return {Tensor(), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+char* phx_linear(Tensor* x, Parameter* parameter, Tensor** out) {
+  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter))); });
+}
+
+char* phx_embedding(Tensor* tokens, Parameter* parameter, Tensor** out) {
+  return guarded([&] { *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter))); });
+}
+
+}  // extern "C"

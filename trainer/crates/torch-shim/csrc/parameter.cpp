@@ -1,0 +1,44 @@
+// Handles of parameters and of their ready hook.
+#include "parameter.h"
+
+using at::Tensor;
+using phalanx::guarded;
+using phalanx::ReadyHook;
+
+extern "C" {
+
+char* phx_hook_new(ReadyHook** out) {
+  return guarded([&] { *out = c10::make_intrusive<ReadyHook>().release(); });
+}
+
+char* phx_hook_set(ReadyHook* hook, void* context, phx_ready function, phx_drop drop) {
+  return guarded([&] { hook->set(context, function, drop); });
+}
+
+char* phx_hook_clear(ReadyHook* hook) {
+  return guarded([&] { hook->clear(); });
+}
+
+void phx_hook_free(ReadyHook* hook) { c10::intrusive_ptr<ReadyHook>::reclaim(hook); }
+
+char* phx_parameter_new(Tensor* weight, Tensor* gradient, size_t index, ReadyHook* hook,
+                        phalanx::Parameter** out) {
+  return guarded([&] {
+    TORCH_CHECK(weight->sizes() == gradient->sizes(), "a weight of ", weight->sizes(), " with a gradient of ",
+                gradient->sizes());
+    auto parameter = c10::make_intrusive<phalanx::Parameter>();
+    parameter->weight = *weight;
+    parameter->gradient = *gradient;
+    parameter->index = index;
+    parameter->hook = c10::intrusive_ptr<ReadyHook>::reclaim_copy(hook);
+    *out = parameter.release();
+  });
+}
+
+phalanx::Parameter* phx_parameter_share(phalanx::Parameter* parameter) {
+  return phalanx::ParameterPtr::reclaim_copy(parameter).release();
+}
+
+void phx_parameter_free(phalanx::Parameter* parameter) { phalanx::ParameterPtr::reclaim(parameter); }
+
+}  // extern "C"

@@ -1,0 +1,343 @@
+//! Parameters as views of flat buffers: one for the master weights, one for the compute copy, one for gradients.
+//!
+//! Every parameter starts on a 64-byte boundary of each buffer; the padding between stays zero, so that whole ranges can be
+//! reduced, clipped and updated. The order is that of the specs, the same on every rank.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::ptr::null_mut;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Result, ShimError};
+use crate::result::{call_ready_closure, check, drop_ready_closure, raw, ready_context};
+use crate::sys::{self, RawHook, RawParameter};
+
+/// Parameters start at multiples of this many elements: 64 bytes of BF16, and more of wider types.
+pub const ALIGNMENT_ELEMENTS: i64 = 32;
+
+/// A run of rows of a parameter that is a tensor of its own in a checkpoint (q, k and v of a fused projection).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its Hugging Face name.
+    pub hf_name: String,
+    /// First row in the parameter.
+    pub row_start: i64,
+    /// Number of rows.
+    pub row_count: i64,
+}
+
+/// What a parameter is made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParameterSpec {
+    /// Its name in the model.
+    pub name: String,
+    /// Its shape; a linear weight is `[out, in]`.
+    pub shape: Vec<i64>,
+    /// The tensors of a checkpoint that it holds, in the order of their rows.
+    pub parts: Vec<Part>,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+/// One parameter: views into the set's buffers.
+#[derive(Debug)]
+pub struct Parameter {
+    /// Its place in the set.
+    pub index: usize,
+    /// Its name in the model.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// What forward and backward read: a leaf that requires a gradient.
+    pub compute: Tensor,
+    /// What the optimizer updates (FP32, or FP64): the same storage as `compute` where the dtypes are equal.
+    pub master: Tensor,
+    /// The accumulator (FP32, or FP64) that the fused operators add to.
+    pub grad: Tensor,
+    /// Whether weight decay applies.
+    pub decay: bool,
+    /// The tensors of a checkpoint that it holds.
+    pub parts: Vec<Part>,
+    /// Its elements in each flat buffer, without padding.
+    pub range: Range<i64>,
+    handle: Handle,
+}
+
+impl Parameter {
+    /// Another owner of the same storage, for a layer to keep.
+    pub fn shallow_clone(&self) -> Parameter {
+        Parameter {
+            index: self.index,
+            name: self.name.clone(),
+            shape: self.shape.clone(),
+            compute: self.compute.shallow_clone(),
+            master: self.master.shallow_clone(),
+            grad: self.grad.shallow_clone(),
+            decay: self.decay,
+            parts: self.parts.clone(),
+            range: self.range.clone(),
+            handle: self.handle.share(),
+        }
+    }
+
+    /// Number of elements.
+    pub fn num_elements(&self) -> i64 {
+        self.range.end - self.range.start
+    }
+
+    pub(crate) fn raw(&self) -> *mut RawParameter {
+        self.handle.0
+    }
+}
+
+/// Reference-counted owner of the C++ side of a parameter.
+#[derive(Debug)]
+struct Handle(*mut RawParameter);
+
+// SAFETY: the C++ object is counted atomically, and its tensors are used by one thread at a time, as tch's tensors are.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    fn share(&self) -> Handle {
+        // SAFETY: the pointer is alive as long as `self` is.
+        Handle(unsafe { sys::phx_parameter_share(self.0) })
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: this owner's reference is given back once.
+        unsafe { sys::phx_parameter_free(self.0) }
+    }
+}
+
+#[derive(Debug)]
+struct Hook(*mut RawHook);
+
+// SAFETY: the C++ object locks its closure and is counted atomically.
+unsafe impl Send for Hook {}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        // SAFETY: this owner's reference is given back once.
+        unsafe { sys::phx_hook_free(self.0) }
+    }
+}
+
+/// All parameters of a model (or of a shard of one) and their flat buffers.
+#[derive(Debug)]
+pub struct ParameterSet {
+    parameters: Vec<Parameter>,
+    by_name: BTreeMap<String, usize>,
+    master: Tensor,
+    compute: Tensor,
+    grad: Tensor,
+    hook: Hook,
+}
+
+impl ParameterSet {
+    /// Allocates the buffers, zeroed, and makes the views. `master` is FP32, or FP64 where `compute` is.
+    ///
+    /// # Errors
+    /// When a name comes twice, parts do not cover a parameter's rows, the dtypes do not fit, or memory is short.
+    pub fn new(
+        specs: Vec<ParameterSpec>,
+        compute: Kind,
+        master: Kind,
+        device: Device,
+    ) -> Result<Self> {
+        check_kinds(compute, master)?;
+        let mut starts = Vec::with_capacity(specs.len());
+        let mut total = 0;
+        for spec in &specs {
+            check_spec(spec)?;
+            starts.push(total);
+            let elements: i64 = spec.shape.iter().product();
+            total += (elements + ALIGNMENT_ELEMENTS - 1) / ALIGNMENT_ELEMENTS * ALIGNMENT_ELEMENTS;
+        }
+        let master_buffer = Tensor::f_zeros([total], (master, device))?;
+        let compute_buffer = if compute == master {
+            master_buffer.shallow_clone()
+        } else {
+            Tensor::f_zeros([total], (compute, device))?
+        };
+        let grad = Tensor::f_zeros([total], (master, device))?;
+        let mut set = ParameterSet {
+            parameters: Vec::with_capacity(specs.len()),
+            by_name: BTreeMap::new(),
+            master: master_buffer,
+            compute: compute_buffer,
+            grad,
+            hook: new_hook()?,
+        };
+        for (spec, start) in specs.into_iter().zip(starts) {
+            set.push(spec, start)?;
+        }
+        Ok(set)
+    }
+
+    fn push(&mut self, spec: ParameterSpec, start: i64) -> Result<()> {
+        let index = self.parameters.len();
+        let elements: i64 = spec.shape.iter().product();
+        let view =
+            |buffer: &Tensor| buffer.f_narrow(0, start, elements)?.f_view(spec.shape.as_slice());
+        let compute = view(&self.compute)?.f_detach()?.f_set_requires_grad(true)?;
+        let (master, grad) = (view(&self.master)?, view(&self.grad)?);
+        let mut handle = null_mut();
+        // SAFETY: the tensors and the hook live through the call; the shim keeps references of its own.
+        check(unsafe {
+            sys::phx_parameter_new(raw(&compute), raw(&grad), index, self.hook.0, &mut handle)
+        })?;
+        let handle = Handle(handle);
+        if self.by_name.insert(spec.name.clone(), index).is_some() {
+            return Err(ShimError::Invalid(format!("the parameter {} comes twice", spec.name)));
+        }
+        let ParameterSpec { name, shape, parts, decay } = spec;
+        let range = start..start + elements;
+        let parameter =
+            Parameter { index, name, shape, compute, master, grad, decay, parts, range, handle };
+        self.parameters.push(parameter);
+        Ok(())
+    }
+
+    /// Number of parameters (tensors).
+    pub fn len(&self) -> usize {
+        self.parameters.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.parameters.is_empty()
+    }
+
+    /// Number of elements of all parameters, without padding.
+    pub fn num_elements(&self) -> i64 {
+        self.parameters.iter().map(Parameter::num_elements).sum()
+    }
+
+    /// The parameters in the order of the specs, which is that of the buffers.
+    pub fn iter(&self) -> std::slice::Iter<'_, Parameter> {
+        self.parameters.iter()
+    }
+
+    /// The parameters sorted by name: the same order on every rank, whatever it holds.
+    pub fn iter_by_name(&self) -> impl Iterator<Item = &Parameter> {
+        self.by_name.values().map(|&index| &self.parameters[index])
+    }
+
+    /// The parameter of that name.
+    pub fn get(&self, name: &str) -> Option<&Parameter> {
+        self.by_name.get(name).map(|&index| &self.parameters[index])
+    }
+
+    /// The parameter at a place in the order.
+    pub fn at(&self, index: usize) -> Option<&Parameter> {
+        self.parameters.get(index)
+    }
+
+    /// The master weights of all, padding included: `[elements]`.
+    pub fn flat_master(&self) -> &Tensor {
+        &self.master
+    }
+
+    /// The compute copy of all (the master itself where the dtypes are equal): `[elements]`.
+    pub fn flat_compute(&self) -> &Tensor {
+        &self.compute
+    }
+
+    /// The gradient accumulators of all: `[elements]`.
+    pub fn flat_grad(&self) -> &Tensor {
+        &self.grad
+    }
+
+    /// Whether the compute weights are a copy, apart from the master weights.
+    pub fn has_compute_copy(&self) -> bool {
+        self.compute.kind() != self.master.kind()
+    }
+
+    /// Clears all gradients.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn zero_grad(&self) -> Result<()> {
+        self.grad.shallow_clone().f_zero_().map(drop)?;
+        Ok(())
+    }
+
+    /// Casts the master weights into the compute copy; nothing to do where they are one.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn refresh_compute(&self) -> Result<()> {
+        if self.has_compute_copy() {
+            let _guard = tch::no_grad_guard();
+            self.compute.shallow_clone().f_copy_(&self.master).map(drop)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `hook` with a parameter's index each time that its gradient is complete for the graphs alive: in backward,
+    /// on the thread that runs it, after its last use. An error of the hook becomes an error of backward. The hook must
+    /// not set or clear hooks.
+    ///
+    /// # Errors
+    /// When the shim refuses.
+    pub fn set_ready_hook(
+        &self,
+        hook: impl Fn(usize) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let context = ready_context(Box::new(hook));
+        // SAFETY: the hook is alive with `self`; the shim owns the context.
+        check(unsafe {
+            sys::phx_hook_set(self.hook.0, context, call_ready_closure, drop_ready_closure)
+        })
+    }
+
+    /// Takes the ready hook away.
+    ///
+    /// # Errors
+    /// When the shim refuses.
+    pub fn clear_ready_hook(&self) -> Result<()> {
+        // SAFETY: the hook is alive with `self`.
+        check(unsafe { sys::phx_hook_clear(self.hook.0) })
+    }
+}
+
+fn new_hook() -> Result<Hook> {
+    let mut hook = null_mut();
+    // SAFETY: the place for the answer lives through the call.
+    check(unsafe { sys::phx_hook_new(&mut hook) })?;
+    Ok(Hook(hook))
+}
+
+fn check_kinds(compute: Kind, master: Kind) -> Result<()> {
+    match (compute, master) {
+        (Kind::Double, Kind::Double) | (Kind::Float | Kind::BFloat16 | Kind::Half, Kind::Float) => {
+            Ok(())
+        }
+        _ => Err(ShimError::Invalid(format!(
+            "compute {compute:?} with master {master:?}: the master is Double for Double, and Float for all else"
+        ))),
+    }
+}
+
+fn check_spec(spec: &ParameterSpec) -> Result<()> {
+    let rows = spec.shape.first().copied().unwrap_or(1);
+    let mut next = 0;
+    for part in &spec.parts {
+        if part.row_start != next || part.row_count <= 0 {
+            let text =
+                format!("part {} of {} starts at row {}", part.hf_name, spec.name, part.row_start);
+            return Err(ShimError::Invalid(format!("{text}, where row {next} is next")));
+        }
+        next += part.row_count;
+    }
+    if !spec.parts.is_empty() && next != rows {
+        return Err(ShimError::Invalid(format!(
+            "the parts of {} cover {next} of {rows} rows",
+            spec.name
+        )));
+    }
+    Ok(())
+}

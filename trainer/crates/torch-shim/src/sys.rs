@@ -1,0 +1,166 @@
+//! Layer 1: the shim's C functions as they are. Each returns null, or an error's text that `phx_free` frees.
+
+use std::ffi::{c_char, c_void};
+
+/// `at::Tensor*`, as tch has it.
+pub(crate) type RawTensor = *mut torch_sys::C_tensor;
+/// A Rust closure over tensors, as C++ calls it.
+pub(crate) type Call = unsafe extern "C" fn(
+    *mut c_void,
+    *const RawTensor,
+    usize,
+    *mut RawTensor,
+    usize,
+) -> *mut c_char;
+/// A Rust closure over a parameter's index.
+pub(crate) type Ready = unsafe extern "C" fn(*mut c_void, usize) -> *mut c_char;
+/// Drops a closure's context.
+pub(crate) type DropContext = unsafe extern "C" fn(*mut c_void);
+/// An error's text, or null.
+pub(crate) type ErrorText = *mut c_char;
+
+/// `phalanx::ReadyHook`.
+#[repr(C)]
+pub(crate) struct RawHook {
+    _private: [u8; 0],
+}
+
+/// `phalanx::Parameter`.
+#[repr(C)]
+pub(crate) struct RawParameter {
+    _private: [u8; 0],
+}
+
+unsafe extern "C" {
+    pub(crate) fn strdup(text: *const c_char) -> *mut c_char;
+    pub(crate) fn phx_free(pointer: *mut c_void);
+
+    pub(crate) fn phx_apply(
+        inputs: *const RawTensor,
+        num_in: usize,
+        outputs: *mut RawTensor,
+        num_out: usize,
+        forward_context: *mut c_void,
+        forward: Call,
+        backward_context: *mut c_void,
+        backward: Call,
+        drop: DropContext,
+    ) -> ErrorText;
+    pub(crate) fn phx_post_accumulate_hook(
+        tensor: RawTensor,
+        context: *mut c_void,
+        call: Call,
+        drop: DropContext,
+    ) -> ErrorText;
+    pub(crate) fn phx_gradient_hook(
+        tensor: RawTensor,
+        context: *mut c_void,
+        call: Call,
+        drop: DropContext,
+    ) -> ErrorText;
+    pub(crate) fn phx_backward(
+        outputs: *const RawTensor,
+        given: *const RawTensor,
+        num_out: usize,
+        inputs: *const RawTensor,
+        num_in: usize,
+        gradients: *mut RawTensor,
+        keep_graph: bool,
+    ) -> ErrorText;
+
+    pub(crate) fn phx_fused_adamw(
+        parameters: *const RawTensor,
+        gradients: *const RawTensor,
+        first_moments: *const RawTensor,
+        second_moments: *const RawTensor,
+        count: usize,
+        step: RawTensor,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> ErrorText;
+    pub(crate) fn phx_global_norm(
+        list: *const RawTensor,
+        count: usize,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_foreach_mul(list: *const RawTensor, count: usize, factor: f64) -> ErrorText;
+    pub(crate) fn phx_foreach_mul_tensor(
+        list: *const RawTensor,
+        count: usize,
+        factor: RawTensor,
+    ) -> ErrorText;
+
+    pub(crate) fn phx_hook_new(out: *mut *mut RawHook) -> ErrorText;
+    pub(crate) fn phx_hook_set(
+        hook: *mut RawHook,
+        context: *mut c_void,
+        function: Ready,
+        drop: DropContext,
+    ) -> ErrorText;
+    pub(crate) fn phx_hook_clear(hook: *mut RawHook) -> ErrorText;
+    pub(crate) fn phx_hook_free(hook: *mut RawHook);
+    pub(crate) fn phx_parameter_new(
+        weight: RawTensor,
+        gradient: RawTensor,
+        index: usize,
+        hook: *mut RawHook,
+        out: *mut *mut RawParameter,
+    ) -> ErrorText;
+    pub(crate) fn phx_parameter_share(parameter: *mut RawParameter) -> *mut RawParameter;
+    pub(crate) fn phx_parameter_free(parameter: *mut RawParameter);
+
+    pub(crate) fn phx_linear(
+        x: RawTensor,
+        weight: *mut RawParameter,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_embedding(
+        tokens: RawTensor,
+        weight: *mut RawParameter,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_rms_norm(
+        x: RawTensor,
+        weight: *mut RawParameter,
+        eps: f64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_add_rms_norm(
+        x: RawTensor,
+        residual: RawTensor,
+        weight: *mut RawParameter,
+        eps: f64,
+        normed: *mut RawTensor,
+        sum: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_rope_qkv(
+        qkv: RawTensor,
+        cos: RawTensor,
+        sin: RawTensor,
+        heads: i64,
+        kv_heads: i64,
+        head_dim: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_swiglu(gate_up: RawTensor, out: *mut RawTensor) -> ErrorText;
+    pub(crate) fn phx_attention(
+        q: RawTensor,
+        k: RawTensor,
+        v: RawTensor,
+        lengths: *const i64,
+        counts: *const i64,
+        num_rows: usize,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_head_loss(
+        x: RawTensor,
+        weight: *mut RawParameter,
+        targets: RawTensor,
+        scale: f64,
+        chunk: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+}
