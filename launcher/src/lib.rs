@@ -1,1 +1,18 @@
-//! To be written.
+//! The launcher: everything that `phalanx` does without torch.
+//!
+//! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
+//! resolves what depends on this machine; [`start`] begins and resumes runs; [`supervisor`] runs
+//! the ranks; [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files.
+
+pub mod cancel;
+pub mod cli;
+pub mod error;
+pub mod logs;
+pub mod machine;
+pub mod runs;
+pub mod start;
+pub mod status;
+pub mod supervisor;
+pub mod time;
+pub mod view;
+pub mod why;

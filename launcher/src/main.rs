@@ -1,2 +1,5 @@
-//! To be written.
-fn main() {}
+//! The binary `phalanx`.
+
+fn main() {
+    std::process::exit(launcher::cli::main());
+}

@@ -123,7 +123,7 @@ impl Decoder {
     }
 
     /// The next whole message, or `None` until more bytes come.
-    pub fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
+    pub fn next_message<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
         let Some(header) = self.buffer.first_chunk::<HEADER_BYTES>() else { return Ok(None) };
         let length = u32::from_be_bytes(*header) as usize;
         checked_length(length)?;
@@ -170,7 +170,7 @@ mod tests {
         check_refused(&framed(r#"{"v":1,"m":{"unknown":1}}"#), "no message");
         let mut decoder = Decoder::default();
         decoder.push(&u32::MAX.to_be_bytes());
-        assert!(matches!(decoder.next::<FromRank>(), Err(FrameError::TooLong { .. })));
+        assert!(matches!(decoder.next_message::<FromRank>(), Err(FrameError::TooLong { .. })));
     }
 
     #[test]
@@ -203,7 +203,7 @@ mod tests {
             let mut decoded = Vec::new();
             for piece in bytes.chunks(piece) {
                 decoder.push(piece);
-                while let Some(message) = decoder.next::<FromRank>().unwrap() {
+                while let Some(message) = decoder.next_message::<FromRank>().unwrap() {
                     decoded.push(message);
                 }
             }
@@ -219,7 +219,7 @@ mod tests {
             let _ = read::<FromRank>(&mut &bytes[..]);
             let mut decoder = Decoder::default();
             decoder.push(&bytes);
-            let _ = decoder.next::<FromRank>();
+            let _ = decoder.next_message::<FromRank>();
         }
     }
 }

@@ -1,0 +1,80 @@
+//! What a user can type. Each verb is a module with its arguments and a `run`.
+
+use crate::error::UserError;
+use crate::{cancel, logs, machine, start, status, why};
+use clap::{Parser, Subcommand};
+use rank_protocol::exit_code;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Trains Llama-3-class language models on many ranks, from one YAML file.
+#[derive(Debug, Parser)]
+#[command(name = "phalanx", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Train here.
+    Run(start::RunArgs),
+    /// Continue a run from its newest good checkpoint.
+    Resume(start::ResumeArgs),
+    /// Show what a run does; without a name, all runs.
+    Status(status::StatusArgs),
+    /// Show what the ranks wrote.
+    Logs(logs::LogsArgs),
+    /// Name the first cause of a run's last failure.
+    Why(why::WhyArgs),
+    /// Stop a run: finish the step, save.
+    Cancel(cancel::CancelArgs),
+    /// Let a trained model write; see `phalanx generate --help`.
+    #[command(disable_help_flag = true)]
+    Generate(GenerateArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct GenerateArgs {
+    /// Passed on to the trainer.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+/// Runs the command line of this process; returns its exit code.
+pub fn main() -> i32 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Asking for help or the version is no mistake.
+            let _ = error.print();
+            return if error.use_stderr() { exit_code::CONFIG } else { exit_code::DONE };
+        }
+    };
+    let result = match cli.verb {
+        Verb::Run(args) => start::run(args),
+        Verb::Resume(args) => start::resume(args),
+        Verb::Status(args) => status::run(args),
+        Verb::Logs(args) => logs::run(args),
+        Verb::Why(args) => why::run(args),
+        Verb::Cancel(args) => cancel::run(args),
+        Verb::Generate(args) => generate(args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("{error}");
+        error.code
+    })
+}
+
+/// Becomes the trainer.
+fn generate(args: GenerateArgs) -> Result<i32, UserError> {
+    let trainer = machine::trainer()?;
+    let mut command = Command::new(&trainer);
+    command.arg("generate").args(args.args);
+    if let Some(path) = machine::library_path(run_config::DeviceKind::Auto)? {
+        command.env(rank_protocol::env::LIBRARY_PATH, path);
+    }
+    let error = command.exec();
+    Err(UserError::failed(format!("cannot start {}: {error}", trainer.display())))
+}

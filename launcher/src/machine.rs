@@ -1,0 +1,165 @@
+//! What depends on this machine: cores, GPUs, the trainer's binary, and libtorch.
+
+use crate::error::UserError;
+use rank_protocol::env;
+use run_config::{ClusterKind, DeviceKind, Loaded, RunConfig};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longest time that python3 may take to say where its torch is.
+const PYTHON_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Prints torch's folder without importing it, which would take seconds.
+const FIND_TORCH: &str = "import importlib.util as u; s = u.find_spec('torch'); \
+                          print(s.submodule_search_locations[0] if s else '')";
+
+/// A config with every `auto` of this machine resolved.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The config and its notes.
+    pub loaded: Loaded,
+    /// Ranks to start here.
+    pub world_size: usize,
+    /// CPU threads of each.
+    pub threads: usize,
+}
+
+/// Cores that this process may use.
+pub fn num_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// GPUs of this machine.
+pub fn num_gpus() -> usize {
+    let entries = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten();
+    entries.count()
+}
+
+/// Loads the config at `path` and resolves `ranks_per_node` and `threads_per_rank`, once: what they
+/// came to is part of the config from then on. `is_new_split`: forget the threads that the file
+/// holds, because the number of ranks is about to change.
+pub fn resolve(path: &Path, set: &[String], is_new_split: bool) -> Result<Resolved, UserError> {
+    let mut overrides = set.to_vec();
+    if is_new_split && !set.iter().any(|set| set.starts_with("cluster.threads_per_rank=")) {
+        overrides.push("cluster.threads_per_rank=auto".into());
+    }
+    let cluster = RunConfig::load(path, &overrides)?.config.cluster;
+    refuse_other_clusters(cluster.kind, cluster.nodes)?;
+    let ranks = match (cluster.ranks_per_node, cluster.device) {
+        (Some(ranks), _) => ranks,
+        (None, DeviceKind::Cpu) => 1,
+        (None, _) => num_gpus().max(1),
+    };
+    let cores = num_cores();
+    let threads = cluster.threads_per_rank.unwrap_or((cores / ranks.max(1)).max(1));
+    overrides.push(format!("cluster.ranks_per_node={ranks}"));
+    overrides.push(format!("cluster.threads_per_rank={threads}"));
+    let loaded = RunConfig::load(path, &overrides)?;
+    Ok(Resolved { loaded, world_size: ranks, threads })
+}
+
+fn refuse_other_clusters(kind: ClusterKind, nodes: usize) -> Result<(), UserError> {
+    if kind != ClusterKind::Local {
+        let message = format!("cluster.kind: {kind:?} is not supported yet; the limit is local");
+        return Err(UserError::usage(message.to_lowercase()));
+    }
+    if nodes != 1 {
+        let message = format!("cluster.nodes: {nodes} is not supported yet; the limit is 1");
+        return Err(UserError::usage(message));
+    }
+    Ok(())
+}
+
+/// Says where more is asked of this machine than it has.
+pub fn warning(resolved: &Resolved) -> Option<String> {
+    let (ranks, cores) = (resolved.world_size, num_cores());
+    (ranks > cores).then(|| {
+        format!("{ranks} ranks share {cores} cores: they will wait for each other at every step")
+    })
+}
+
+/// The trainer's binary: beside the launcher's own, or where `$PHALANX_TRAINER` says.
+pub fn trainer() -> Result<PathBuf, UserError> {
+    let given = std::env::var_os(env::TRAINER).map(PathBuf::from);
+    let beside = || {
+        let own = std::env::current_exe().ok()?;
+        Some(own.parent()?.join("phalanx-trainer"))
+    };
+    let path = given.or_else(beside).unwrap_or_else(|| "phalanx-trainer".into());
+    if path.is_file() {
+        return Ok(path);
+    }
+    let error = UserError::usage(format!("there is no trainer at {}", path.display()));
+    Err(error.hint(format!("build both binaries (cargo build), or set {}", env::TRAINER)))
+}
+
+/// Where the dynamic linker shall look for libtorch before its own places: the given one, or on a
+/// machine with a GPU the python3 one with CUDA. `None`: what the trainer was built with.
+pub fn library_path(device: DeviceKind) -> Result<Option<OsString>, UserError> {
+    let folders = match std::env::var_os(env::LIBTORCH) {
+        Some(given) => {
+            let lib = Path::new(&given).join("lib");
+            if !lib.join("libtorch_cpu.so").is_file() {
+                return Err(UserError::usage(format!(
+                    "{} is {}, and there is no lib/libtorch_cpu.so in it",
+                    env::LIBTORCH,
+                    Path::new(&given).display()
+                )));
+            }
+            vec![lib]
+        }
+        None if device != DeviceKind::Cpu && Path::new("/dev/nvidiactl").exists() => {
+            python_torch().map(|torch| cuda_folders(&torch)).unwrap_or_default()
+        }
+        None => Vec::new(),
+    };
+    if folders.is_empty() {
+        return Ok(None);
+    }
+    let before = std::env::var_os(env::LIBRARY_PATH).unwrap_or_default();
+    let all = folders.into_iter().chain(std::env::split_paths(&before));
+    let all = all.filter(|folder| !folder.as_os_str().is_empty());
+    std::env::join_paths(all).map(Some).map_err(|error| UserError::usage(error.to_string()))
+}
+
+/// torch's own libraries, and the NVIDIA packages beside it (NCCL is one), where it has CUDA.
+fn cuda_folders(torch: &Path) -> Vec<PathBuf> {
+    let lib = torch.join("lib");
+    if !lib.join("libtorch_cuda.so").is_file() {
+        return Vec::new();
+    }
+    let nvidia = torch.parent().map(|packages| packages.join("nvidia"));
+    let packages = nvidia.into_iter().filter_map(|nvidia| std::fs::read_dir(nvidia).ok()).flatten();
+    let mut folders: Vec<PathBuf> = packages
+        .flatten()
+        .map(|entry| entry.path().join("lib"))
+        .filter(|folder| folder.is_dir())
+        .collect();
+    folders.sort();
+    folders.insert(0, lib);
+    folders
+}
+
+fn python_torch() -> Option<PathBuf> {
+    let mut python = Command::new("python3")
+        .args(["-c", FIND_TORCH])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .ok()?;
+    let deadline = Instant::now() + PYTHON_TIMEOUT;
+    while python.try_wait().ok()?.is_none() {
+        if Instant::now() >= deadline {
+            let _ = python.kill();
+            let _ = python.wait();
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output = python.wait_with_output().ok()?;
+    let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
+    path.is_dir().then_some(path)
+}

@@ -1,0 +1,287 @@
+//! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
+
+use crate::error::UserError;
+use crate::machine::{self, Resolved};
+use crate::runs::{self, History, RunLock};
+use crate::supervisor::record::write_whole;
+use crate::supervisor::restore::{Branch, is_current};
+use crate::supervisor::run::{Plan, supervise};
+use crate::view::View;
+use checkpoint_format::scan::scan;
+use rank_protocol::{RunDir, exit_code};
+use run_config::RunConfig;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What `run` and `resume` share.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Options {
+    /// Override a key of the config; the value is YAML. Repeatable.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Print each step's report as a JSON line on standard output, and nothing else there.
+    #[arg(long)]
+    pub json: bool,
+    /// Profile a range of steps, both ends included.
+    #[arg(long, value_name = "steps=A..B", value_parser = profile_steps)]
+    pub profile: Option<(u64, u64)>,
+}
+
+/// Arguments of `phalanx run`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunArgs {
+    /// The run config, a YAML file.
+    pub config: PathBuf,
+    /// Shared options.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// Arguments of `phalanx resume`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ResumeArgs {
+    /// The run's directory or name.
+    pub run: String,
+    /// Continue from this step's checkpoint instead of the newest.
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Begin again from the initial weights, where the run has no good checkpoint.
+    #[arg(long, conflicts_with = "step")]
+    pub from_start: bool,
+    /// Shared options.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+fn profile_steps(text: &str) -> Result<(u64, u64), String> {
+    let range = text.strip_prefix("steps=").and_then(|range| range.split_once(".."));
+    let ends = range.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    match ends {
+        Some((first, last)) if 1 <= first && first <= last => Ok((first, last)),
+        _ => Err("expected steps=A..B with 1 <= A <= B".into()),
+    }
+}
+
+/// Begins a new run; returns the exit code.
+pub fn run(args: RunArgs) -> Result<i32, UserError> {
+    let resolved = machine::resolve(&args.config, &args.options.set, false)?;
+    let prepared = prepare(&resolved)?;
+    let config = &resolved.loaded.config;
+    let run = runs::create(&config.name)?;
+    let lock = RunLock::take(&run)?;
+    write_config(&run, config)?;
+    let run_id = new_run_id(&config.name);
+    let begun = vec![(
+        "run_started",
+        json!({
+            "run_id": run_id,
+            "name": config.name,
+            "pid": std::process::id(),
+            "steps": config.training.steps,
+            "world_size": resolved.world_size,
+            "config_hash": config.hash(),
+        }),
+    )];
+    let history = History { run_id: Some(run_id), ..History::default() };
+    go(lock, run, resolved, prepared, history, Start::default(), &args.options, begun)
+}
+
+/// Continues a run; returns the exit code.
+pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+    let run = runs::find(&args.run)?;
+    let lock = RunLock::take(&run)?;
+    let history = runs::history(&run)?;
+    let set = &args.options.set;
+    let before = RunConfig::load(&run.config(), &[])?.config;
+    let is_new_split = set.iter().any(|set| set.starts_with("cluster.ranks_per_node="));
+    let resolved = machine::resolve(&run.config(), set, is_new_split)?;
+    let config = &resolved.loaded.config;
+    if config.name != before.name {
+        let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
+        return Err(UserError::usage(message));
+    }
+    let start = choose_start(&run, &history, &args)?;
+    if let (Some(step), None) = (start.committed, args.step)
+        && step >= config.training.steps
+    {
+        eprintln!("run {} has finished: step {step} of {}", config.name, config.training.steps);
+        return Ok(exit_code::DONE);
+    }
+    let prepared = prepare(&resolved)?;
+    let mut begun = vec![(
+        "run_resumed",
+        json!({
+            "step": start.committed,
+            "pid": std::process::id(),
+            "steps": config.training.steps,
+            "world_size": resolved.world_size,
+            "config_hash": config.hash(),
+        }),
+    )];
+    if let Some(branch) = start.branch {
+        let fields = json!({ "step": branch.step, "first_generation": branch.generation });
+        begun.push(("went_back", fields));
+    }
+    let changes = differences(&before, config);
+    if !changes.is_empty() {
+        write_config(&run, config)?;
+        begun.push(("config_changed", json!({ "changes": changes })));
+    }
+    go(lock, run, resolved, prepared, history, start, &args.options, begun)
+}
+
+/// Where a resumed run continues.
+#[derive(Clone, Debug, Default)]
+struct Start {
+    /// Newest good step; `None`: from the initial weights.
+    committed: Option<u64>,
+    /// The step that was asked for.
+    first_step: Option<u64>,
+    /// Set where that is not the newest.
+    branch: Option<Branch>,
+}
+
+fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
+    let scan = scan(&run.checkpoints()).map_err(|error| UserError::failed(error.to_string()))?;
+    let is_current = |found: &&checkpoint_format::scan::Found| {
+        is_current(found.step, found.generation, &history.branches)
+    };
+    let newest = scan.committed.iter().rev().find(is_current).map(|found| found.step);
+    let name = runs::name_of(run);
+    if let Some(step) = args.step {
+        if !scan.committed.iter().any(|found| found.step == step) {
+            let steps: Vec<String> =
+                scan.committed.iter().map(|found| found.step.to_string()).collect();
+            let error =
+                UserError::usage(format!("run {name} has no good checkpoint of step {step}"));
+            return Err(error.hint(format!("it has: {}", steps.join(", "))));
+        }
+        let generation = history.last_generation + 1;
+        let branch = (Some(step) != newest).then_some(Branch { step, generation });
+        return Ok(Start { committed: Some(step), first_step: Some(step), branch });
+    }
+    match (newest, args.from_start) {
+        (Some(step), true) => {
+            let error = UserError::usage(format!(
+                "run {name} has a good checkpoint of step {step}: --from-start is for runs without"
+            ));
+            Err(error.hint("start a new run with --set name=…"))
+        }
+        (Some(step), false) => Ok(Start { committed: Some(step), first_step: None, branch: None }),
+        (None, true) => Ok(Start::default()),
+        (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
+    }
+}
+
+fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> UserError {
+    let again = "--from-start begins again from the initial weights";
+    match history.committed {
+        Some(step) => UserError::usage(format!(
+            "run {name} committed step {step}, and no good checkpoint is left \
+             ({num_damaged} damaged)"
+        ))
+        .hint(format!("`phalanx checkpoint verify {name}` says what is wrong; {again}")),
+        None => {
+            UserError::usage(format!("run {name} ended before its first checkpoint")).hint(again)
+        }
+    }
+}
+
+/// What must be there before a directory is made.
+struct Prepared {
+    trainer: PathBuf,
+    library_path: Option<std::ffi::OsString>,
+}
+
+fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
+    for note in &resolved.loaded.notes {
+        eprintln!("{note}");
+    }
+    if let Some(warning) = machine::warning(resolved) {
+        eprintln!("warning: {warning}");
+    }
+    let device = resolved.loaded.config.cluster.device;
+    Ok(Prepared { trainer: machine::trainer()?, library_path: machine::library_path(device)? })
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is made by the caller, once, and moved in")]
+fn go(
+    lock: RunLock,
+    run: RunDir,
+    resolved: Resolved,
+    prepared: Prepared,
+    history: History,
+    start: Start,
+    options: &Options,
+    begun: Vec<(&'static str, Value)>,
+) -> Result<i32, UserError> {
+    let config = resolved.loaded.config;
+    let run_id = history.run_id.unwrap_or_else(|| new_run_id(&config.name));
+    let mut branches = history.branches;
+    branches.extend(start.branch);
+    let plan = Plan {
+        run,
+        run_id,
+        world_size: resolved.world_size,
+        threads: resolved.threads,
+        trainer: prepared.trainer,
+        library_path: prepared.library_path,
+        last_generation: history.last_generation,
+        committed: start.committed,
+        branches,
+        first_step: start.first_step,
+        restarts: history.restarts,
+        profile_steps: options.profile,
+        config,
+    };
+    let code = supervise(plan, View::start(options.json), begun)
+        .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
+    drop(lock);
+    Ok(code)
+}
+
+fn write_config(run: &RunDir, config: &RunConfig) -> Result<(), UserError> {
+    let path = run.config();
+    write_whole(&path, config.to_yaml().as_bytes())
+        .map_err(|error| UserError::failed(format!("cannot write {}: {error}", path.display())))
+}
+
+/// Differs for two runs of one name, also on two machines at once.
+fn new_run_id(name: &str) -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{name}-{:x}-{:x}", since.as_nanos(), std::process::id())
+}
+
+/// The keys in which two configs differ, with both values.
+fn differences(before: &RunConfig, after: &RunConfig) -> Vec<Value> {
+    let flat = |config: &RunConfig| {
+        let mut out = Vec::new();
+        flatten("", &serde_json::to_value(config).unwrap_or_default(), &mut out);
+        out
+    };
+    let (before, after) = (flat(before), flat(after));
+    let value_in = |list: &[(String, Value)], key: &str| {
+        list.iter().find(|(k, _)| k == key).map_or(Value::Null, |(_, value)| value.clone())
+    };
+    let mut keys: Vec<&String> = before.iter().chain(&after).map(|(key, _)| key).collect();
+    keys.sort();
+    keys.dedup();
+    keys.into_iter()
+        .map(|key| (key, value_in(&before, key), value_in(&after, key)))
+        .filter(|(_, old, new)| old != new)
+        .map(|(key, old, new)| json!({ "key": key, "old": old, "new": new }))
+        .collect()
+}
+
+fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, Value)>) {
+    match value {
+        Value::Object(object) => {
+            for (key, value) in object {
+                let dot = if prefix.is_empty() { "" } else { "." };
+                flatten(&format!("{prefix}{dot}{key}"), value, out);
+            }
+        }
+        other => out.push((prefix.to_owned(), other.clone())),
+    }
+}

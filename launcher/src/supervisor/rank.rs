@@ -1,0 +1,173 @@
+//! The tasks of one rank: what it says, what it is told, what it logs, and its end.
+
+use super::cause::Exit;
+use super::relay::{RankLog, relay};
+use super::unix::{Group, Process, Spawned, spawn};
+use rank_protocol::frame::{self, Decoder};
+use rank_protocol::{FromRank, ToRank};
+use std::cell::RefCell;
+use std::process::Command;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+
+/// Messages that wait for a rank to read them; a rank that leaves more unread is killed.
+const NUM_QUEUED: usize = 1024;
+/// After a rank's end, the time in which its last messages and lines must have been read.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// What the tasks of ranks tell the supervisor.
+#[derive(Debug)]
+pub struct Input {
+    /// Generation of the rank; an older one than the current is dropped.
+    pub generation: u64,
+    /// Rank.
+    pub rank: usize,
+    /// What happened.
+    pub news: News,
+}
+
+/// What happened to a rank.
+#[derive(Debug)]
+pub enum News {
+    /// It said something.
+    Message(FromRank),
+    /// It said something that is no message.
+    Garbled(String),
+    /// Its process ended, and everything it said before has been passed on.
+    Exited {
+        /// How.
+        exit: Exit,
+        /// What it wrote last.
+        last_lines: Vec<String>,
+    },
+}
+
+/// A running rank, for the supervisor.
+#[derive(Debug)]
+pub struct RankHandle {
+    /// Process id.
+    pub pid: u32,
+    group: Group,
+    outbox: mpsc::Sender<ToRank>,
+}
+
+impl RankHandle {
+    /// Queues a message; a rank that does not read is killed.
+    pub fn tell(&self, message: ToRank) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbox.try_send(message) {
+            tracing::error!("process {} reads no messages: killing it", self.pid);
+            self.group.kill();
+        }
+    }
+
+    /// SIGTERM to its process group.
+    pub fn terminate(&self) {
+        self.group.terminate();
+    }
+
+    /// SIGKILL to its process group.
+    pub fn kill(&self) {
+        self.group.kill();
+    }
+}
+
+/// Starts a rank and its tasks, on the current thread's `LocalSet`.
+pub fn start(
+    command: Command,
+    generation: u64,
+    rank: usize,
+    log: RankLog,
+    inputs: mpsc::Sender<Input>,
+) -> std::io::Result<RankHandle> {
+    let Spawned { process, control, stdout, stderr } = spawn(command)?;
+    let (pid, group) = (process.pid(), process.group());
+    let (reader, writer) = match UnixStream::from_std(control) {
+        Ok(stream) => stream.into_split(),
+        Err(error) => {
+            group.kill();
+            return Err(error);
+        }
+    };
+    let (outbox, messages) = mpsc::channel(NUM_QUEUED);
+    tokio::task::spawn_local(write(writer, messages));
+    tokio::task::spawn_local(async move {
+        let stdout = stdout.and_then(|pipe| tokio::process::ChildStdout::from_std(pipe).ok());
+        let stderr = stderr.and_then(|pipe| tokio::process::ChildStderr::from_std(pipe).ok());
+        let log = RefCell::new(log);
+        let told = |news| inputs.send(Input { generation, rank, news });
+        let said = async {
+            let logged = async {
+                if let (Some(stdout), Some(stderr)) = (stdout, stderr) {
+                    relay(&log, stdout, stderr).await;
+                }
+            };
+            tokio::join!(read(reader, &told), logged);
+        };
+        let exit = until_the_end(process, said).await;
+        let last_lines = log.borrow().last_lines();
+        let _ = told(News::Exited { exit, last_lines }).await;
+    });
+    Ok(RankHandle { pid, group, outbox })
+}
+
+/// Listens until the process has ended and all it said has been passed on.
+async fn until_the_end(process: Process, said: impl Future<Output = ()>) -> Exit {
+    let mut said = std::pin::pin!(said);
+    let mut ended = std::pin::pin!(process.wait());
+    tokio::select! {
+        exit = &mut ended => {
+            let _ = tokio::time::timeout(DRAIN, said).await;
+            exit
+        }
+        () = &mut said => ended.await,
+    }
+}
+
+async fn read<F: Future<Output = Result<(), mpsc::error::SendError<Input>>>>(
+    mut reader: OwnedReadHalf,
+    told: &impl Fn(News) -> F,
+) {
+    let mut decoder = Decoder::default();
+    let mut buffer = vec![0; 16 << 10];
+    loop {
+        let count = match reader.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(count) => count,
+        };
+        decoder.push(&buffer[..count]);
+        loop {
+            let news = match decoder.next_message() {
+                Ok(Some(message)) => News::Message(message),
+                Ok(None) => break,
+                Err(error) => {
+                    let _ = told(News::Garbled(error.to_string())).await;
+                    return;
+                }
+            };
+            if told(news).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Writes until the supervisor drops its handle, and so keeps the socket open as long: its end is
+/// the rank's.
+async fn write(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<ToRank>) {
+    while let Some(message) = messages.recv().await {
+        let frame = match frame::encode(&message) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!("a message to a rank was dropped: {error}");
+                continue;
+            }
+        };
+        if writer.write_all(&frame).await.is_err() {
+            // The rank is gone; its exit is reported by another task.
+            return;
+        }
+    }
+}

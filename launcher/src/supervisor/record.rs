@@ -1,0 +1,227 @@
+//! The files that the launcher keeps about a run: events, status, error files.
+//!
+//! A file that cannot be written does not end a run: training goes on, and the screen says so.
+
+use super::cause::Cause;
+use rank_protocol::jsonl::Appender;
+use rank_protocol::{RunDir, StepReport};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Time between two writes of the status while nothing but steps happens.
+const STATUS_EVERY: Duration = Duration::from_millis(500);
+
+/// `status.json`: the launcher's last word on the state of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of the run.
+    pub name: String,
+    /// Identity of the run.
+    pub run_id: String,
+    /// Process id of its launcher.
+    pub pid: u32,
+    /// `starting`, `running`, `restarting`, `stopping`; at the end `finished`, `preempted`,
+    /// `interrupted` or `failed`; and `lost` for readers, where the launcher is gone without a word.
+    pub state: String,
+    /// Generation.
+    pub generation: u64,
+    /// Last step done.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Loss of the last step.
+    pub loss: Option<f64>,
+    /// The last loss on held-out documents.
+    pub validation_loss: Option<f64>,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Tokens per second, over the last steps.
+    pub tokens_per_second: Option<f64>,
+    /// Time left, in seconds.
+    pub eta_s: Option<f64>,
+    /// Newest committed step.
+    pub last_checkpoint: Option<u64>,
+    /// Generations that were started because the one before had failed.
+    pub restarts: u64,
+    /// When the launcher started.
+    pub started: String,
+    /// When this was written.
+    pub updated: String,
+    /// Exit code, at the end.
+    pub exit_code: Option<i32>,
+    /// Why it ended.
+    pub reason: Option<String>,
+    /// The ranks of the current generation.
+    pub ranks: Vec<RankStatus>,
+}
+
+/// One rank in `status.json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RankStatus {
+    /// Rank.
+    pub rank: usize,
+    /// Process id.
+    pub pid: u32,
+    /// `starting`, `running`, `finished`, `stopped`, `done` or `failed`.
+    pub state: String,
+    /// What it does.
+    pub phase: String,
+    /// Last step it did in this generation.
+    pub step: Option<u64>,
+}
+
+/// Writes the files.
+pub struct Recorder {
+    run: RunDir,
+    events: Option<Appender>,
+    /// The status as it will next be written.
+    pub status: Status,
+    written: Option<Instant>,
+    mean_step_s: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct EventLine<'a> {
+    time: String,
+    kind: &'a str,
+    generation: u64,
+    #[serde(flatten)]
+    fields: Map<String, Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ErrorFile {
+    time: String,
+    generation: u64,
+    is_first_cause: bool,
+    #[serde(flatten)]
+    cause: Cause,
+    log: String,
+}
+
+impl Recorder {
+    /// For a run whose directory is there.
+    pub fn open(run: RunDir, status: Status) -> Self {
+        let events = Appender::open(&run.events());
+        if let Err(error) = &events {
+            tracing::error!("no events are written: {error}");
+        }
+        Self { run, events: events.ok(), status, written: None, mean_step_s: None }
+    }
+
+    /// Writes an event; `fields` is an object.
+    pub fn event(&mut self, kind: &str, fields: Value) {
+        let fields = match fields {
+            Value::Object(fields) => fields,
+            _ => Map::new(),
+        };
+        let generation = self.status.generation;
+        let line = EventLine { time: crate::time::now(), kind, generation, fields };
+        let result = self.events.as_mut().map(|events| events.append(&line));
+        if let Some(Err(error)) = result {
+            tracing::error!("an event was not written: {error}");
+        }
+    }
+
+    /// Writes a rank's error file and its event.
+    pub fn failure(&mut self, cause: &Cause) {
+        self.error_file(cause, false);
+        self.event("rank_failed", self.describe(cause));
+    }
+
+    /// Marks the first cause in its error file and writes its event.
+    pub fn first_cause(&mut self, cause: &Cause) {
+        self.error_file(cause, true);
+        self.event("first_cause", self.describe(cause));
+    }
+
+    fn describe(&self, cause: &Cause) -> Value {
+        json!({
+            "rank": cause.rank,
+            "class": cause.class,
+            "phase": cause.phase,
+            "step": cause.step,
+            "exit": cause.exit.describe(),
+            "message": cause.lines.first(),
+            "error_file": self.relative(&self.run.error(self.status.generation, cause.rank)),
+        })
+    }
+
+    fn relative(&self, path: &Path) -> String {
+        path.strip_prefix(self.run.root()).unwrap_or(path).display().to_string()
+    }
+
+    fn error_file(&self, cause: &Cause, is_first_cause: bool) {
+        let generation = self.status.generation;
+        let path = self.run.error(generation, cause.rank);
+        let file = ErrorFile {
+            time: crate::time::now(),
+            generation,
+            is_first_cause,
+            cause: cause.clone(),
+            log: self.relative(&self.run.log(generation, cause.rank)),
+        };
+        let written = std::fs::create_dir_all(self.run.errors(generation))
+            .and_then(|()| Ok(serde_json::to_vec_pretty(&file)?))
+            .and_then(|bytes| write_whole(&path, &bytes));
+        if let Err(error) = written {
+            tracing::error!("cannot write {}: {error}", path.display());
+        }
+    }
+
+    /// Takes a step into the status; returns the time left in seconds.
+    pub fn step(&mut self, report: &StepReport) -> Option<f64> {
+        let mean = match self.mean_step_s {
+            Some(mean) => mean + (report.step_time_s - mean) * 0.1,
+            None => report.step_time_s,
+        };
+        self.mean_step_s = mean.is_finite().then_some(mean);
+        let status = &mut self.status;
+        status.step = report.step;
+        status.loss = report.loss.is_finite().then_some(report.loss);
+        status.validation_loss = report.validation_loss.or(status.validation_loss);
+        status.tokens = report.tokens;
+        let speed = report.tokens_per_second;
+        status.tokens_per_second = speed.is_finite().then_some(speed);
+        let left = status.steps.saturating_sub(report.step);
+        status.eta_s = self.mean_step_s.map(|mean| mean * left as f64);
+        status.eta_s
+    }
+
+    /// A new generation's first step is slow and does not count for the time left.
+    pub fn forget_speed(&mut self) {
+        self.mean_step_s = None;
+        self.status.eta_s = None;
+    }
+
+    /// When the status is next to be written.
+    pub fn next_write(&self) -> Instant {
+        self.written.map_or_else(Instant::now, |written| written + STATUS_EVERY)
+    }
+
+    /// Writes the status.
+    pub fn write_status(&mut self) {
+        self.status.updated = crate::time::now();
+        let path = self.run.status();
+        let written = serde_json::to_vec_pretty(&self.status)
+            .map_err(std::io::Error::from)
+            .and_then(|bytes| write_whole(&path, &bytes));
+        if let Err(error) = written {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
+        self.written = Some(Instant::now());
+    }
+}
+
+/// Replaces a file at once, so that no reader sees a part; leaves no temporary file behind.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let result = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
+    if result.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    result
+}

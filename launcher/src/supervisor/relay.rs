@@ -1,0 +1,138 @@
+//! Passes on what a rank writes: JSON lines into its log file, and under a rank span to the screen.
+//!
+//! A rank writes JSON tracing lines to its standard error; whatever else it or a library writes
+//! (an abort message, say) becomes the message of a line.
+
+use serde_json::{Map, Value, json};
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+
+/// Longest line that is kept whole; a longer one is broken.
+const MAX_LINE_BYTES: u64 = 64 << 10;
+/// Lines kept for a cause that the rank itself does not report.
+const NUM_LAST_LINES: usize = 20;
+
+/// The log of one rank in one generation.
+#[derive(Debug)]
+pub struct RankLog {
+    file: Option<File>,
+    rank: usize,
+    span: tracing::Span,
+    last_lines: VecDeque<String>,
+}
+
+impl RankLog {
+    /// Opens the file; without it (no space left, say) lines still reach the screen.
+    pub fn open(path: &Path, rank: usize) -> Self {
+        let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        let file = made.and_then(|()| OpenOptions::new().create(true).append(true).open(path));
+        if let Err(error) = &file {
+            tracing::warn!("cannot write {}: {error}", path.display());
+        }
+        let span = tracing::info_span!("rank", rank);
+        Self { file: file.ok(), rank, span, last_lines: VecDeque::new() }
+    }
+
+    /// What the rank wrote last that may say why it failed.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.last_lines.iter().cloned().collect()
+    }
+
+    fn take(&mut self, line: &str, stream: &str) {
+        let (mut object, is_structured) = match serde_json::from_str(line) {
+            Ok(Value::Object(object)) => (object, true),
+            _ => (plain(line, stream), false),
+        };
+        object.insert("rank".into(), self.rank.into());
+        let level = object.get("level").and_then(Value::as_str).unwrap_or("INFO").to_owned();
+        let text = text_of(&object);
+        if !is_structured || level == "ERROR" {
+            if self.last_lines.len() == NUM_LAST_LINES {
+                self.last_lines.pop_front();
+            }
+            self.last_lines.push_back(text.clone());
+        }
+        self.show(&level, &text);
+        let Some(file) = &mut self.file else { return };
+        let written =
+            serde_json::to_vec(&object).map_err(std::io::Error::from).and_then(|mut l| {
+                l.push(b'\n');
+                file.write_all(&l)
+            });
+        if let Err(error) = written {
+            tracing::warn!("the log of rank {} ends here: {error}", self.rank);
+            self.file = None;
+        }
+    }
+
+    /// Rank 0 speaks for all, unless something is wrong.
+    fn show(&self, level: &str, text: &str) {
+        let _entered = self.span.enter();
+        match level {
+            "ERROR" => tracing::error!("{text}"),
+            "WARN" => tracing::warn!("{text}"),
+            "INFO" if self.rank == 0 => tracing::info!("{text}"),
+            _ => tracing::debug!("{text}"),
+        }
+    }
+}
+
+fn plain(line: &str, stream: &str) -> Map<String, Value> {
+    let line = json!({
+        "timestamp": crate::time::now(),
+        "level": "INFO",
+        "stream": stream,
+        "fields": { "message": line },
+    });
+    match line {
+        Value::Object(object) => object,
+        _ => Map::new(),
+    }
+}
+
+/// Message and fields of a tracing line, for people.
+pub fn text_of(object: &Map<String, Value>) -> String {
+    let mut text = String::new();
+    let Some(Value::Object(fields)) = object.get("fields") else { return text };
+    if let Some(message) = fields.get("message").and_then(Value::as_str) {
+        text.push_str(message);
+    }
+    for (key, value) in fields.iter().filter(|(key, _)| *key != "message") {
+        let shown = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        text.push_str(&format!("{}{key}={shown}", if text.is_empty() { "" } else { " " }));
+    }
+    text
+}
+
+/// Reads lines until the stream ends. `take` gets each, without its end.
+async fn lines(stream: impl AsyncRead + Unpin, mut take: impl FnMut(&str)) {
+    let mut reader = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut reader).take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => take(String::from_utf8_lossy(&line).trim_end()),
+        }
+    }
+}
+
+/// Passes on both outputs of a rank until both end.
+pub async fn relay(
+    log: &std::cell::RefCell<RankLog>,
+    stdout: impl AsyncRead + Unpin,
+    stderr: impl AsyncRead + Unpin,
+) {
+    let take = |line: &str, stream| {
+        if !line.is_empty() {
+            log.borrow_mut().take(line, stream);
+        }
+    };
+    tokio::join!(
+        lines(stdout, |line| take(line, "stdout")),
+        lines(stderr, |line| take(line, "stderr"))
+    );
+}

@@ -1,0 +1,451 @@
+//! Carries out what the policy decides. The sole owner of a run's state; every event passes through
+//! one loop on one thread.
+
+use super::rank::{Input, News, RankHandle, start};
+use super::record::{RankStatus, Recorder, Status};
+use super::relay::RankLog;
+use super::restore::{self, Branch, Restored};
+use super::state::{Action, Event, Policy, State};
+use crate::view::View;
+use rank_protocol::store::{Requester, Store};
+use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
+use run_config::RunConfig;
+use serde_json::json;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// Messages of all ranks that wait for the loop; a rank that says more waits.
+const NUM_INPUTS: usize = 4096;
+
+/// All that a launcher knows when it begins.
+pub struct Plan {
+    /// The resolved config, `auto`s of the machine resolved too.
+    pub config: RunConfig,
+    /// The run's directory, locked by the caller.
+    pub run: RunDir,
+    /// Identity of the run.
+    pub run_id: String,
+    /// Ranks to start.
+    pub world_size: usize,
+    /// CPU threads of each.
+    pub threads: usize,
+    /// The trainer's binary.
+    pub trainer: PathBuf,
+    /// Where the dynamic linker shall look for libtorch.
+    pub library_path: Option<OsString>,
+    /// The last generation of earlier launchers; 0: none.
+    pub last_generation: u64,
+    /// Newest step that earlier launchers committed.
+    pub committed: Option<u64>,
+    /// Earlier resumes at a step that was not the newest.
+    pub branches: Vec<Branch>,
+    /// Step that the first generation must continue from.
+    pub first_step: Option<u64>,
+    /// Restarts after a failure so far.
+    pub restarts: u64,
+    /// Range of steps to profile.
+    pub profile_steps: Option<(u64, u64)>,
+}
+
+struct Executor {
+    plan: Plan,
+    state: State,
+    recorder: Recorder,
+    view: View,
+    store: Store,
+    ranks: Vec<RankHandle>,
+    inputs: mpsc::Sender<Input>,
+    searches: mpsc::Sender<Result<Restored, String>>,
+    generation_start: Instant,
+    has_stepped: bool,
+    is_first_search: bool,
+    finish: Option<(i32, String)>,
+}
+
+/// Runs the run to its end; returns the exit code. `begun` is written to `events.jsonl` first, as
+/// `(kind, fields)`.
+pub fn supervise(
+    plan: Plan,
+    view: View,
+    begun: Vec<(&'static str, serde_json::Value)>,
+) -> std::io::Result<i32> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Ranks are spawned on this thread, which lives as long as the launcher.
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let (inputs, received) = mpsc::channel(NUM_INPUTS);
+        let (searches, found) = mpsc::channel(1);
+        let mut executor = Executor::new(plan, view, inputs, searches);
+        for (kind, fields) in begun {
+            executor.recorder.event(kind, fields);
+        }
+        executor.run(received, found).await
+    })
+}
+
+impl Executor {
+    fn new(
+        plan: Plan,
+        mut view: View,
+        inputs: mpsc::Sender<Input>,
+        searches: mpsc::Sender<Result<Restored, String>>,
+    ) -> Self {
+        let policy = Policy::new(plan.world_size, plan.config.restart.max_no_progress);
+        let state = State::new(policy, plan.last_generation);
+        let status = Status {
+            name: plan.config.name.clone(),
+            run_id: plan.run_id.clone(),
+            pid: std::process::id(),
+            state: "starting".into(),
+            generation: plan.last_generation,
+            steps: plan.config.training.steps,
+            last_checkpoint: plan.committed,
+            restarts: plan.restarts,
+            started: crate::time::now(),
+            ..Status::default()
+        };
+        let recorder = Recorder::open(plan.run.clone(), status);
+        view.begin(plan.config.training.steps);
+        Self {
+            plan,
+            state,
+            recorder,
+            view,
+            store: Store::default(),
+            ranks: Vec::new(),
+            inputs,
+            searches,
+            generation_start: Instant::now(),
+            has_stepped: false,
+            is_first_search: true,
+            finish: None,
+        }
+    }
+
+    async fn run(
+        &mut self,
+        mut inputs: mpsc::Receiver<Input>,
+        mut searches: mpsc::Receiver<Result<Restored, String>>,
+    ) -> std::io::Result<i32> {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut quit = signal(SignalKind::quit())?;
+        self.update_status();
+        self.handle(Event::Begin { committed: self.plan.committed });
+        let mut num_signals = 0;
+        while self.finish.is_none() {
+            let wake = tokio::time::Instant::from_std(self.next_wake());
+            let by = tokio::select! {
+                Some(input) = inputs.recv() => { self.take(input); None }
+                Some(search) = searches.recv() => { self.take_search(search); None }
+                _ = interrupt.recv() => Some("SIGINT"),
+                _ = terminate.recv() => Some("SIGTERM"),
+                _ = quit.recv() => { num_signals += 1; Some("SIGQUIT") }
+                () = tokio::time::sleep_until(wake) => { self.wake(); None }
+            };
+            if let Some(by) = by {
+                num_signals += 1;
+                let by = by.to_owned();
+                self.handle(match num_signals {
+                    1 => Event::Stop { by },
+                    _ => Event::StopNow { by },
+                });
+            }
+        }
+        let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
+        Ok(self.end(code, reason))
+    }
+
+    fn next_wake(&self) -> Instant {
+        let times = [self.state.next_tick(), self.store.next_deadline()];
+        let next_status = self.recorder.next_write() + Duration::from_millis(500);
+        times.into_iter().flatten().fold(next_status, Instant::min)
+    }
+
+    fn wake(&mut self) {
+        let now = Instant::now();
+        let replies = self.store.expire(now);
+        self.reply(replies);
+        self.handle(Event::Tick);
+        if self.recorder.next_write() <= now {
+            self.update_status();
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        if input.generation != self.state.generation() {
+            return;
+        }
+        let rank = input.rank;
+        match input.news {
+            News::Message(message) => self.hear(rank, message),
+            News::Garbled(error) => {
+                tracing::error!("rank {rank} speaks nonsense: {error}");
+                if let Some(handle) = self.ranks.get(rank) {
+                    handle.kill();
+                }
+            }
+            News::Exited { exit, last_lines } => {
+                tracing::debug!("rank {rank} {}", exit.describe());
+                self.handle(Event::Exited { rank, exit, last_lines });
+                self.update_status();
+            }
+        }
+    }
+
+    fn hear(&mut self, rank: usize, message: FromRank) {
+        match message {
+            FromRank::Hello { pid, build } => {
+                tracing::debug!("rank {rank} is process {pid}");
+                let ours = env!("CARGO_PKG_VERSION");
+                if build != ours {
+                    let reason = format!("the trainer is of build {build}, the launcher of {ours}");
+                    self.handle(Event::Broken { code: exit_code::CONFIG, reason });
+                }
+            }
+            FromRank::Phase(phase) => self.handle(Event::Phase { rank, phase }),
+            FromRank::Step(report) => {
+                self.handle(Event::Step { rank, step: report.step });
+                if rank == 0 {
+                    self.show_step(&report);
+                }
+            }
+            FromRank::CheckpointCommitted { step } => {
+                self.handle(Event::Committed { step });
+                self.recorder.event("checkpoint_committed", json!({ "step": step }));
+            }
+            FromRank::Event(event) => {
+                let mut fields = event.fields;
+                fields.insert("rank".into(), rank.into());
+                self.recorder.event(&event.kind, fields.into());
+            }
+            FromRank::Failure(report) => {
+                self.handle(Event::Reported { rank, report: *report });
+            }
+            FromRank::Finished { .. } => self.handle(Event::Finished { rank }),
+            FromRank::StopRequested { signal } => {
+                self.handle(Event::RankAskedToStop { rank, signal });
+            }
+            FromRank::Store { id, request } => {
+                let requester = Requester { rank, id };
+                let replies = self.store.handle(requester, request, Instant::now());
+                self.reply(replies);
+            }
+        }
+    }
+
+    fn reply(&self, replies: Vec<(Requester, rank_protocol::store::StoreReply)>) {
+        for (to, reply) in replies {
+            if let Some(rank) = self.ranks.get(to.rank) {
+                rank.tell(ToRank::Store { id: to.id, reply });
+            }
+        }
+    }
+
+    fn show_step(&mut self, report: &rank_protocol::StepReport) {
+        if !self.has_stepped {
+            self.has_stepped = true;
+            let seconds = self.generation_start.elapsed().as_secs_f64();
+            let fields = json!({ "step": report.step, "seconds": seconds });
+            self.recorder.event("first_step", fields);
+        }
+        let eta_s = self.recorder.step(report);
+        self.view.step(report, self.plan.config.training.steps, eta_s);
+        if self.recorder.next_write() <= Instant::now() {
+            self.update_status();
+        }
+    }
+
+    fn take_search(&mut self, search: Result<Restored, String>) {
+        let restored = match search {
+            Ok(restored) => restored,
+            Err(reason) => {
+                return self.handle(Event::Broken { code: exit_code::FAILED, reason });
+            }
+        };
+        for damaged in &restored.damaged {
+            let (step, reason) = (damaged.step, &damaged.reason);
+            tracing::warn!("the checkpoint of step {step} is damaged and passed over: {reason}");
+            let fields = json!({ "step": step, "reason": reason });
+            self.recorder.event("checkpoint_damaged", fields);
+        }
+        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
+    }
+
+    fn handle(&mut self, event: Event) {
+        for action in self.state.handle(event, Instant::now()) {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::FindCheckpoint => self.search(),
+            Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
+            Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
+            Action::Abort { reason } => {
+                tracing::info!("ending generation {}: {reason}", self.state.generation());
+                self.tell_all(&ToRank::Abort { reason });
+                self.ranks.iter().for_each(RankHandle::terminate);
+            }
+            Action::Kill { reason } => {
+                tracing::info!("killing the ranks: {reason}");
+                self.ranks.iter().for_each(RankHandle::kill);
+            }
+            Action::RecordFailure(cause) => self.recorder.failure(&cause),
+            Action::RecordFirstCause(cause) => {
+                tracing::error!("first cause: {}", cause.summary());
+                self.recorder.first_cause(&cause);
+            }
+            Action::RecordStop { by } => {
+                tracing::info!("{by}: finishing the step and saving; again to stop at once");
+                self.recorder.event("stop_requested", json!({ "by": by }));
+                self.update_status();
+            }
+            Action::Finish { code, reason } => self.finish = Some((code, reason)),
+        }
+    }
+
+    fn tell_all(&self, message: &ToRank) {
+        for rank in &self.ranks {
+            rank.tell(message.clone());
+        }
+    }
+
+    /// Reading all of a checkpoint takes long: another thread does it.
+    fn search(&mut self) {
+        // What the ranks of the last generation hold must not outlive it.
+        self.ranks.clear();
+        let only = self.plan.first_step.filter(|_| self.is_first_search);
+        self.is_first_search = false;
+        let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
+        let searches = self.searches.clone();
+        tokio::task::spawn_blocking(move || {
+            let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
+        });
+    }
+
+    fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
+        let is_restart = self.recorder.status.generation > self.plan.last_generation;
+        self.recorder.status.restarts += u64::from(is_restart);
+        self.recorder.status.generation = generation;
+        self.recorder.forget_speed();
+        self.store = Store::default();
+        self.generation_start = Instant::now();
+        self.has_stepped = false;
+        let fields = json!({
+            "world_size": self.plan.world_size,
+            "resume_step": resume_step,
+            "is_restart": is_restart,
+        });
+        self.recorder.event("generation_started", fields);
+        if let Some(step) = resume_step {
+            tracing::info!("generation {generation} continues from step {step}");
+        }
+        self.ranks.clear();
+        for rank in 0..self.plan.world_size {
+            let log = RankLog::open(&self.plan.run.log(generation, rank), rank);
+            let command = self.command(rank);
+            match start(command, generation, rank, log, self.inputs.clone()) {
+                Ok(handle) => {
+                    let assignment = self.assignment(generation, rank, resume_step);
+                    handle.tell(ToRank::Assignment(assignment));
+                    self.ranks.push(handle);
+                }
+                Err(error) => return self.could_not_start(rank, &error),
+            }
+        }
+        self.update_status();
+    }
+
+    /// The ranks that never were count as exited, so that the others' end ends the run.
+    fn could_not_start(&mut self, rank: usize, error: &std::io::Error) {
+        let trainer = self.plan.trainer.display();
+        let reason = format!("cannot start rank {rank} ({trainer}): {error}");
+        for absent in rank..self.plan.world_size {
+            let exit = super::cause::Exit::default();
+            let last_lines = vec![reason.clone()];
+            let input = Input {
+                generation: self.state.generation(),
+                rank: absent,
+                news: News::Exited { exit, last_lines },
+            };
+            let _ = self.inputs.try_send(input);
+        }
+        self.handle(Event::Broken { code: exit_code::CONFIG, reason });
+    }
+
+    fn command(&self, rank: usize) -> Command {
+        let mut command = Command::new(&self.plan.trainer);
+        command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN).env(env::RANK, rank.to_string());
+        for name in env::THREADS {
+            command.env(name, self.plan.threads.to_string());
+        }
+        if let Some(path) = &self.plan.library_path {
+            command.env(env::LIBRARY_PATH, path);
+        }
+        command
+    }
+
+    fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
+        Assignment {
+            run_id: self.plan.run_id.clone(),
+            generation,
+            rank,
+            world_size: self.plan.world_size,
+            local_rank: rank,
+            local_world_size: self.plan.world_size,
+            threads: self.plan.threads,
+            run_dir: self.plan.run.root().to_owned(),
+            resume_step,
+            profile_steps: self.plan.profile_steps,
+        }
+    }
+
+    fn update_status(&mut self) {
+        let ranks = self.state.ranks().zip(&self.ranks).enumerate();
+        let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
+            rank,
+            pid: handle.pid,
+            state: state.name().to_owned(),
+            phase: phase.name().to_owned(),
+            step,
+        });
+        self.recorder.status.ranks = ranks.collect();
+        self.recorder.status.last_checkpoint = self.state.committed();
+        if self.recorder.status.exit_code.is_none() {
+            self.recorder.status.state = self.state.name().to_owned();
+        }
+        self.recorder.write_status();
+    }
+
+    fn end(&mut self, code: i32, reason: String) -> i32 {
+        self.view.end();
+        let (state, kind) = match code {
+            exit_code::DONE => ("finished", "run_finished"),
+            exit_code::PREEMPTED => ("preempted", "preempted"),
+            exit_code::INTERRUPTED => ("interrupted", "interrupted"),
+            _ => ("failed", "run_failed"),
+        };
+        let fields = json!({
+            "exit_code": code,
+            "step": self.recorder.status.step,
+            "committed": self.state.committed(),
+            "reason": reason,
+        });
+        self.recorder.event(kind, fields);
+        self.recorder.status.eta_s = None;
+        self.recorder.status.exit_code = Some(code);
+        self.recorder.status.reason = Some(reason.clone());
+        self.recorder.status.state = state.to_owned();
+        self.update_status();
+        match code {
+            exit_code::DONE | exit_code::PREEMPTED => tracing::info!("{state}: {reason}"),
+            _ => tracing::error!("{state}: {reason}"),
+        }
+        code
+    }
+}

@@ -1,0 +1,593 @@
+//! The supervisor's policy: a pure function of (state, event, now) to actions.
+//!
+//! It owns no clock, no process and no file, so that a simulation and production run the same code.
+//! Every decision carries its reason in words.
+
+use super::cause::{Cause, Exit, Signature};
+use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
+use std::time::{Duration, Instant};
+
+/// The limits that the policy goes by.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Number of ranks.
+    pub world_size: usize,
+    /// Consecutive generations with no new committed step after which the run gives up.
+    pub max_no_progress: u32,
+    /// Consecutive generations that failed alike after which trying again is of no use.
+    pub max_same_failure: u32,
+    /// After a first failure, the wait for others of the same moment.
+    pub concurrent_faults: Duration,
+    /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
+    pub grace: Duration,
+    /// Longest time a stop may take: finish the step and save.
+    pub stop: Duration,
+    /// Longest time ranks may take to exit once the first has finished.
+    pub exit: Duration,
+}
+
+impl Policy {
+    /// The usual limits.
+    pub fn new(world_size: usize, max_no_progress: u32) -> Self {
+        Self {
+            world_size,
+            max_no_progress: max_no_progress.max(1),
+            max_same_failure: 3,
+            concurrent_faults: Duration::from_secs(1),
+            grace: Duration::from_secs(5),
+            stop: Duration::from_secs(600),
+            exit: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What the policy is told.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The run begins; `committed` is the newest step saved by earlier launchers.
+    Begin {
+        /// Newest committed step.
+        committed: Option<u64>,
+    },
+    /// The search for a checkpoint ended with this step.
+    Found {
+        /// Step to continue from; `None`: there is no checkpoint.
+        step: Option<u64>,
+    },
+    /// The search or the start of a rank failed in a way that trying again does not mend.
+    Broken {
+        /// Exit code that follows.
+        code: i32,
+        /// Why.
+        reason: String,
+    },
+    /// A rank did a step.
+    Step {
+        /// Rank.
+        rank: usize,
+        /// 1-based step.
+        step: u64,
+    },
+    /// A rank entered a phase.
+    Phase {
+        /// Rank.
+        rank: usize,
+        /// What it does from now on.
+        phase: Phase,
+    },
+    /// A checkpoint is durable.
+    Committed {
+        /// Its step.
+        step: u64,
+    },
+    /// A rank says why it is about to fail.
+    Reported {
+        /// Rank.
+        rank: usize,
+        /// Why.
+        report: FailureReport,
+    },
+    /// A rank has done and saved the last step.
+    Finished {
+        /// Rank.
+        rank: usize,
+    },
+    /// A rank's process ended.
+    Exited {
+        /// Rank.
+        rank: usize,
+        /// How.
+        exit: Exit,
+        /// The last lines it wrote, for a cause that it did not report.
+        last_lines: Vec<String>,
+    },
+    /// Someone asks the run to stop: finish the step, save.
+    Stop {
+        /// Who, in words.
+        by: String,
+    },
+    /// A rank got a signal that asks it to stop. So it does when it is told to end, which counts
+    /// for nothing.
+    RankAskedToStop {
+        /// Rank.
+        rank: usize,
+        /// The signal's name.
+        signal: String,
+    },
+    /// Someone wants it stopped at once.
+    StopNow {
+        /// Who, in words.
+        by: String,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// What the executor shall do, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Look for the newest good checkpoint; answer with [`Event::Found`].
+    FindCheckpoint,
+    /// Start all ranks.
+    Spawn {
+        /// Generation.
+        generation: u64,
+        /// Step to continue from.
+        resume_step: Option<u64>,
+    },
+    /// Ask every rank to finish its step, save and exit with 75.
+    AskToStop,
+    /// Tell every rank that the generation is over, and send SIGTERM.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// SIGKILL every rank's process group.
+    Kill {
+        /// Why.
+        reason: String,
+    },
+    /// A rank failed: write its error file and event.
+    RecordFailure(Cause),
+    /// This was the first cause of the generation's end.
+    RecordFirstCause(Cause),
+    /// Someone asked to stop.
+    RecordStop {
+        /// Who, in words.
+        by: String,
+    },
+    /// All is over and every process is gone.
+    Finish {
+        /// Exit code.
+        code: i32,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a rank is known to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RankState {
+    /// Started, no step yet.
+    Starting,
+    /// Training.
+    Running,
+    /// Has done the last step.
+    Finished,
+    /// Exited with 75 after a stop.
+    Stopped,
+    /// Exited with 0 after the last step.
+    Done,
+    /// Exited otherwise.
+    Failed,
+}
+
+impl RankState {
+    /// The name it is shown as.
+    pub fn name(self) -> &'static str {
+        match self {
+            RankState::Starting => "starting",
+            RankState::Running => "running",
+            RankState::Finished => "finished",
+            RankState::Stopped => "stopped",
+            RankState::Done => "done",
+            RankState::Failed => "failed",
+        }
+    }
+
+    fn has_exited(self) -> bool {
+        matches!(self, RankState::Stopped | RankState::Done | RankState::Failed)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Rank {
+    state: RankState,
+    phase: Phase,
+    step: Option<u64>,
+    report: Option<FailureReport>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Stage {
+    /// Before the first or between two generations.
+    Between,
+    /// Ranks work.
+    Working,
+    /// A rank failed; others may fail of the same cause.
+    Settling { until: Instant },
+    /// Ranks were told to end.
+    Ending { kill_at: Instant },
+    /// Ranks were killed.
+    Killed,
+    /// Over.
+    Over,
+}
+
+/// The state of one run under one launcher.
+#[derive(Clone, Debug)]
+pub struct State {
+    policy: Policy,
+    stage: Stage,
+    generation: u64,
+    ranks: Vec<Rank>,
+    causes: Vec<Cause>,
+    committed: Option<u64>,
+    committed_before: Option<u64>,
+    no_progress: u32,
+    failures: Vec<Signature>,
+    stop: Option<(String, Instant)>,
+    is_stopped_now: bool,
+    exit_by: Option<Instant>,
+    verdict: Option<(i32, String)>,
+}
+
+impl State {
+    /// Before [`Event::Begin`]; the first generation will be `last_generation + 1`.
+    pub fn new(policy: Policy, last_generation: u64) -> Self {
+        Self {
+            policy,
+            stage: Stage::Between,
+            generation: last_generation,
+            ranks: Vec::new(),
+            causes: Vec::new(),
+            committed: None,
+            committed_before: None,
+            no_progress: 0,
+            failures: Vec::new(),
+            stop: None,
+            is_stopped_now: false,
+            exit_by: None,
+            verdict: None,
+        }
+    }
+
+    /// The current generation; the last one's number between two.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What each rank is known to do, and its last step; empty before the first generation.
+    pub fn ranks(&self) -> impl Iterator<Item = (RankState, Phase, Option<u64>)> + '_ {
+        self.ranks.iter().map(|rank| (rank.state, rank.phase, rank.step))
+    }
+
+    /// Newest committed step.
+    pub fn committed(&self) -> Option<u64> {
+        self.committed
+    }
+
+    /// What the run does, in one word.
+    pub fn name(&self) -> &'static str {
+        match self.stage {
+            Stage::Over => "over",
+            _ if self.stop.is_some() => "stopping",
+            Stage::Between => "starting",
+            Stage::Working if self.ranks.iter().all(|rank| rank.state == RankState::Starting) => {
+                "starting"
+            }
+            Stage::Working => "running",
+            Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed => "restarting",
+        }
+    }
+
+    /// When [`Event::Tick`] is next of use.
+    pub fn next_tick(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Settling { until } => Some(until),
+            Stage::Ending { kill_at } => Some(kill_at),
+            Stage::Working => {
+                let stop_by = self.stop.as_ref().map(|(_, since)| *since + self.policy.stop);
+                [stop_by, self.exit_by].into_iter().flatten().min()
+            }
+            Stage::Between | Stage::Killed | Stage::Over => None,
+        }
+    }
+
+    /// Takes an event in; returns what is to be done.
+    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        if self.stage == Stage::Over {
+            return Vec::new();
+        }
+        match event {
+            Event::Begin { committed } => {
+                self.committed = committed;
+                vec![Action::FindCheckpoint]
+            }
+            Event::Found { step } => self.found(step),
+            Event::Broken { code, reason } => self.broken(code, reason),
+            Event::Step { rank, step } => self.stepped(rank, step),
+            Event::Phase { rank, phase } => self.entered(rank, phase),
+            Event::Committed { step } => {
+                self.committed = self.committed.max(Some(step));
+                Vec::new()
+            }
+            Event::Reported { rank, report } => self.reported(rank, report),
+            Event::Finished { rank } => self.finished(rank, now),
+            Event::Exited { rank, exit, last_lines } => self.exited(rank, exit, last_lines, now),
+            Event::Stop { by } => self.asked_to_stop(by, now),
+            Event::RankAskedToStop { rank, signal } => match self.stage {
+                Stage::Working => self.asked_to_stop(format!("{signal} to rank {rank}"), now),
+                _ => Vec::new(),
+            },
+            Event::StopNow { by } => self.stopped_now(by),
+            Event::Tick => self.tick(now),
+        }
+    }
+
+    fn found(&mut self, step: Option<u64>) -> Vec<Action> {
+        if self.stage != Stage::Between {
+            return Vec::new();
+        }
+        if let Some((by, _)) = self.stop.clone() {
+            return self.over_between(&by);
+        }
+        if let (None, Some(committed)) = (step, self.committed) {
+            let reason = format!(
+                "no good checkpoint is left, though step {committed} was committed; \
+                 not starting from zero"
+            );
+            return self.over(exit_code::FAILED, reason);
+        }
+        self.generation += 1;
+        self.committed_before = self.committed;
+        self.causes.clear();
+        self.exit_by = None;
+        let rank =
+            Rank { state: RankState::Starting, phase: Phase::Init, step: None, report: None };
+        self.ranks = vec![rank; self.policy.world_size];
+        self.stage = Stage::Working;
+        vec![Action::Spawn { generation: self.generation, resume_step: step }]
+    }
+
+    /// Ranks that were not started count as gone; those that were are killed.
+    fn broken(&mut self, code: i32, reason: String) -> Vec<Action> {
+        if self.stage == Stage::Between {
+            return self.over(code, reason);
+        }
+        self.verdict.get_or_insert((code, reason.clone()));
+        self.stage = Stage::Killed;
+        let mut actions = vec![Action::Kill { reason }];
+        actions.extend(self.if_all_gone());
+        actions
+    }
+
+    fn stepped(&mut self, rank: usize, step: u64) -> Vec<Action> {
+        if let Some(rank) = self.ranks.get_mut(rank) {
+            rank.step = Some(step);
+            if rank.state == RankState::Starting {
+                rank.state = RankState::Running;
+            }
+        }
+        Vec::new()
+    }
+
+    fn entered(&mut self, rank: usize, phase: Phase) -> Vec<Action> {
+        if let Some(rank) = self.ranks.get_mut(rank) {
+            rank.phase = phase;
+        }
+        Vec::new()
+    }
+
+    fn reported(&mut self, rank: usize, report: FailureReport) -> Vec<Action> {
+        if let Some(rank) = self.ranks.get_mut(rank) {
+            rank.report = Some(report);
+        }
+        Vec::new()
+    }
+
+    fn finished(&mut self, rank: usize, now: Instant) -> Vec<Action> {
+        if let Some(rank) = self.ranks.get_mut(rank) {
+            rank.state = RankState::Finished;
+            self.exit_by.get_or_insert(now + self.policy.exit);
+        }
+        Vec::new()
+    }
+
+    fn exited(
+        &mut self,
+        index: usize,
+        exit: Exit,
+        last_lines: Vec<String>,
+        now: Instant,
+    ) -> Vec<Action> {
+        let is_stopping = self.stop.is_some();
+        let Some(rank) = self.ranks.get_mut(index) else { return Vec::new() };
+        if rank.state.has_exited() {
+            return Vec::new();
+        }
+        rank.state = match exit.code {
+            Some(exit_code::DONE) if rank.state == RankState::Finished => RankState::Done,
+            Some(exit_code::PREEMPTED) if is_stopping => RankState::Stopped,
+            _ => RankState::Failed,
+        };
+        let mut actions = Vec::new();
+        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed);
+        if rank.state == RankState::Failed && !was_told_to_end {
+            let report = rank.report.clone();
+            let cause = Cause::new(index, exit, report, rank.phase, rank.step, last_lines);
+            actions.push(Action::RecordFailure(cause.clone()));
+            self.causes.push(cause);
+            if self.stage == Stage::Working {
+                self.stage = Stage::Settling { until: now + self.policy.concurrent_faults };
+            }
+        }
+        actions.extend(self.if_all_gone());
+        actions
+    }
+
+    fn if_all_gone(&mut self) -> Vec<Action> {
+        if self.stage == Stage::Between || !self.ranks.iter().all(|rank| rank.state.has_exited()) {
+            return Vec::new();
+        }
+        let mut actions = Vec::new();
+        let first = Cause::first(&self.causes).cloned();
+        if let Some(cause) = &first {
+            actions.push(Action::RecordFirstCause(cause.clone()));
+        }
+        actions.extend(match (self.verdict.clone(), first) {
+            (Some((code, reason)), _) => self.over(code, reason),
+            (None, Some(cause)) => self.judge(&cause),
+            (None, None) => self.ended_well(),
+        });
+        actions
+    }
+
+    /// Every rank exited with 0 after the last step, or with 75 after a stop.
+    fn ended_well(&mut self) -> Vec<Action> {
+        if self.ranks.iter().all(|rank| rank.state == RankState::Done) {
+            return self.over(exit_code::DONE, "the last step is done and saved".into());
+        }
+        let by = self.stop.as_ref().map_or("", |(by, _)| by.as_str());
+        let reason = match self.committed {
+            Some(step) => format!("stopped by {by}, saved at step {step}"),
+            None => format!("stopped by {by} before the first step; nothing to save"),
+        };
+        self.over(exit_code::PREEMPTED, reason)
+    }
+
+    /// What follows from a generation that failed.
+    fn judge(&mut self, cause: &Cause) -> Vec<Action> {
+        let has_progressed = self.committed > self.committed_before;
+        self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
+        let signature = cause.signature();
+        self.failures.retain(|earlier| *earlier == signature);
+        self.failures.push(signature);
+        let what = cause.summary();
+        if let Some((by, _)) = &self.stop {
+            let reason = format!("{what}, while stopping because of {by}");
+            return self.over(exit_code::FAILED, reason);
+        }
+        match cause.class {
+            FailureClass::Config => {
+                let reason = format!("{what}; trying again is of no use");
+                return self.over(exit_code::CONFIG, reason);
+            }
+            FailureClass::Node => {
+                return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
+            }
+            FailureClass::Numeric => {
+                let reason = format!("{what}; the same data would give the same numbers again");
+                return self.over(exit_code::FAILED, reason);
+            }
+            _ => {}
+        }
+        let same = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
+        if same >= self.policy.max_same_failure {
+            let reason = format!("{what}; the same failure at the same step, {same} times");
+            return self.over(exit_code::DO_NOT_REQUEUE, reason);
+        }
+        if self.no_progress >= self.policy.max_no_progress {
+            let reason = format!(
+                "{what}; {} generations in a row committed no new step (restart.max_no_progress)",
+                self.no_progress
+            );
+            return self.over(exit_code::FAILED, reason);
+        }
+        self.stage = Stage::Between;
+        vec![Action::FindCheckpoint]
+    }
+
+    fn asked_to_stop(&mut self, by: String, now: Instant) -> Vec<Action> {
+        if self.stop.is_some() {
+            return Vec::new();
+        }
+        self.stop = Some((by.clone(), now));
+        let mut actions = vec![Action::RecordStop { by: by.clone() }];
+        match self.stage {
+            Stage::Working => actions.push(Action::AskToStop),
+            // The next generation does not start; see `found` and `judge`.
+            _ if self.stage == Stage::Between => actions.extend(self.over_between(&by)),
+            _ => {}
+        }
+        actions
+    }
+
+    /// A stop while no rank runs: the newest checkpoint is all there is to save.
+    fn over_between(&mut self, by: &str) -> Vec<Action> {
+        match self.committed {
+            Some(step) => {
+                self.over(exit_code::PREEMPTED, format!("stopped by {by}, saved at step {step}"))
+            }
+            None => self.over(exit_code::FAILED, format!("stopped by {by}, nothing saved yet")),
+        }
+    }
+
+    fn stopped_now(&mut self, by: String) -> Vec<Action> {
+        if self.is_stopped_now {
+            return Vec::new();
+        }
+        self.is_stopped_now = true;
+        let reason = format!("stopped at once by {by}");
+        let mut actions = vec![Action::RecordStop { by }];
+        self.verdict = Some((exit_code::INTERRUPTED, reason.clone()));
+        if self.stage == Stage::Between {
+            actions.extend(self.over(exit_code::INTERRUPTED, reason));
+            return actions;
+        }
+        self.stage = Stage::Killed;
+        actions.push(Action::Kill { reason });
+        actions
+    }
+
+    fn tick(&mut self, now: Instant) -> Vec<Action> {
+        if self.next_tick().is_none_or(|at| now < at) {
+            return Vec::new();
+        }
+        match self.stage {
+            Stage::Settling { .. } => {
+                let reason = Cause::first(&self.causes).map(Cause::summary).unwrap_or_default();
+                self.end(reason, now)
+            }
+            Stage::Ending { .. } => {
+                self.stage = Stage::Killed;
+                let seconds = self.policy.grace.as_secs_f64();
+                let reason = format!("still there {seconds} s after SIGTERM");
+                vec![Action::Kill { reason }]
+            }
+            Stage::Working => {
+                let late = self.ranks.iter().position(|rank| !rank.state.has_exited());
+                let what = match self.exit_by.is_some_and(|by| now >= by) {
+                    true => "did not exit after the last step",
+                    false => "did not stop in time",
+                };
+                let rank = late.unwrap_or(0);
+                self.causes.extend(self.ranks.get(rank).map(|late| {
+                    Cause::hang(rank, late.phase, late.step, format!("rank {rank} {what}"))
+                }));
+                self.end(format!("rank {rank} {what}"), now)
+            }
+            Stage::Between | Stage::Killed | Stage::Over => Vec::new(),
+        }
+    }
+
+    fn end(&mut self, reason: String, now: Instant) -> Vec<Action> {
+        self.stage = Stage::Ending { kill_at: now + self.policy.grace };
+        vec![Action::Abort { reason }]
+    }
+
+    fn over(&mut self, code: i32, reason: String) -> Vec<Action> {
+        self.stage = Stage::Over;
+        vec![Action::Finish { code, reason }]
+    }
+}

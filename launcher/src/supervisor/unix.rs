@@ -1,0 +1,126 @@
+//! Processes: a rank is spawned in a process group of its own, dies with this process, and its end
+//! is seen at once through a pidfd. The only unsafe code of the launcher.
+#![expect(unsafe_code, reason = "std offers no safe way to run code between fork and exec")]
+
+use super::cause::Exit;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
+    set_parent_process_death_signal, waitid,
+};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
+use tokio::io::unix::AsyncFd;
+
+/// A running rank.
+pub struct Process {
+    child: Child,
+    group: Pid,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// A rank just spawned, with this side's ends of its pipes.
+pub struct Spawned {
+    /// The process.
+    pub process: Process,
+    /// The agent's end of the control socket; non-blocking.
+    pub control: UnixStream,
+    /// Its standard output.
+    pub stdout: Option<ChildStdout>,
+    /// Its standard error.
+    pub stderr: Option<ChildStderr>,
+}
+
+/// Spawns `command` with a control socket as its standard input and both outputs piped.
+///
+/// Call it from a thread that lives as long as the launcher: the kernel kills the process when the
+/// thread that spawned it ends.
+pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
+    let (control, theirs) = UnixStream::pair()?;
+    control.set_nonblocking(true)?;
+    command
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    let launcher = rustix::process::getpid();
+    let die_with_the_launcher = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The launcher may have died before the line above took effect.
+        if rustix::process::getppid() != Some(launcher) {
+            return Err(std::io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes two system calls through rustix, which
+    // issues them directly; it allocates nothing and takes no lock.
+    let mut child = unsafe { command.pre_exec(die_with_the_launcher) }.spawn()?;
+    let stdout = child.stdout.take();
+    let stderr = child.stderr.take();
+    let group = Pid::from_child(&child);
+    let pidfd = pidfd_open(group, PidfdFlags::NONBLOCK).map_err(std::io::Error::from);
+    match pidfd.and_then(AsyncFd::register) {
+        Ok(pidfd) => {
+            let process = Process { child, group, pidfd };
+            Ok(Spawned { process, control, stdout, stderr })
+        }
+        Err(error) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+impl Process {
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A handle that can signal the group while another task waits for the process.
+    pub fn group(&self) -> Group {
+        Group { leader: self.group }
+    }
+
+    /// Waits for the end; kills what the process left in its group; then reaps it.
+    pub async fn wait(mut self) -> Exit {
+        loop {
+            let Ok(mut guard) = self.pidfd.readable().await else { break };
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+            match waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options) {
+                Ok(Some(_)) => break,
+                Ok(None) => guard.clear_ready(),
+                Err(_) => break,
+            }
+        }
+        // The leader is not reaped yet, so its id, and with it the group's, cannot be anyone else's.
+        let _ = kill_process_group(self.group, Signal::KILL);
+        match self.child.wait() {
+            Ok(status) => Exit {
+                code: status.code(),
+                signal: std::os::unix::process::ExitStatusExt::signal(&status),
+            },
+            Err(_) => Exit::default(),
+        }
+    }
+}
+
+/// A rank's process group. Use it only while the rank has not been reaped.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    leader: Pid,
+}
+
+impl Group {
+    /// Asks every process of the group to end.
+    pub fn terminate(self) {
+        let _ = kill_process_group(self.leader, Signal::TERM);
+    }
+
+    /// Ends every process of the group; also one that is stopped.
+    pub fn kill(self) {
+        let _ = kill_process_group(self.leader, Signal::KILL);
+    }
+}
