@@ -1,0 +1,72 @@
+//! Grouped-query attention with rotary positions; queries, keys and values in one product.
+//!
+//! Shapes: `B` batch, `S` sequence, `D` dim, `H` query heads, `K` key and value heads, `E` head_dim,
+//! `F` = (H + 2 K) E rows of the fused projection.
+
+use super::block::Forward;
+use crate::builder::{Heads, LayerBuilder, LinearRole, Qkv};
+use crate::cache::LayerCache;
+use crate::error::Result;
+use crate::weights::find;
+use model_spec::names;
+use run_config::ModelConfig;
+use torch_shim::fused;
+use torch_shim::params::{Parameter, ParameterSet};
+use torch_shim::tch::Tensor;
+
+/// The attention of one block.
+#[derive(Debug)]
+pub struct Attention {
+    qkv: Parameter,
+    output: Parameter,
+    heads: Heads,
+    head_dim: usize,
+}
+
+impl Attention {
+    /// The attention of block `layer`.
+    ///
+    /// # Errors
+    /// Where one of its parameters is missing.
+    pub fn new(
+        config: &ModelConfig,
+        parameters: &ParameterSet,
+        layer: usize,
+        builder: &dyn LayerBuilder,
+    ) -> Result<Self> {
+        let find = |name| find(parameters, &names::in_block(layer, name));
+        Ok(Self {
+            qkv: find(names::QKV)?,
+            output: find(names::ATTENTION_OUTPUT)?,
+            heads: builder.heads(Heads { query: config.heads, kv: config.kv_heads }),
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// `[B, S, D]` to `[B, S, D]`; with a `cache`, over the tokens that follow those in it.
+    ///
+    /// # Errors
+    /// Where libtorch or a collective fails.
+    pub fn forward(
+        &self,
+        forward: &Forward,
+        x_BSD: &Tensor,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let qkv_BSF = forward.builder.linear(x_BSD, &self.qkv, LinearRole::Qkv)?;
+        let (query_BHSE, key_BKSE, value_BKSE) = fused::rope_qkv(
+            &qkv_BSF,
+            &forward.rope.cos,
+            &forward.rope.sin,
+            self.heads.query as i64,
+            self.heads.kv as i64,
+            self.head_dim as i64,
+        )?;
+        let qkv = Qkv { query_BHSE, key_BKSE, value_BKSE };
+        let mixed_BSF = match cache {
+            None => forward.builder.attention(&qkv, forward.inputs)?,
+            Some(cache) => cache.attend(&qkv)?,
+        };
+        forward.builder.linear(&mixed_BSF, &self.output, LinearRole::AttentionOutput)
+    }
+}

@@ -1,0 +1,140 @@
+//! Random initial weights as a pure function of (seed, tensor name, element).
+//!
+//! No generator is carried along: element `i` of the tensor that Hugging Face's files call `name`
+//! has the same value whatever the layout, the order of filling or the number of threads. A rank
+//! that holds a piece of a tensor fills just that piece.
+
+use crate::error::Result;
+use crate::random::RandomStream;
+use model_spec::{Init, ParameterSpec};
+use torch_shim::params::ParameterSet;
+use torch_shim::tch::{Tensor, no_grad};
+
+/// Elements made at a time: bounds the memory beside the weights themselves.
+const CHUNK_ELEMENTS: usize = 1 << 22;
+
+/// Fills `out` with elements `first..first + out.len()` of the tensor `name`: normal, around 0.
+/// Values are rounded to FP32 whatever the compute dtype, so that all start from the same model.
+pub fn fill_normal(seed: u64, name: &str, std: f64, first: u64, out: &mut [f32]) {
+    let stream = RandomStream::new(seed, name);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let per_thread = out.len().div_ceil(threads).max(1 << 16);
+    std::thread::scope(|scope| {
+        for (index, piece) in out.chunks_mut(per_thread).enumerate() {
+            let first = first + (index * per_thread) as u64;
+            scope.spawn(move || fill_piece(stream, std, first, piece));
+        }
+    });
+}
+
+fn fill_piece(stream: RandomStream, std: f64, first: u64, out: &mut [f32]) {
+    let (lead, rest) = out.split_at_mut(((first % 2) as usize).min(out.len()));
+    let mut element = first;
+    if let [odd] = lead {
+        *odd = (std * stream.normal_pair(element / 2).1) as f32;
+        element += 1;
+    }
+    let mut pairs = rest.chunks_exact_mut(2);
+    for pair in &mut pairs {
+        let (even, odd) = stream.normal_pair(element / 2);
+        pair[0] = (std * even) as f32;
+        pair[1] = (std * odd) as f32;
+        element += 2;
+    }
+    if let [last] = pairs.into_remainder() {
+        *last = (std * stream.normal_pair(element / 2).0) as f32;
+    }
+}
+
+/// Writes the initial values of whole (unsharded) parameters into the master copies, and refreshes
+/// the compute copies. `specs` are those that `parameters` was allocated from.
+///
+/// # Errors
+/// Where libtorch refuses the copies.
+pub fn initialize(seed: u64, specs: &[ParameterSpec], parameters: &ParameterSet) -> Result<()> {
+    for (spec, parameter) in specs.iter().zip(parameters.iter()) {
+        match spec.init {
+            Init::Ones => fill_ones(&parameter.master)?,
+            Init::Normal { std } => fill_parts(seed, spec, std, &parameter.master)?,
+        }
+    }
+    parameters.refresh_compute()?;
+    Ok(())
+}
+
+/// Fills a fused parameter, each part as the tensor of its own that it is outside.
+fn fill_parts(seed: u64, spec: &ParameterSpec, std: f64, master: &Tensor) -> Result<()> {
+    let flat = master.f_view([-1])?;
+    let columns: usize = spec.shape.iter().skip(1).product();
+    let mut chunk = vec![0.0_f32; CHUNK_ELEMENTS.min(flat.numel())];
+    for part in &spec.parts {
+        let (start, count) = (part.row_start * columns, part.row_count * columns);
+        for offset in (0..count).step_by(CHUNK_ELEMENTS) {
+            let length = CHUNK_ELEMENTS.min(count - offset);
+            let values = &mut chunk[..length];
+            fill_normal(seed, &part.hf_name, std, offset as u64, values);
+            let values = Tensor::f_from_slice(values)?;
+            let mut target = flat.f_narrow(0, (start + offset) as i64, length as i64)?;
+            no_grad(|| target.f_copy_(&values))?;
+        }
+    }
+    Ok(())
+}
+
+fn fill_ones(master: &Tensor) -> Result<()> {
+    let mut master = master.shallow_clone();
+    let _ = no_grad(|| master.f_fill_(1.0))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(seed: u64, name: &str, first: u64, count: usize) -> Vec<f32> {
+        let mut out = vec![f32::NAN; count];
+        fill_normal(seed, name, 1.0, first, &mut out);
+        out
+    }
+
+    #[test]
+    fn any_piece_equals_the_same_elements_of_the_whole() {
+        let whole = filled(7, "a", 0, 300_001);
+        for (first, count) in [(0, 1), (1, 1), (1, 2), (3, 200_000), (299_999, 2), (65_535, 4)] {
+            assert_eq!(filled(7, "a", first as u64, count), whole[first..first + count]);
+        }
+        assert!(filled(7, "a", 5, 0).is_empty());
+    }
+
+    #[test]
+    fn seeds_and_names_are_independent() {
+        let n = 100_000;
+        let base = filled(1, "a", 0, n);
+        for other in [filled(2, "a", 0, n), filled(1, "b", 0, n), filled(1, "a", n as u64, n)] {
+            let correlation: f64 =
+                base.iter().zip(&other).map(|(x, y)| f64::from(x * y)).sum::<f64>() / n as f64;
+            // Standard error 1 / sqrt(n) = 0.0032.
+            assert!(correlation.abs() < 0.013, "{correlation}");
+        }
+    }
+
+    #[test]
+    fn values_are_standard_normal() {
+        let n = 1_000_000;
+        let values = filled(3, "normal", 0, n);
+        let moment =
+            |power: i32| values.iter().map(|&x| f64::from(x).powi(power)).sum::<f64>() / n as f64;
+        // Four standard errors of the first four moments of a normal distribution.
+        for (power, expected, deviation) in [
+            (1, 0.0, 1.0),
+            (2, 1.0, 2.0_f64.sqrt()),
+            (3, 0.0, 15.0_f64.sqrt()),
+            (4, 3.0, 96.0_f64.sqrt()),
+        ] {
+            let got = moment(power);
+            assert!((got - expected).abs() < 4.0 * deviation / 1e3, "moment {power}: {got}");
+        }
+        let beyond_three = values.iter().filter(|x| x.abs() > 3.0).count();
+        assert!((2492..2908).contains(&beyond_three), "{beyond_three}"); // 2700 +- 4 sigma
+    }
+}

@@ -1,0 +1,150 @@
+//! AdamW (Loshchilov and Hutter 2019) with libtorch's fused kernel.
+//!
+//! Per element, at step t, with gradient g scaled by the clip coefficient:
+//! `w -= lr * decay * w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+//! w -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
+
+use crate::error::{OptimError, Result};
+use run_config::Optimizer;
+use std::ops::Range;
+use torch_shim::params::{Parameter, ParameterSet};
+use torch_shim::tch::{Tensor, no_grad};
+use torch_shim::{ShimError, ops};
+
+/// AdamW and its state: two flat buffers laid out as the parameter set's master buffer is.
+#[derive(Debug)]
+pub struct AdamW {
+    config: Optimizer,
+    num_steps: u64,
+    m: Tensor,
+    v: Tensor,
+    decayed: Vec<Range<i64>>,
+    spared: Vec<Range<i64>>,
+}
+
+/// Running moments of one parameter's gradient: views, of its master's shape and kind.
+#[derive(Debug)]
+pub struct Moments {
+    /// First moment.
+    pub m: Tensor,
+    /// Second moment.
+    pub v: Tensor,
+}
+
+impl AdamW {
+    /// Zero state for `parameters`.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn new(config: &Optimizer, parameters: &ParameterSet) -> Result<Self> {
+        let zeros = || parameters.flat_master().f_zeros_like();
+        Ok(Self {
+            config: config.clone(),
+            num_steps: 0,
+            m: zeros()?,
+            v: zeros()?,
+            decayed: runs(parameters, true),
+            spared: runs(parameters, false),
+        })
+    }
+
+    /// One step at `learning_rate`, with all gradients first multiplied by `coefficient` (in
+    /// place; 1 leaves them as they are). The compute copy of the weights is refreshed too.
+    ///
+    /// # Errors
+    /// Where the set is not the one the state was made for, or libtorch refuses.
+    pub fn step(
+        &mut self,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        coefficient: f64,
+    ) -> Result<()> {
+        let (state, elements) = (self.m.numel(), parameters.flat_master().numel());
+        if state != elements {
+            return Err(OptimError::OtherSet { state, parameters: elements });
+        }
+        self.num_steps += 1;
+        no_grad(|| {
+            if coefficient != 1.0 {
+                let mut gradients = parameters.flat_grad().shallow_clone();
+                let _ = gradients.f_mul_scalar_(coefficient)?;
+            }
+            self.update(parameters, &self.decayed, learning_rate, self.config.weight_decay)?;
+            self.update(parameters, &self.spared, learning_rate, 0.0)
+        })?;
+        Ok(parameters.refresh_compute()?)
+    }
+
+    fn update(
+        &self,
+        parameters: &ParameterSet,
+        runs: &[Range<i64>],
+        learning_rate: f64,
+        weight_decay: f64,
+    ) -> Result<()> {
+        let cut = |buffer: &Tensor| -> std::result::Result<Vec<Tensor>, ShimError> {
+            let piece = |run: &Range<i64>| buffer.f_narrow(0, run.start, run.end - run.start);
+            runs.iter().map(|run| Ok(piece(run)?)).collect()
+        };
+        let constants = ops::AdamW {
+            learning_rate,
+            beta1: self.config.betas[0],
+            beta2: self.config.betas[1],
+            eps: self.config.eps,
+            weight_decay,
+            step: self.num_steps,
+        };
+        let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
+        let (m, v) = (cut(&self.m)?, cut(&self.v)?);
+        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants)?)
+    }
+
+    /// Number of steps taken.
+    pub fn num_steps(&self) -> u64 {
+        self.num_steps
+    }
+
+    /// Says that the moments, written through [`AdamW::moments`], are those after `num_steps`.
+    pub fn set_num_steps(&mut self, num_steps: u64) {
+        self.num_steps = num_steps;
+    }
+
+    /// The moments of one of the parameters, for a checkpoint to read from and write into.
+    ///
+    /// # Errors
+    /// Where the parameter is not of the set the state was made for.
+    pub fn moments(&self, parameter: &Parameter) -> Result<Moments> {
+        let view = |buffer: &Tensor| -> Result<Tensor> {
+            let elements = buffer.f_narrow(0, parameter.range.start, parameter.num_elements())?;
+            Ok(elements.f_view(parameter.shape.as_slice())?)
+        };
+        Ok(Moments { m: view(&self.m)?, v: view(&self.v)? })
+    }
+
+    /// The first moments of all, padding included.
+    pub fn flat_m(&self) -> &Tensor {
+        &self.m
+    }
+
+    /// The second moments of all, padding included.
+    pub fn flat_v(&self) -> &Tensor {
+        &self.v
+    }
+}
+
+/// The longest runs of the flat buffers whose parameters all decay, or all do not. The padding
+/// between two parameters of a run is updated with them: it is zero and stays so.
+fn runs(parameters: &ParameterSet, decay: bool) -> Vec<Range<i64>> {
+    let mut runs: Vec<Range<i64>> = Vec::new();
+    let mut open = false;
+    for parameter in parameters.iter() {
+        if parameter.decay == decay {
+            match runs.last_mut() {
+                Some(run) if open => run.end = parameter.range.end,
+                _ => runs.push(parameter.range.clone()),
+            }
+        }
+        open = parameter.decay == decay;
+    }
+    runs
+}
