@@ -1,1 +1,2 @@
+//! Tells the tests where libtorch is.
 include!("../../../ops/torch_rpath.rs");

@@ -27,6 +27,10 @@ pub struct ExportOptions {
     pub max_shard_bytes: u64,
     /// `max_position_embeddings`: the longest sequence the model was trained on.
     pub max_positions: usize,
+    /// Id of the token that begins a text, where the tokenizer does not tell.
+    pub bos_token_id: Option<u32>,
+    /// Ids of the tokens that end a text, where the tokenizer does not tell.
+    pub eos_token_ids: Vec<u32>,
     /// `tokenizer.json`, copied where given; the ids of begin and end of text are looked up in it.
     pub tokenizer: Option<PathBuf>,
 }
@@ -107,8 +111,10 @@ fn write_folder(
     if let Some(bos) = extras.bos_token_id {
         generation["bos_token_id"] = json!(bos);
     }
-    if let Some(eos) = extras.eos_token_ids.first() {
-        generation["eos_token_id"] = json!(eos);
+    match extras.eos_token_ids.as_slice() {
+        [] => {}
+        [one] => generation["eos_token_id"] = json!(one),
+        several => generation["eos_token_id"] = json!(several),
     }
     write("generation_config.json", &format!("{generation:#}\n"))?;
     if let Some(tokenizer) = &options.tokenizer {
@@ -180,8 +186,8 @@ fn extras(options: &ExportOptions, dtype: Dtype) -> Result<HfExtras> {
     let mut extras = HfExtras {
         max_positions: options.max_positions,
         dtype: dtype.torch_name().to_string(),
-        bos_token_id: None,
-        eos_token_ids: Vec::new(),
+        bos_token_id: options.bos_token_id,
+        eos_token_ids: options.eos_token_ids.clone(),
     };
     let Some(path) = &options.tokenizer else { return Ok(extras) };
     let text = std::fs::read(path).map_err(|error| FormatError::io("read", path, error))?;
@@ -192,7 +198,10 @@ fn extras(options: &ExportOptions, dtype: Dtype) -> Result<HfExtras> {
         let token = added.iter().find(|token| token["content"] == content)?;
         token["id"].as_u64().and_then(|id| u32::try_from(id).ok())
     };
-    extras.bos_token_id = id_of("<|begin_of_text|>").or_else(|| id_of("<s>"));
-    extras.eos_token_ids.extend(id_of("<|end_of_text|>").or_else(|| id_of("</s>")));
+    let (begin, end) = (id_of("<|begin_of_text|>"), id_of("<|end_of_text|>"));
+    extras.bos_token_id = begin.or_else(|| id_of("<s>")).or(extras.bos_token_id);
+    if let Some(end) = end.or_else(|| id_of("</s>")) {
+        extras.eos_token_ids = vec![end];
+    }
     Ok(extras)
 }

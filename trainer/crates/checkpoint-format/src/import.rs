@@ -12,11 +12,15 @@ use std::path::{Path, PathBuf};
 /// Bytes of weights held in memory at a time.
 const AT_ONCE: u64 = 1 << 30;
 
-/// Writes all weights of `source` as step 0 in `run_dir/checkpoints`. Returns the checkpoint's folder and its bytes.
+/// Writes all weights of `source` as step 0 in `run_dir/checkpoints`; `extra` goes to the state. Returns the checkpoint's folder and its bytes.
 ///
 /// # Errors
 /// [`FormatError::Refused`] where the run has checkpoints; whatever the source or the disk says.
-pub fn import(source: &dyn WeightSource, run_dir: &Path) -> Result<(PathBuf, u64)> {
+pub fn import(
+    source: &dyn WeightSource,
+    run_dir: &Path,
+    extra: serde_json::Value,
+) -> Result<(PathBuf, u64)> {
     let checkpoints = run_dir.join(names::CHECKPOINTS);
     let found = crate::scan::scan(&checkpoints)?;
     if let Some(found) = found.committed.last() {
@@ -33,6 +37,7 @@ pub fn import(source: &dyn WeightSource, run_dir: &Path) -> Result<(PathBuf, u64
     let mut state = TrainState::at(0);
     state.model = serde_json::to_value(source.model())
         .map_err(|error| FormatError::Request(format!("cannot write the model: {error}")))?;
+    state.extra = extra;
     save.begin(weights.iter().map(|weight| weight.3).sum())?;
     let written =
         write_groups(source, &save, &weights).and_then(|groups| save.commit(groups, &state));

@@ -81,6 +81,33 @@ pub fn newest_committed(checkpoints_dir: &Path) -> Result<Newest> {
     newest(checkpoints_dir, |_, _| Ok(()))
 }
 
+/// The checkpoint of a step of a run, or its newest good one, by the run's directory.
+///
+/// # Errors
+/// [`FormatError::NotFound`], naming the steps there are and why others are not good.
+pub fn checkpoint_of_run(run_dir: &Path, step: Option<u64>) -> Result<PathBuf> {
+    let dir = run_dir.join(names::CHECKPOINTS);
+    let found = scan(&dir)?;
+    let wanted = match step {
+        Some(step) => found.committed.iter().find(|found| found.step == step),
+        None => found.committed.last(),
+    };
+    if let Some(found) = wanted {
+        return Ok(found.path.clone());
+    }
+    let steps: Vec<String> = found.committed.iter().map(|found| found.step.to_string()).collect();
+    let mut hint = match steps.as_slice() {
+        [] => "; it has no good checkpoint".to_string(),
+        steps => format!("; its good checkpoints are of steps {}", steps.join(", ")),
+    };
+    for damaged in &found.damaged {
+        hint += &format!("; step {} is damaged: {}", damaged.step, damaged.reason);
+    }
+    let what =
+        step.map_or("a checkpoint".to_string(), |step| format!("a checkpoint of step {step}"));
+    Err(FormatError::NotFound { what, path: run_dir.to_path_buf(), hint })
+}
+
 fn newest(
     checkpoints_dir: &Path,
     check: impl Fn(&Path, &Checkpoint) -> Result<()>,

@@ -21,6 +21,8 @@ fn options(source: &dyn WeightSource) -> ExportOptions {
         dtype: None,
         max_shard_bytes: u64::MAX,
         max_positions: 128,
+        bos_token_id: None,
+        eos_token_ids: Vec::new(),
         tokenizer: None,
     }
 }
@@ -31,7 +33,7 @@ fn through_a_checkpoint(
     folder: &Path,
     shard: u64,
 ) -> (PathBuf, Exported) {
-    let (path, _) = import(source, &folder.join("run")).unwrap();
+    let (path, _) = import(source, &folder.join("run"), serde_json::Value::Null).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert_eq!(checkpoint.state().step, 0);
     checkpoint.verify().unwrap();
@@ -188,8 +190,8 @@ fn an_export_or_import_never_overwrites() {
     std::fs::write(out.join("precious"), "x").unwrap();
     let error = export_hf(&source, &out, &options(&source)).unwrap_err();
     assert!(error.to_string().contains("not empty"), "{error}");
-    import(&source, folder.path()).unwrap();
-    let error = import(&source, folder.path()).unwrap_err();
+    import(&source, folder.path(), serde_json::Value::Null).unwrap();
+    let error = import(&source, folder.path(), serde_json::Value::Null).unwrap_err();
     assert!(error.to_string().contains("has a checkpoint of step 0"), "{error}");
 }
 

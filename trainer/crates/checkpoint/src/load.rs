@@ -1,0 +1,152 @@
+//! Loading: any checkpoint into any rank's tensors, whatever ranks wrote it.
+
+use crate::error::{CheckpointError, Result};
+use crate::views::{View, check_flat, dtype_of, views};
+use checkpoint_format::source::{CheckpointSource, read_rows_as};
+use checkpoint_format::{Checkpoint, Dtype, TrainState, WeightSource, parallel};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Mutex;
+use torch_shim::ShimError;
+use torch_shim::bytes::as_bytes_mut;
+use torch_shim::params::ParameterSet;
+use torch_shim::tch::{Device, Tensor, no_grad_guard};
+
+/// Rows are read in pieces of about this many bytes, so that a large tensor is shared by all threads.
+const PIECE_BYTES: usize = 16 << 20;
+
+/// Loads a checkpoint: master weights (from `master/NAME` where there is one, else from `NAME`, converted where the types
+/// differ), the compute copy, and the optimizer's buffers (`m`, `v`), each element's bytes checked on the way.
+///
+/// # Errors
+/// [`CheckpointError::OtherModel`], [`CheckpointError::NoOptimizerState`], or what the files say.
+pub fn load(
+    step_dir: &Path,
+    params: &ParameterSet,
+    moments: &[(&str, &Tensor)],
+) -> Result<TrainState> {
+    let source = CheckpointSource::new(Checkpoint::open(step_dir)?);
+    let checkpoint = source.checkpoint();
+    let views = views(params);
+    check_model(&source, &views)?;
+    for (name, flat) in moments {
+        check_flat(params, name, flat)?;
+        for view in &views {
+            let tensor = format!("{name}/{}", view.name);
+            if !checkpoint.tensors().contains_key(&tensor) {
+                let path = step_dir.to_path_buf();
+                return Err(CheckpointError::NoOptimizerState { path, tensor });
+            }
+        }
+    }
+    load_weights(&source, params)?;
+    for (name, flat) in moments {
+        // A moment is never kept as a master copy: its name is its own.
+        fill(&source, &views, &format!("{name}/"), flat)?;
+    }
+    Ok(checkpoint.state().clone())
+}
+
+/// Loads only the weights, from a checkpoint or another model's files, into master and compute copy.
+///
+/// # Errors
+/// [`CheckpointError::OtherModel`], or what the files say.
+pub fn load_weights(source: &dyn WeightSource, params: &ParameterSet) -> Result<()> {
+    let views = views(params);
+    check_model(source, &views)?;
+    fill(source, &views, "", params.flat_master())?;
+    params.refresh_compute()?;
+    Ok(())
+}
+
+/// Both have the same tensors with the same shapes.
+fn check_model(source: &dyn WeightSource, views: &[View]) -> Result<()> {
+    let other = |tensor: &str, found: String, expected: String| {
+        let (path, tensor) = (source.path().to_path_buf(), tensor.to_string());
+        Err(CheckpointError::OtherModel { path, tensor, found, expected })
+    };
+    for View { name, shape, .. } in views {
+        match source.info(name) {
+            Ok((found, _)) if found == *shape => {}
+            Ok((found, _)) => {
+                let found = format!("has shape {found:?}");
+                return other(name, found, format!("its shape is {shape:?}"));
+            }
+            Err(_) => {
+                return other(name, "is missing".to_string(), format!("its shape is {shape:?}"));
+            }
+        }
+    }
+    let known: BTreeSet<&str> = views.iter().map(|view| view.name.as_str()).collect();
+    match source.names().iter().find(|name| !known.contains(name.as_str())) {
+        Some(name) => {
+            let found = match source.info(name) {
+                Ok((shape, _)) => format!("has shape {shape:?}"),
+                Err(_) => "exists".to_string(),
+            };
+            other(name, found, "it does not exist".to_string())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Some rows of a tensor, and the memory they go to.
+struct Target<'a> {
+    name: String,
+    rows: (u64, u64),
+    memory: Mutex<&'a mut [u8]>,
+}
+
+/// Fills a flat buffer, all threads reading.
+fn fill(source: &dyn WeightSource, views: &[View], prefix: &str, flat: &Tensor) -> Result<()> {
+    let dtype = dtype_of(flat)?;
+    let on_cpu = flat.device() == Device::Cpu;
+    let mut memory = if on_cpu {
+        flat.shallow_clone()
+    } else {
+        flat.f_zeros_like()
+            .and_then(|zeros| zeros.f_to_device(Device::Cpu))
+            .map_err(ShimError::from)?
+    };
+    let targets = targets(views, prefix, dtype, as_bytes_mut(&mut memory)?);
+    parallel::for_each(&targets, |target| {
+        let mut memory = target.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        read_rows_as(source, &target.name, target.rows, dtype, &mut memory)
+    })?;
+    drop(targets);
+    if !on_cpu {
+        let _guard = no_grad_guard();
+        flat.shallow_clone().f_copy_(&memory).map_err(ShimError::from)?;
+    }
+    Ok(())
+}
+
+/// Cuts a buffer's bytes into the rows to be read; views rise and do not overlap.
+fn targets<'a>(
+    views: &[View],
+    prefix: &str,
+    dtype: Dtype,
+    memory: &'a mut [u8],
+) -> Vec<Target<'a>> {
+    let mut targets = Vec::new();
+    let mut rest = memory;
+    let mut at = 0;
+    for view in views {
+        let start = view.start * dtype.size();
+        let (_, tail) = std::mem::take(&mut rest).split_at_mut(start - at);
+        let (mut mine, tail) = tail.split_at_mut(view.num_elements() * dtype.size());
+        (at, rest) = (start + mine.len(), tail);
+        let row_bytes = view.row_elements * dtype.size();
+        let at_once = (PIECE_BYTES / row_bytes.max(1)).clamp(1, view.rows().max(1) as usize);
+        let mut first = 0;
+        while first < view.rows() {
+            let count = (at_once as u64).min(view.rows() - first);
+            let (piece, tail) = mine.split_at_mut(count as usize * row_bytes);
+            mine = tail;
+            let name = format!("{prefix}{}", view.name);
+            targets.push(Target { name, rows: (first, count), memory: Mutex::new(piece) });
+            first += count;
+        }
+    }
+    targets
+}
