@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// A result of this crate.
-pub type Result<T> = std::result::Result<T, DataError>;
+pub type Result<T, E = DataError> = std::result::Result<T, E>;
 
 /// An error in the data, in its description, or in reading it.
 #[derive(Debug, thiserror::Error)]
