@@ -16,7 +16,7 @@ Tensor chunk_loss(Tensor& logits, const Tensor& targets, double scale, bool grad
   if (gradients) {
     logits.sub_(normalizer.unsqueeze(1)).exp_();
     logits.scatter_add_(1, index, at::full_like(index, -1.0, logits.scalar_type()));
-    logits.mul_((valid * scale).to(logits.scalar_type()).unsqueeze(1));
+    logits.mul_((valid.to(logits.scalar_type()) * scale).unsqueeze(1));  // bool * double would be FP32
   }
   return losses.sum() * scale;
 }
