@@ -1,1 +1,3 @@
-//! To be written.
+//! What end-to-end tests share: a sandbox in which real `phalanx` processes run.
+
+pub mod sandbox;

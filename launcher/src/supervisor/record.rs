@@ -23,7 +23,7 @@ pub struct Status {
     /// Process id of its launcher.
     pub pid: u32,
     /// `starting`, `running`, `restarting`, `stopping`; at the end `finished`, `preempted`,
-    /// `interrupted` or `failed`; and `lost` for readers, where the launcher is gone without a word.
+    /// `interrupted` or `failed`; `lost` for readers, where the launcher is gone without a word.
     pub state: String,
     /// Generation.
     pub generation: u64,

@@ -60,7 +60,7 @@ pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
     let stderr = child.stderr.take();
     let group = Pid::from_child(&child);
     let pidfd = pidfd_open(group, PidfdFlags::NONBLOCK).map_err(std::io::Error::from);
-    match pidfd.and_then(AsyncFd::register) {
+    match pidfd.and_then(register) {
         Ok(pidfd) => {
             let process = Process { child, group, pidfd };
             Ok(Spawned { process, control, stdout, stderr })
@@ -71,6 +71,12 @@ pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
             Err(error)
         }
     }
+}
+
+fn register(pidfd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` always gives the one descriptor that it owns, open until it is dropped,
+    // and the `AsyncFd` lends it out only by shared reference.
+    unsafe { AsyncFd::register(pidfd) }.map_err(std::io::Error::from)
 }
 
 impl Process {
@@ -95,7 +101,7 @@ impl Process {
                 Err(_) => break,
             }
         }
-        // The leader is not reaped yet, so its id, and with it the group's, cannot be anyone else's.
+        // The leader is not reaped yet, so its id and the group's cannot be anyone else's.
         let _ = kill_process_group(self.group, Signal::KILL);
         match self.child.wait() {
             Ok(status) => Exit {

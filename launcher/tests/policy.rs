@@ -1,0 +1,342 @@
+//! The supervisor's policy, step by step and under random events.
+
+use launcher::supervisor::cause::{Cause, Exit};
+use launcher::supervisor::state::{Action, Event, Policy, State};
+use proptest::prelude::*;
+use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
+use std::time::{Duration, Instant};
+
+/// A run under test: its state, its clock and what it was told to do.
+struct Run {
+    state: State,
+    now: Instant,
+}
+
+impl Run {
+    fn begin(world_size: usize, committed: Option<u64>) -> Self {
+        let mut run =
+            Self { state: State::new(Policy::new(world_size, 3), 0), now: Instant::now() };
+        assert_eq!(run.event(Event::Begin { committed }), ["find"]);
+        let started = run.event(Event::Found { step: committed });
+        assert_eq!(started, [format!("spawn 1 from {committed:?}")]);
+        run
+    }
+
+    fn event(&mut self, event: Event) -> Vec<String> {
+        self.state.handle(event, self.now).iter().map(short).collect()
+    }
+
+    fn exit(&mut self, rank: usize, code: i32) -> Vec<String> {
+        self.event(exited(rank, Exit { code: Some(code), signal: None }))
+    }
+
+    fn killed(&mut self, rank: usize) -> Vec<String> {
+        self.event(exited(rank, Exit { code: None, signal: Some(9) }))
+    }
+
+    fn after(&mut self, seconds: f64) -> Vec<String> {
+        self.now += Duration::from_secs_f64(seconds);
+        self.event(Event::Tick)
+    }
+
+    /// One generation of two ranks: `step` steps, then rank 1 is killed, and rank 0 told to end.
+    fn crash_at(&mut self, step: u64) -> Vec<String> {
+        self.event(Event::Step { rank: 1, step });
+        assert_eq!(self.killed(1), ["rank 1 failed"]);
+        assert!(self.after(1.0)[0].starts_with("abort"));
+        self.killed(0)
+    }
+}
+
+fn exited(rank: usize, exit: Exit) -> Event {
+    Event::Exited { rank, exit, last_lines: Vec::new() }
+}
+
+fn report(class: FailureClass, line: &str) -> FailureReport {
+    FailureReport {
+        class,
+        phase: Phase::Train,
+        step: Some(7),
+        collective: None,
+        lines: vec![line.to_owned()],
+    }
+}
+
+fn short(action: &Action) -> String {
+    match action {
+        Action::FindCheckpoint => "find".into(),
+        Action::Spawn { generation, resume_step } => {
+            format!("spawn {generation} from {resume_step:?}")
+        }
+        Action::AskToStop => "ask to stop".into(),
+        Action::Abort { reason } => format!("abort: {reason}"),
+        Action::Kill { .. } => "kill".into(),
+        Action::RecordFailure(cause) => format!("rank {} failed", cause.rank),
+        Action::RecordFirstCause(cause) => format!("first cause: rank {}", cause.rank),
+        Action::RecordStop { by } => format!("stop by {by}"),
+        Action::Finish { code, .. } => format!("finish {code}"),
+    }
+}
+
+#[test]
+fn a_run_in_which_nothing_happens_is_done() {
+    let mut run = Run::begin(2, None);
+    for rank in 0..2 {
+        assert!(run.event(Event::Finished { rank }).is_empty());
+    }
+    assert!(run.exit(0, exit_code::DONE).is_empty());
+    assert_eq!(run.exit(1, exit_code::DONE), ["finish 0"]);
+    assert!(run.event(Event::Stop { by: "SIGINT".into() }).is_empty());
+}
+
+#[test]
+fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Committed { step: 5 });
+    run.event(Event::Step { rank: 1, step: 6 });
+    assert_eq!(run.killed(1), ["rank 1 failed"]);
+    assert!(run.after(0.9).is_empty(), "others may fail of the same cause");
+    let ended = run.after(0.1);
+    assert_eq!(ended.len(), 1);
+    assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
+    assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
+    assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+}
+
+#[test]
+fn a_rank_that_will_not_end_is_killed() {
+    let mut run = Run::begin(2, None);
+    run.killed(1);
+    run.after(1.0);
+    assert!(run.after(4.9).is_empty());
+    assert_eq!(run.after(0.1), ["kill"]);
+    assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
+}
+
+#[test]
+fn a_lost_link_is_never_the_first_cause_of_a_crash() {
+    let mut run = Run::begin(3, None);
+    let lost = report(FailureClass::Transient, "peer closed the connection");
+    run.event(Event::Reported { rank: 0, report: lost });
+    assert_eq!(run.exit(0, 1), ["rank 0 failed"]);
+    assert_eq!(run.exit(2, 1), ["rank 2 failed"]);
+    assert_eq!(run.killed(1), ["rank 1 failed", "first cause: rank 2", "find"]);
+}
+
+#[test]
+fn the_same_failure_three_times_is_not_tried_again() {
+    let mut run = Run::begin(2, None);
+    assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
+    run.event(Event::Found { step: None });
+    assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
+    run.event(Event::Found { step: None });
+    assert_eq!(run.crash_at(6), ["first cause: rank 1", "finish 93"]);
+}
+
+#[test]
+fn no_progress_in_three_generations_gives_up() {
+    let mut run = Run::begin(2, None);
+    for step in 6..8 {
+        assert_eq!(run.crash_at(step), ["first cause: rank 1", "find"]);
+        run.event(Event::Found { step: None });
+    }
+    assert_eq!(run.crash_at(8), ["first cause: rank 1", "finish 1"]);
+}
+
+#[test]
+fn progress_resets_the_count() {
+    let mut run = Run::begin(2, None);
+    for generation in 1..20 {
+        run.event(Event::Committed { step: generation * 10 });
+        assert_eq!(run.crash_at(generation * 10 + 3), ["first cause: rank 1", "find"]);
+        run.event(Event::Found { step: Some(generation * 10) });
+    }
+}
+
+/// A rank that reports this class, or exits with this code, ends the run with `expected`.
+fn check_verdict(class: Option<FailureClass>, code: i32, expected: i32) {
+    let mut run = Run::begin(1, None);
+    if let Some(class) = class {
+        run.event(Event::Reported { rank: 0, report: report(class, "what happened") });
+    }
+    let actions = run.exit(0, code);
+    assert_eq!(actions.last(), Some(&format!("finish {expected}")), "{actions:?}");
+}
+
+#[test]
+fn what_trying_again_does_not_mend_is_not_tried_again() {
+    check_verdict(None, exit_code::CONFIG, exit_code::CONFIG);
+    check_verdict(Some(FailureClass::Config), 1, exit_code::CONFIG);
+    check_verdict(None, exit_code::NODE_UNHEALTHY, exit_code::NODE_UNHEALTHY);
+    check_verdict(Some(FailureClass::Numeric), 1, exit_code::FAILED);
+}
+
+#[test]
+fn an_exit_with_0_before_the_end_is_a_failure() {
+    let mut run = Run::begin(1, None);
+    assert_eq!(run.exit(0, 0), ["rank 0 failed", "first cause: rank 0", "find"]);
+    // And 75 is one where nobody asked to stop.
+    run.event(Event::Found { step: None });
+    assert_eq!(run.exit(0, 75), ["rank 0 failed", "first cause: rank 0", "find"]);
+}
+
+#[test]
+fn a_stop_saves_and_exits_with_75() {
+    let mut run = Run::begin(2, None);
+    assert_eq!(run.event(Event::Stop { by: "SIGINT".into() }), ["stop by SIGINT", "ask to stop"]);
+    run.event(Event::Committed { step: 4 });
+    assert!(run.exit(0, 75).is_empty());
+    assert_eq!(run.exit(1, 75), ["finish 75"]);
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all() {
+    let mut run = Run::begin(2, None);
+    let asked = Event::RankAskedToStop { rank: 1, signal: "SIGTERM".into() };
+    assert_eq!(run.event(asked.clone()), ["stop by SIGTERM to rank 1", "ask to stop"]);
+    // The launcher's own SIGTERM to ranks that must end is no wish to stop.
+    let mut run = Run::begin(2, None);
+    run.killed(0);
+    run.after(1.0);
+    assert!(run.event(asked).is_empty());
+    assert_eq!(run.killed(1), ["first cause: rank 0", "find"]);
+}
+
+#[test]
+fn a_second_stop_kills() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Stop { by: "SIGINT".into() });
+    let now = run.event(Event::StopNow { by: "SIGINT".into() });
+    assert_eq!(now, ["stop by SIGINT", "kill"]);
+    run.killed(0);
+    assert_eq!(run.killed(1), ["finish 130"]);
+}
+
+#[test]
+fn a_stop_between_two_generations_ends_with_what_is_saved() {
+    for (committed, expected) in [(Some(5), "finish 75"), (None, "finish 1")] {
+        let mut run = Run::begin(1, committed);
+        run.killed(0);
+        let actions = run.event(Event::Stop { by: "SIGTERM".into() });
+        assert_eq!(actions, ["stop by SIGTERM", expected]);
+    }
+}
+
+#[test]
+fn a_stop_that_takes_too_long_is_a_hang() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Stop { by: "SIGINT".into() });
+    assert!(run.after(599.0).is_empty());
+    assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
+    run.killed(0);
+    assert_eq!(run.killed(1), ["first cause: rank 0", "finish 1"]);
+}
+
+#[test]
+fn a_rank_that_does_not_exit_after_the_last_step_is_a_hang() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Finished { rank: 0 });
+    run.exit(0, 0);
+    assert!(run.after(59.0).is_empty());
+    assert_eq!(run.after(1.0), ["abort: rank 1 did not exit after the last step"]);
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_all_lost_does_not_start_from_zero() {
+    let mut run = Run::begin(1, Some(5));
+    run.killed(0);
+    assert_eq!(run.event(Event::Found { step: None }), ["finish 1"]);
+}
+
+#[test]
+fn ranks_that_could_not_start_end_the_run() {
+    let mut run = Run::begin(2, None);
+    let broken = Event::Broken { code: exit_code::CONFIG, reason: "no trainer".into() };
+    assert_eq!(run.event(broken), ["kill"]);
+    run.event(exited(0, Exit::default()));
+    assert_eq!(run.event(exited(1, Exit::default())), ["finish 64"]);
+}
+
+#[test]
+fn failures_alike_but_for_numbers_are_the_same() {
+    let cause = |rank, line: &str, step| {
+        let report = FailureReport { step, ..report(FailureClass::Process, line) };
+        let exit = Exit { code: Some(1), signal: None };
+        Cause::new(rank, exit, Some(report), Phase::Train, None, Vec::new()).signature()
+    };
+    let one = cause(0, "CUDA error at 0x7f12 on port 4242", Some(7));
+    assert_eq!(one, cause(1, "CUDA error at 0x9913 on port 1", Some(7)));
+    assert_ne!(one, cause(0, "CUDA error at 0x7f12 on port 4242", Some(8)));
+    assert_ne!(one, cause(0, "NCCL error at 0x7f12 on port 4242", Some(7)));
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let rank = 0_usize..4;
+    let code = prop::sample::select(vec![0, 1, 64, 75, 76, 101]);
+    prop_oneof![
+        4 => (rank.clone(), 1_u64..50).prop_map(|(rank, step)| Event::Step { rank, step }),
+        2 => (1_u64..50).prop_map(|step| Event::Committed { step }),
+        3 => (rank.clone(), code).prop_map(|(rank, code)| {
+            exited(rank, Exit { code: Some(code), signal: None })
+        }),
+        3 => rank.clone().prop_map(|rank| exited(rank, Exit { code: None, signal: Some(9) })),
+        2 => rank.clone().prop_map(|rank| Event::Finished { rank }),
+        1 => rank.prop_map(|rank| {
+            Event::RankAskedToStop { rank, signal: "SIGTERM".into() }
+        }),
+        1 => Just(Event::Stop { by: "SIGINT".into() }),
+        1 => Just(Event::StopNow { by: "SIGINT".into() }),
+        4 => Just(Event::Tick),
+    ]
+}
+
+proptest! {
+    /// Whatever happens, in whatever order: generations only grow, one set of ranks lives at a
+    /// time, nothing follows the end, and once every rank has exited the run goes on or is over.
+    #[test]
+    fn no_order_of_events_breaks_the_rules(
+        events in prop::collection::vec((any_event(), 0_u64..3000), 0..120),
+    ) {
+        let world_size = 3;
+        let mut state = State::new(Policy::new(world_size, 3), 10);
+        let mut now = Instant::now();
+        let mut alive = vec![false; world_size];
+        let (mut generation, mut committed, mut is_over) = (10, None, false);
+        let mut queue: Vec<Event> = vec![Event::Begin { committed: None }];
+        for (event, millis) in events {
+            queue.push(event);
+            now += Duration::from_millis(millis);
+            while let Some(event) = queue.pop() {
+                if let Event::Exited { rank, .. } = &event {
+                    match alive.get_mut(*rank) {
+                        Some(is_alive) if *is_alive => *is_alive = false,
+                        _ => continue,
+                    }
+                }
+                if let Event::Committed { step } = &event {
+                    committed = committed.max(Some(*step));
+                }
+                for action in state.handle(event, now) {
+                    prop_assert!(!is_over, "{action:?} after the end");
+                    match action {
+                        Action::FindCheckpoint => queue.push(Event::Found { step: committed }),
+                        Action::Spawn { generation: next, resume_step } => {
+                            prop_assert!(alive.iter().all(|is_alive| !is_alive));
+                            prop_assert_eq!(next, generation + 1);
+                            prop_assert_eq!(resume_step, committed);
+                            generation = next;
+                            alive = vec![true; world_size];
+                        }
+                        Action::Finish { .. } => {
+                            prop_assert!(alive.iter().all(|is_alive| !is_alive));
+                            is_over = true;
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            let is_anyone_alive = alive.iter().any(|is_alive| *is_alive);
+            prop_assert!(is_anyone_alive || is_over, "nobody works, and nothing ends");
+        }
+    }
+}
