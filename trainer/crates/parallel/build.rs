@@ -1,1 +1,3 @@
+//! Lets the tests find libtorch.
+
 include!("../../../ops/torch_rpath.rs");

@@ -18,6 +18,8 @@ const SOURCES: &[&str] = &[
     "csrc/fused_norm.cpp",
     "csrc/fused_block.cpp",
     "csrc/fused_head.cpp",
+    "csrc/gloo.cpp",
+    "csrc/reduce.cpp",
 ];
 
 fn main() {
@@ -36,6 +38,7 @@ fn main() {
         .include(root.join("include"))
         .include(root.join("include/torch/csrc/api/include"))
         .include("csrc")
+        .include("csrc/gloo_stub")
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
         .files(SOURCES);

@@ -11,6 +11,9 @@ pub enum ShimError {
     /// A Rust closure that libtorch called failed or panicked.
     #[error("{0}")]
     Closure(String),
+    /// The store of the ranks could not answer.
+    #[error("store: {0}")]
+    Store(String),
     /// An argument was refused before libtorch saw it.
     #[error("{0}")]
     Invalid(String),

@@ -8,8 +8,10 @@ pub mod autograd;
 pub mod bytes;
 mod error;
 pub mod fused;
+pub mod gloo;
 pub mod ops;
 pub mod params;
+pub mod reduce;
 mod result;
 mod sys;
 

@@ -31,7 +31,69 @@ pub(crate) struct RawParameter {
     _private: [u8; 0],
 }
 
+/// `phx_gloo`.
+#[repr(C)]
+pub(crate) struct RawGloo {
+    _private: [u8; 0],
+}
+
+/// `Message` of gloo.cpp.
+#[repr(C)]
+pub(crate) struct RawMessage {
+    _private: [u8; 0],
+}
+
+/// Takes over a copy of a value.
+pub(crate) type Push = unsafe extern "C" fn(*mut c_void, *const u8, usize);
+
+/// `phx_store_calls`.
+#[repr(C)]
+pub(crate) struct StoreCalls {
+    pub(crate) set: unsafe extern "C" fn(*mut c_void, *const c_char, *const u8, usize) -> ErrorText,
+    pub(crate) get:
+        unsafe extern "C" fn(*mut c_void, *const c_char, i64, *mut c_void, Push) -> ErrorText,
+    pub(crate) add: unsafe extern "C" fn(*mut c_void, *const c_char, i64, *mut i64) -> ErrorText,
+    pub(crate) wait:
+        unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, i64) -> ErrorText,
+    pub(crate) check:
+        unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, *mut bool) -> ErrorText,
+    pub(crate) remove: unsafe extern "C" fn(*mut c_void, *const c_char, *mut bool) -> ErrorText,
+    pub(crate) drop: DropContext,
+}
+
 unsafe extern "C" {
+    pub(crate) fn phx_combine(accumulator: RawTensor, x: RawTensor, how: i32) -> ErrorText;
+    pub(crate) fn phx_divide(x: RawTensor, divisor: f64) -> ErrorText;
+    pub(crate) fn phx_copy(to: RawTensor, from: RawTensor) -> ErrorText;
+
+    pub(crate) fn phx_gloo_new(
+        context: *mut c_void,
+        calls: *const StoreCalls,
+        rank: i32,
+        size: i32,
+        timeout_ms: i64,
+        hostname: *const c_char,
+        out: *mut *mut RawGloo,
+    ) -> ErrorText;
+    pub(crate) fn phx_gloo_free(gloo: *mut RawGloo);
+    pub(crate) fn phx_gloo_send(
+        gloo: *mut RawGloo,
+        tensor: RawTensor,
+        peer: i32,
+        tag: i32,
+        out: *mut *mut RawMessage,
+    ) -> ErrorText;
+    pub(crate) fn phx_gloo_recv(
+        gloo: *mut RawGloo,
+        tensor: RawTensor,
+        peer: i32,
+        tag: i32,
+        out: *mut *mut RawMessage,
+    ) -> ErrorText;
+    pub(crate) fn phx_message_wait(message: *mut RawMessage, timeout_ms: i64) -> ErrorText;
+    pub(crate) fn phx_message_abort(message: *mut RawMessage) -> ErrorText;
+    pub(crate) fn phx_message_free(message: *mut RawMessage);
+
     pub(crate) fn strdup(text: *const c_char) -> *mut c_char;
     pub(crate) fn phx_free(pointer: *mut c_void);
 

@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tch::{Device, Kind, Tensor};
 use torch_shim::params::{ParameterSet, ParameterSpec, Part};
-use torch_shim::{ShimError, autograd, fused, ops, tch};
+use torch_shim::tch::{self, Device, Kind, Tensor};
+use torch_shim::{ShimError, autograd, fused, ops};
 
 fn values(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(&tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap()
@@ -180,7 +180,7 @@ fn the_ready_hook_fires_after_the_last_use() {
         let x = fused::linear(&fused::embedding(&tokens, tied).unwrap(), w).unwrap();
         fused::head_loss(&x, tied, &tokens, 1.0, 8).unwrap()
     };
-    tch::no_grad(forward);
+    drop(tch::no_grad(forward));
     drop(forward()); // a graph that never runs its backward leaves nothing open
     autograd::backward(&[&forward()], &[]).unwrap();
     assert_eq!(*order.lock().unwrap(), [1, 0]);

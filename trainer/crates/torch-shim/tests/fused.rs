@@ -1,9 +1,9 @@
 //! Each fused operator against its plain reference: values and gradients, in FP64, FP32 and BF16.
 
-use tch::{Device, Kind, Tensor};
+use torch_shim::autograd;
 use torch_shim::fused::{self, Documents, reference};
 use torch_shim::params::{Parameter, ParameterSet, ParameterSpec};
-use torch_shim::{autograd, tch};
+use torch_shim::tch::{self, Device, Kind, Tensor};
 
 const KINDS: [Kind; 3] = [Kind::Double, Kind::Float, Kind::BFloat16];
 

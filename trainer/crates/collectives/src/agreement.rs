@@ -1,0 +1,65 @@
+//! Do the ranks issue the same operation? Compared through the store, so that a mismatch is an error and not a hang.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use torch_shim::gloo::Store;
+
+use crate::error::{CommError, Result};
+
+/// Which operations the ranks compare before they start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Check {
+    /// The first use of each operation, dtype and shape.
+    #[default]
+    FirstUse,
+    /// Every operation: slow, for debugging.
+    All,
+    /// None.
+    Off,
+}
+
+/// Compares what the ranks of one group are about to do.
+pub(crate) struct Agreement {
+    pub(crate) store: Store,
+    pub(crate) check: Check,
+    pub(crate) group: String,
+    pub(crate) rank: usize,
+    pub(crate) size: usize,
+    pub(crate) timeout: Duration,
+    pub(crate) seen: HashSet<String>,
+}
+
+impl Agreement {
+    /// Announces operation `sequence` and compares it with what the other ranks announce.
+    pub(crate) fn compare(&mut self, sequence: u64, operation: &str) -> Result<()> {
+        let known = !self.seen.insert(operation.to_string());
+        if self.size == 1 || self.check == Check::Off || (known && self.check == Check::FirstUse) {
+            return Ok(());
+        }
+        let key = |rank: usize| format!("agree/{sequence}/{rank}");
+        self.store.set(&key(self.rank), operation.as_bytes())?;
+        let mut differing = Vec::new();
+        for rank in (0..self.size).filter(|&rank| rank != self.rank) {
+            let theirs = self.store.get(&key(rank), self.timeout).map_err(|error| {
+                let detail = format!(
+                    "rank {} issues {operation}, rank {rank} announced nothing ({error})",
+                    self.rank
+                );
+                self.mismatch(sequence, detail)
+            })?;
+            if theirs != operation.as_bytes() {
+                differing.push(format!("rank {rank} issues {}", String::from_utf8_lossy(&theirs)));
+            }
+        }
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let detail = format!("rank {} issues {operation}, {}", self.rank, differing.join(", "));
+        Err(self.mismatch(sequence, detail))
+    }
+
+    fn mismatch(&self, sequence: u64, detail: String) -> CommError {
+        CommError::Mismatch { group: self.group.clone(), sequence, detail }
+    }
+}

@@ -1,0 +1,111 @@
+//! The backend between processes on CPUs: Gloo's connections, as libtorch has them.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use torch_shim::ShimError;
+use torch_shim::gloo::{Gloo, Message, Store};
+use torch_shim::tch::Tensor;
+
+use crate::error::{CommError, Result};
+use crate::group::{Group, GroupOptions};
+use crate::transport::{Pending, Transport};
+
+/// Connects this rank to the others of a group, through a store that all share. `hostname` is this rank's own address, as the
+/// others reach it.
+///
+/// # Errors
+/// When the others do not come within the options' time-out, or the address cannot be bound.
+pub fn connect(
+    store: &Store,
+    rank: usize,
+    size: usize,
+    hostname: &str,
+    options: &GroupOptions,
+) -> Result<Group> {
+    let store = store.with_prefix(&options.prefix());
+    let gloo =
+        Gloo::connect(store.clone(), rank, size, options.timeout, hostname).map_err(|error| {
+            CommError::Backend(format!(
+                "group {}: rank {rank} of {size} cannot connect: {error}",
+                options.name
+            ))
+        })?;
+    let transport = GlooTransport {
+        gloo: Mutex::new(Some(Arc::new(gloo))),
+        under_way: Mutex::default(),
+        timeout: options.timeout,
+    };
+    Group::new(Box::new(transport), store, rank, size, options)
+}
+
+struct GlooTransport {
+    /// Taken away by an abort, which closes the connections.
+    gloo: Mutex<Option<Arc<Gloo>>>,
+    under_way: Mutex<Vec<Weak<Message>>>,
+    timeout: Duration,
+}
+
+impl GlooTransport {
+    fn start(
+        &self,
+        peer: usize,
+        start: impl FnOnce(&Gloo) -> torch_shim::Result<Message>,
+    ) -> Result<Box<dyn Pending>> {
+        let gloo = self.gloo.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let gloo = gloo.ok_or_else(|| lost(peer, "the connections are closed".to_string()))?;
+        let message = Arc::new(start(&gloo).map_err(|error| lost_by(peer, &error))?);
+        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        under_way.retain(|message| message.strong_count() > 0);
+        under_way.push(Arc::downgrade(&message));
+        Ok(Box::new(OnItsWay { message, _gloo: gloo, peer, timeout: self.timeout }))
+    }
+}
+
+fn lost(peer: usize, detail: String) -> CommError {
+    let (group, operation) = ("gloo".to_string(), "message".to_string());
+    CommError::Peer { group, sequence: 0, operation, peer, detail }
+}
+
+fn lost_by(peer: usize, error: &ShimError) -> CommError {
+    lost(peer, error.to_string())
+}
+
+impl Transport for GlooTransport {
+    fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
+        self.start(peer, |gloo| gloo.send(tensor, peer, tag))
+    }
+
+    fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
+        self.start(peer, |gloo| gloo.recv(tensor, peer, tag))
+    }
+
+    fn abort(&self, _cause: &str) {
+        let gloo = self.gloo.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let under_way =
+            std::mem::take(&mut *self.under_way.lock().unwrap_or_else(PoisonError::into_inner));
+        for message in under_way.iter().filter_map(Weak::upgrade) {
+            // It may be through already; then there is nothing to end.
+            let _ = message.abort();
+        }
+        drop(gloo);
+    }
+}
+
+struct OnItsWay {
+    // Fields drop in this order: a message must go before its connections.
+    message: Arc<Message>,
+    _gloo: Arc<Gloo>,
+    peer: usize,
+    timeout: Duration,
+}
+
+impl Pending for OnItsWay {
+    fn wait(self: Box<Self>) -> Result<()> {
+        self.message.wait(self.timeout).map_err(|error| lost_by(self.peer, &error))
+    }
+
+    fn is_done(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,9 @@
+// libtorch compiles Gloo in but ships none of its headers; only what c10d's own headers name is declared here.
+#pragma once
+#include <chrono>
+namespace gloo {
+class Context {
+ public:
+  void setTimeout(std::chrono::milliseconds timeout);
+};
+}  // namespace gloo

@@ -1,0 +1,11 @@
+// libtorch compiles Gloo in but ships none of its headers; only what c10d's own headers name is declared here.
+#pragma once
+namespace gloo {
+namespace transport {
+class Device;
+class UnboundBuffer {
+ public:
+  virtual ~UnboundBuffer();
+};
+}  // namespace transport
+}  // namespace gloo
