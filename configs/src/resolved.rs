@@ -1,10 +1,11 @@
-//! The resolved config: valid by construction.
+//! The resolved config: valid by construction. Only the loader makes a [`RunConfig`].
 
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// A whole run, resolved.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// A whole run, resolved. There is no other way to one than `RunConfig::load` and
+/// `RunConfig::from_yaml_str`, which check it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunConfig {
     /// Name of the run, which is also its folder's name under `runs/`.
     pub name: String,
@@ -34,6 +35,18 @@ pub struct RunConfig {
     pub cluster: Cluster,
     /// What is written for people to look at.
     pub metrics: Metrics,
+    #[serde(skip)]
+    pub(crate) checked: Checked,
+}
+
+/// Proof that the loader made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checked(());
+
+impl Checked {
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
 }
 
 /// A Llama-3-family model.

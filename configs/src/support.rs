@@ -1,0 +1,56 @@
+//! What a config may say and this version cannot do yet: refused, never ignored. A line goes when
+//! the feature comes.
+
+use crate::problem::ProblemKind;
+use crate::resolved::*;
+use crate::rules::Rules;
+
+/// Refuses each feature that is asked for and not there.
+pub(crate) fn check(rules: &mut Rules) {
+    let (p, c) = (&rules.config.parallelism, &rules.config.cluster);
+    let asked: [(bool, &str, &str, &str); 9] = [
+        (p.tensor > 1, "parallelism.tensor", "tensor parallelism", "1"),
+        (p.context > 1, "parallelism.context", "context parallelism", "1"),
+        (p.pipeline.stages > 1, "parallelism.pipeline.stages", "pipeline parallelism", "1"),
+        (
+            p.pipeline.virtual_stages > 1,
+            "parallelism.pipeline.virtual_stages",
+            "pipeline parallelism",
+            "1",
+        ),
+        (
+            p.shard.level != ShardLevel::None,
+            "parallelism.shard.level",
+            "sharded data parallelism",
+            "none",
+        ),
+        (
+            p.recompute != Recompute::None,
+            "parallelism.recompute",
+            "recomputation of activations",
+            "none",
+        ),
+        (
+            rules.config.precision.matmul == Matmul::Fp8,
+            "precision.matmul",
+            "FP8 matrix products",
+            "same",
+        ),
+        (c.kind != ClusterKind::Local, "cluster.kind", "a cluster other than this machine", "local"),
+        (c.nodes > 1, "cluster.nodes", "more than one node", "1"),
+    ];
+    for (_, key, what, only) in asked.into_iter().filter(|(asked, ..)| *asked) {
+        refuse(rules, key, what, only);
+    }
+    for (index, source) in rules.config.data.sources.iter().enumerate() {
+        if source.path.starts_with("s3://") {
+            let key = format!("data.sources[{index}].path");
+            refuse(rules, &key, "reading from S3", "a path on this machine");
+        }
+    }
+}
+
+fn refuse(rules: &mut Rules, key: &str, what: &str, only: &str) {
+    let message = format!("not yet supported in this version: {what}");
+    rules.report(ProblemKind::Unsupported, &[key], message, only, "");
+}

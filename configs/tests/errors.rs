@@ -1,0 +1,352 @@
+//! Every class of error, as a user reads it.
+
+use run_config::{ConfigErrors, Loaded, RunConfig};
+use std::path::Path;
+
+const GOOD: &str = "\
+name: test
+model: {dim: 64, layers: 2, heads: 4, kv_heads: 2, ffn_dim: 172, vocab_size: 512}
+data:
+  tokenizer: tokenizer.json
+  sources: [{name: web, path: shards/*.parquet}]
+  sequence_length: 64
+training: {steps: 100, global_batch: 8}
+";
+
+fn load(text: &str, sets: &[&str]) -> Result<Loaded, ConfigErrors> {
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    RunConfig::from_yaml_str(text, Path::new("/runs"), &sets)
+}
+
+fn errors(text: &str, sets: &[&str]) -> String {
+    load(text, sets).map(|l| l.config.to_yaml()).expect_err("must be refused").to_string()
+}
+
+/// The errors of a text; of the good one with `old` replaced by `new`; of the good one with sets.
+fn swap(old: &str, new: &str) -> String {
+    assert!(GOOD.contains(old), "{old}");
+    errors(&GOOD.replace(old, new), &[])
+}
+
+#[test]
+fn the_good_one_is_good() {
+    let loaded = load(GOOD, &[]).unwrap_or_else(|e| panic!("{e}"));
+    assert!(loaded.notes.is_empty(), "{:?}", loaded.notes);
+    assert_eq!(loaded.config.model.head_dim, 16);
+    assert_eq!(loaded.config.data.tokenizer, Path::new("/runs/tokenizer.json"));
+    assert_eq!(loaded.config.data.sources[0].path, "/runs/shards/*.parquet");
+}
+
+#[test]
+fn unknown_keys() {
+    insta::assert_snapshot!(errors(
+        &format!("{GOOD}trainnig: {{steps: 3}}\nlearning_rate: 1.0\nzzz: 1\nschedule:\n  warmup: 3\n"),
+        &[]
+    ));
+}
+
+#[test]
+fn unknown_key_in_a_list_item() {
+    insta::assert_snapshot!(swap("name: web, ", "name: web, wieght: 2, "));
+}
+
+#[test]
+fn merge_keys_are_not_taken() {
+    insta::assert_snapshot!(errors(&format!("{GOOD}<<: {{seed: 1}}\n"), &[]));
+}
+
+#[test]
+fn duplicate_keys() {
+    insta::assert_snapshot!(errors(&format!("{GOOD}seed: 1\nseed: 2\nname: again\n"), &[]));
+}
+
+#[test]
+fn wrong_types() {
+    insta::assert_snapshot!(errors(
+        "name: 5\nseed: [1]\nmodel: {dim: wide, layers: 2.5, heads: true, kv_heads: {a: 1}, \
+         ffn_dim: '172', vocab_size: 1_000, tied_embeddings: yes, init_std: x}\n\
+         data: 7\ntraining: {steps: ten, global_batch: [3]}\n\
+         optimizer: {betas: 0.9}\nmetrics: {tensorboard: 'true'}\n",
+        &[]
+    ));
+}
+
+#[test]
+fn out_of_range() {
+    insta::assert_snapshot!(errors(
+        &format!(
+            "{GOOD}seed: -1\noptimizer: {{learning_rate: .nan, eps: 0, betas: [0.9, 1.0], \
+             weight_decay: .inf}}\nschedule: {{kind: cosin, final_fraction: 1.5}}\n\
+             cluster: {{device: gpu, ranks_per_node: 0}}\ncheckpoint: {{keep_last: 0}}\n\
+             precision: {{compute: fp16}}\nvalidation: {{every_steps: 1e300}}\n"
+        ),
+        &[]
+    ));
+}
+
+#[test]
+fn names_that_are_no_folder() {
+    for name in ["../up", "a/b", "-x", ".hidden", "''", "'a b'"] {
+        let text = swap("name: test", &format!("name: {name}"));
+        assert!(text.contains("config:1:7: name: "), "{text}");
+        assert!(text.contains("1 to 100 letters"), "{text}");
+    }
+}
+
+#[test]
+fn missing_keys() {
+    insta::assert_snapshot!(errors("seed: 1\n", &[]));
+}
+
+#[test]
+fn missing_keys_in_list_items() {
+    insta::assert_snapshot!(errors(
+        "name: x\nmodel: {preset: llama3-8b, rope: {scaling: {kind: llama3}}}\n\
+         data: {tokenizer: t, sources: [{weight: 1}]}\n\
+         training: {steps: 1, global_batch: [{from_tokens: 0}]}\n",
+        &[]
+    ));
+}
+
+#[test]
+fn unknown_preset() {
+    insta::assert_snapshot!(errors(GOOD, &["model.preset=llama-8b"]));
+}
+
+#[test]
+fn steps_and_tokens() {
+    let both = swap("steps: 100", "steps: 100, tokens: 1000");
+    assert!(both.contains("training.tokens: both `steps` and `tokens` are given"), "{both}");
+    let neither = swap("steps: 100, ", "");
+    assert!(neither.contains("training.steps: neither `steps` nor `tokens`"), "{neither}");
+    let tokens = load(&GOOD.replace("steps: 100", "tokens: 1e6"), &[]).unwrap();
+    assert_eq!(tokens.config.training.steps, 1954); // 1e6 / 512 = 1953.1
+}
+
+#[test]
+fn conflicts_of_the_model() {
+    insta::assert_snapshot!(errors(GOOD, &["model.heads=5", "model.kv_heads=3"]));
+    let odd = errors(GOOD, &["model.head_dim=15"]);
+    assert!(odd.contains("model.head_dim: 15 is odd"), "{odd}");
+    let scaling = errors(
+        GOOD,
+        &["model.rope.scaling={factor: 8, low_freq_factor: 4, high_freq_factor: 4}"],
+    );
+    assert!(scaling.contains("high_freq_factor: 4 is not above 4"), "{scaling}");
+}
+
+#[test]
+fn degrees_against_the_ranks() {
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &["cluster.ranks_per_node=6", "parallelism.tensor=4", "parallelism.context=2"]
+    ));
+    let replicas = errors(GOOD, &["cluster.ranks_per_node=4", "parallelism.replicate=3"]);
+    assert!(replicas.contains("1 x 1 x 1 x 1 x 3 = 3 are not the 4 ranks"), "{replicas}");
+}
+
+#[test]
+fn the_batch_against_the_data_ranks() {
+    insta::assert_snapshot!(errors(GOOD, &["cluster.ranks_per_node=3"]));
+    insta::assert_snapshot!(errors(GOOD, &["training.micro_batch=3"]));
+}
+
+#[test]
+fn what_tensor_parallelism_must_divide() {
+    insta::assert_snapshot!(errors(GOOD, &["parallelism.tensor=3"]));
+}
+
+#[test]
+fn what_context_and_pipeline_must_divide() {
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &[
+            "parallelism.context=5",
+            "parallelism.pipeline={stages: 3, virtual_stages: 2}",
+            "parallelism.shard.ranks=2"
+        ]
+    ));
+}
+
+#[test]
+fn the_405b_splits_over_16_stages() {
+    let text = GOOD.replace(
+        "model: {dim: 64, layers: 2, heads: 4, kv_heads: 2, ffn_dim: 172, vocab_size: 512}",
+        "model: {preset: llama3-405b}",
+    );
+    let set = ["parallelism.pipeline.stages=16", "data.sequence_length=8192"];
+    let text = errors(&text, &set);
+    assert!(!text.contains("do not split"), "{text}");
+}
+
+#[test]
+fn not_yet_supported() {
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &[
+            "parallelism.tensor=2",
+            "parallelism.context=2",
+            "parallelism.pipeline={stages: 2, virtual_stages: 1}",
+            "parallelism.shard={ranks: 2, level: optimizer}",
+            "parallelism.recompute=full",
+            "precision.matmul=fp8",
+            "cluster={kind: slurm, nodes: 2, ranks_per_node: 8}",
+            "data.sources.0.path=s3://bucket/*.parquet",
+        ]
+    ));
+}
+
+#[test]
+fn ramps() {
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &["training.global_batch=[{from_tokens: 5, global_batch: 8, sequence_length: 48}, \
+           {from_tokens: 5, global_batch: 8}]"]
+    ));
+    let empty = errors(GOOD, &["training.global_batch=[]"]);
+    assert!(empty.contains("the list has 0 items"), "{empty}");
+    let never = errors(
+        GOOD,
+        &["training.global_batch=[{from_tokens: 0, global_batch: 1, sequence_length: 32}, \
+           {from_tokens: 10, global_batch: 2, sequence_length: 64}, \
+           {from_tokens: 100000000000000, global_batch: 16777216}]", "training.steps=1000000000",
+          "data.sequence_length=16777216"],
+    );
+    assert!(never.contains("may see 281474976710656000000000 tokens"), "{never}");
+}
+
+#[test]
+fn validation_without_documents() {
+    let text = errors(GOOD, &["validation.every_steps=5", "data.validation_fraction=0"]);
+    assert!(text.contains("data.validation_fraction is 0"), "{text}");
+}
+
+#[test]
+fn two_sources_of_one_name() {
+    let text = errors(GOOD, &["data.sources=[{name: a, path: x}, {name: a, path: y}]"]);
+    assert!(text.contains("data.sources[1].name: a second source is called \"a\""), "{text}");
+}
+
+#[test]
+fn paths_and_urls() {
+    let text = errors(GOOD, &["data.tokenizer=https://x/t.json", "model.init_from=hf"]);
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn bad_overrides() {
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &[
+            "steps",
+            "=3",
+            "training..steps=3",
+            "training.steps.deep=3",
+            "training.steps=[1",
+            "training.stepz=3",
+            "training.micro_batch=0",
+            "data.sources.4.path=x",
+            "a.b.c.d.e.f.g.h.i.j=1",
+        ]
+    ));
+}
+
+#[test]
+fn a_file_and_its_overrides_are_reported_together() {
+    insta::assert_snapshot!(errors(
+        &GOOD.replace("ffn_dim: 172", "ffn_dim: -172"),
+        &["seed=x", "schedule.kind=cosin"]
+    ));
+}
+
+#[test]
+fn broken_yaml() {
+    insta::assert_snapshot!(errors("name: test\nmodel: {dim: 64\ndata: [\n", &[]));
+    insta::assert_snapshot!(errors("name: test\n\tseed: 3\n", &[]));
+    insta::assert_snapshot!(errors("name: a\n---\nname: b\n", &[]));
+    insta::assert_snapshot!(errors("- name: a\n", &[]));
+    insta::assert_snapshot!(errors("? [a, b]\n: 3\n", &[]));
+    insta::assert_snapshot!(errors("name: !secret x\n", &[]));
+    insta::assert_snapshot!(errors("name: *nobody\n", &[]));
+}
+
+#[test]
+fn empty_texts() {
+    for text in ["", " \n\t\n"] {
+        assert!(errors(text, &[]).contains("the file is empty"));
+    }
+    for text in ["# only a comment\n", "---\n", "null\n", "---\n...\n"] {
+        assert!(errors(text, &[]).contains("holds no keys"), "{text}: {}", errors(text, &[]));
+    }
+}
+
+#[test]
+fn bombs_are_bounded() {
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+    for level in 1..20 {
+        let refs = vec![format!("*a{}", level - 1); 10].join(", ");
+        bomb.push_str(&format!("a{level}: &a{level} [{refs}]\n"));
+    }
+    assert!(errors(&bomb, &[]).contains("over 20000 values"), "{}", errors(&bomb, &[]));
+    for (open, close) in [("[", "]"), ("{a: ", "}")] {
+        let deep = format!("name: {}x{}\n", open.repeat(100_000), close.repeat(100_000));
+        let text = errors(&deep, &[]);
+        assert!(text.contains("levels deep") || text.contains("not valid YAML"), "{text}");
+    }
+    let deep: String = (0..1000).map(|i| format!("{}a:\n", " ".repeat(i))).collect();
+    assert!(errors(&deep, &[]).contains("levels deep"));
+    let set = format!("seed={}", "[".repeat(100_000));
+    assert!(errors(GOOD, &[&set]).contains("--set seed=[["));
+    assert!(errors("a: &a [*a]\n", &[]).contains("hint"));
+}
+
+#[test]
+fn files_that_are_no_config() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |name: &str, content: Option<&[u8]>, part: &str| {
+        let path = dir.path().join(name);
+        if let Some(content) = content {
+            std::fs::write(&path, content).unwrap();
+        }
+        let text = RunConfig::load(&path, &[]).expect_err("must be refused").to_string();
+        assert!(text.contains(part), "{text}");
+        assert!(text.contains(name), "{text}");
+        assert_eq!(text.lines().count() <= 4, true, "{text}");
+    };
+    check("missing.yaml", None, "No such file");
+    check("empty.yaml", Some(b""), "the file is empty");
+    check("nul.yaml", Some(b"name: \0\n"), "control character at byte 6");
+    check("elf.yaml", Some(b"\x7fELF\xff\xfe\0\0"), "byte 4 is not UTF-8");
+    check("utf16.yaml", Some(b"\xff\xfen\0a\0"), "byte 0 is not UTF-8");
+    std::fs::create_dir(dir.path().join("folder.yaml")).unwrap();
+    check("folder.yaml", None, "this is a folder");
+    let huge = dir.path().join("huge.yaml");
+    std::fs::File::create(&huge).unwrap().set_len(100 << 20).unwrap();
+    check("huge.yaml", None, "has 104857600 bytes; a config has at most 1048576");
+}
+
+#[test]
+fn pipes_and_devices_are_refused_unread() {
+    for path in ["/dev/zero", "/dev/null"] {
+        let text = RunConfig::load(Path::new(path), &[]).unwrap_err().to_string();
+        assert!(text.contains("no regular file"), "{text}");
+    }
+}
+
+#[test]
+fn notes() {
+    let sets = [
+        "schedule={kind: linear, warmup_steps: 200, decay_fraction: 0.5}",
+        "cluster={ranks_per_node: 4096, device: cpu}",
+        "training.global_batch=[{from_tokens: 0, global_batch: 4096}, \
+         {from_tokens: 1e9, global_batch: 8192}]",
+        "checkpoint={every_steps: 20, keep_every_steps: 30}",
+        "parallelism.pipeline.schedule=zero-bubble",
+        "parallelism.shard.reshard_after_forward=true",
+    ];
+    let notes: Vec<String> =
+        load(GOOD, &sets).unwrap().notes.iter().map(ToString::to_string).collect();
+    let cores = std::thread::available_parallelism().unwrap().to_string();
+    let text = notes.join("\n").replace(&format!("on {cores} cores"), "on N cores");
+    insta::assert_snapshot!(text);
+}
