@@ -6,7 +6,7 @@ use crate::{failpoint, names, scan};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// The steps to remove, of the committed ones (rising): all but the newest `keep_last` (at least 1) and the multiples of
+/// The steps to remove, of those committed (in that order): all but the newest `keep_last` (at least 1) and the multiples of
 /// `keep_every_steps` (0: none are kept for that). Pure.
 pub fn steps_to_remove(committed: &[u64], keep_last: usize, keep_every_steps: u64) -> Vec<u64> {
     let old = committed.len().saturating_sub(keep_last.max(1));
@@ -20,11 +20,14 @@ pub fn steps_to_remove(committed: &[u64], keep_last: usize, keep_every_steps: u6
 /// [`FormatError::Io`].
 pub fn apply(checkpoints_dir: &Path, keep_last: usize, keep_every_steps: u64) -> Result<Vec<u64>> {
     let found = scan::scan(checkpoints_dir)?;
-    let mut committed: Vec<u64> = found.committed.iter().map(|found| found.step).collect();
+    // In the order of their commits: a run that went back to an earlier step has newer checkpoints of lower steps.
+    let mut committed: Vec<_> = found.committed.iter().map(|f| (f.generation, f.step)).collect();
     committed.sort_unstable();
+    let committed: Vec<u64> = committed.into_iter().map(|(_, step)| step).collect();
     let mut remove: BTreeSet<u64> =
         steps_to_remove(&committed, keep_last, keep_every_steps).into_iter().collect();
-    let oldest_kept = committed.get(committed.len().saturating_sub(keep_last.max(1)));
+    let kept = committed.len().saturating_sub(keep_last.max(1));
+    let oldest_kept = committed[kept..].iter().min();
     if committed.len() > keep_last.max(1) {
         let damaged = found.damaged.iter().filter(|damaged| !damaged.is_link).map(|d| d.step);
         remove.extend(damaged.filter(|step| Some(step) < oldest_kept));
@@ -90,5 +93,7 @@ mod tests {
         check(&[10, 20], 0, 0, &[10]);
         check(&[], 1, 5, &[]);
         check(&[0, 10], 1, 5, &[]);
+        // Gone back from 30 to 10, and on to 15.
+        check(&[10, 20, 30, 15], 2, 0, &[10, 20]);
     }
 }

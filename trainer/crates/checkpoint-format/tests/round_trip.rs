@@ -76,6 +76,18 @@ fn old_checkpoints_go_and_a_reader_keeps_its_own() {
 }
 
 #[test]
+fn a_run_that_went_back_keeps_what_it_saves_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = tensors(1);
+    for (step, generation) in [(10, 1), (20, 1), (30, 1), (15, 2)] {
+        let how = How { keep_last: 2, generation, ..How::default() };
+        save_all(folder.path(), step, &tensors, &how).remove(0).unwrap();
+    }
+    let left = entries(folder.path());
+    assert_eq!(left, [".generation", ".lock", "step-0000015", "step-0000030"]);
+}
+
+#[test]
 fn a_step_that_is_saved_again_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     save(folder.path(), 5, &tensors(1));
