@@ -250,6 +250,10 @@ fn export(
     max_shard_bytes: u64,
     tokenizer: Option<PathBuf>,
 ) -> Outcome {
+    if out.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        let error = UserError::usage(format!("{} is not empty", out.display()));
+        return Err(error.hint("name a folder that does not exist"));
+    }
     let checkpoint = open(target)?;
     let run = checkpoint.path().parent().and_then(Path::parent).map(RunDir::new);
     let config = run.as_ref().map(RunDir::config).filter(|path| path.is_file());
