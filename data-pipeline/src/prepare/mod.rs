@@ -11,6 +11,7 @@ pub mod tokenize;
 pub mod tokenizer;
 pub mod train;
 
+pub use crate::digest::file_sha256 as sha256_of;
 pub use documents::{DocumentOptions, InputFile};
 pub use progress::Progress;
 pub use tokenize::{TokenizeOptions, TokenizeSummary, tokenize};
