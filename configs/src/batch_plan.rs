@@ -1,8 +1,9 @@
 //! Which tokens each optimizer step sees: a pure function of the step and of the batch stages.
 //!
-//! Samples are counted in tokens of one global stream. A stage with a shorter sequence cuts the stream finer, so every stage's
-//! `sequence_length` divides the longest one. A stage begins at the first step boundary at or after its `from_tokens` at which
-//! the tokens seen are a multiple of its `sequence_length`, so that no token is skipped or seen twice.
+//! Samples are counted in tokens of one global stream. A stage with a shorter sequence cuts the
+//! stream finer, so every stage's `sequence_length` divides the longest one. A stage begins at the
+//! first step boundary at or after its `from_tokens` at which the tokens seen are a multiple of its
+//! `sequence_length`, so that no token is skipped or seen twice.
 
 use crate::BatchStage;
 
@@ -176,8 +177,11 @@ mod tests {
 
     #[test]
     fn the_ramp_of_the_405b() {
-        let stages =
-            [stage(0, 1024, 4096), stage(252_000_000, 1024, 8192), stage(2_870_000_000_000, 2048, 8192)];
+        let stages = [
+            stage(0, 1024, 4096),
+            stage(252_000_000, 1024, 8192),
+            stage(2_870_000_000_000, 2048, 8192),
+        ];
         assert_eq!(first_steps(&stages)[1], Some(62)); // 252e6 / 4,194,304 = 60.08
         assert_eq!(step_batch(&stages, 61).num_tokens(), 4_194_304);
         assert_eq!(step_batch(&stages, 62).num_tokens(), 8_388_608);

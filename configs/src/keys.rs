@@ -137,10 +137,7 @@ pub(crate) const KEYS: &[Key] = &[
     integer("parallelism.context", 1, 4096),
     section("parallelism.pipeline"),
     integer("parallelism.pipeline.stages", 1, 4096),
-    choice(
-        "parallelism.pipeline.schedule",
-        &["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"],
-    ),
+    choice("parallelism.pipeline.schedule", &["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"]),
     integer("parallelism.pipeline.virtual_stages", 1, 4096),
     section("parallelism.shard"),
     integer("parallelism.shard.ranks", 1, MAX_RANKS),

@@ -55,8 +55,7 @@ fn item_defaults(root: &Node, list: &'static str) -> Layer {
         .map(keys::Key::parent)
         .find(|parent| *parent == keys::item_path(list))
         .unwrap_or("");
-    let mut layer =
-        template.map(|node| Walker::default().layer(node, prefix)).unwrap_or_default();
+    let mut layer = template.map(|node| Walker::default().layer(node, prefix)).unwrap_or_default();
     for key in keys::children(prefix) {
         layer.entry(key.path).or_insert_with(null);
     }
@@ -142,7 +141,9 @@ pub(crate) fn apply_set(
     for part in path.split('.') {
         node = match step(node, part, &place) {
             Ok(next) => next,
-            Err(reason) => return Err(fault(path, reason, "name one of its keys or give it whole")),
+            Err(reason) => {
+                return Err(fault(path, reason, "name one of its keys or give it whole"));
+            }
         };
     }
     *node = new;

@@ -174,9 +174,8 @@ fn tree(
     overrides: &[String],
     problems: &mut Vec<Problem>,
 ) -> Result<Node, ConfigErrors> {
-    let refuse = |message: &str, hint: &str| {
-        Err(unreadable(source, message.to_owned(), hint.to_owned()))
-    };
+    let refuse =
+        |message: &str, hint: &str| Err(unreadable(source, message.to_owned(), hint.to_owned()));
     if text.len() as u64 > MAX_BYTES {
         return refuse(&format!("over {MAX_BYTES} bytes of text"), "is this a run config?");
     }

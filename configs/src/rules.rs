@@ -92,7 +92,8 @@ impl Rules<'_, '_> {
         if !m.head_dim.is_multiple_of(2) {
             let keys = ["model.head_dim", "model.dim", "model.heads"];
             let message = format!("{} is odd", m.head_dim);
-            let hint = "rotary embedding turns pairs; where head_dim is not given it is dim / heads";
+            let hint =
+                "rotary embedding turns pairs; where head_dim is not given it is dim / heads";
             self.conflict(&keys, message, "an even number", hint);
         }
         if let Some(RopeScaling::Llama3 { low_freq_factor, high_freq_factor, .. }) = m.rope.scaling
@@ -320,10 +321,8 @@ impl Rules<'_, '_> {
             self.conflict(&[stages, virtual_stages, "model.layers"], message, limit, "");
         }
         let schedule = "parallelism.pipeline.schedule";
-        let plain = matches!(
-            p.schedule,
-            PipelineSchedule::Gpipe | PipelineSchedule::OneForwardOneBackward
-        );
+        let plain =
+            matches!(p.schedule, PipelineSchedule::Gpipe | PipelineSchedule::OneForwardOneBackward);
         if p.virtual_stages > 1 && plain {
             let message = format!("{} model chunks per rank in this schedule", p.virtual_stages);
             let limit = "1 with gpipe and 1f1b";
@@ -342,22 +341,28 @@ impl Rules<'_, '_> {
     /// Keys that were given and have no effect beside the others.
     fn unused(&mut self) {
         let (c, p) = (self.config, &self.config.parallelism);
-        let number = |rules: &Self, key: &str| {
-            match rules.resolver.built_in.defaults.get(key).map(|given| &given.leaf) {
-                Some(Leaf::Number(number)) => Some(*number),
-                _ => None,
-            }
+        let number = |rules: &Self, key: &str| match rules
+            .resolver
+            .built_in
+            .defaults
+            .get(key)
+            .map(|given| &given.leaf)
+        {
+            Some(Leaf::Number(number)) => Some(*number),
+            _ => None,
         };
         let default_decay = number(self, "schedule.decay_fraction");
         let default_final = number(self, "schedule.final_fraction");
         let idle = [
             (
-                c.schedule.kind != ScheduleKind::Wsd && Some(c.schedule.decay_fraction) != default_decay,
+                c.schedule.kind != ScheduleKind::Wsd
+                    && Some(c.schedule.decay_fraction) != default_decay,
                 "schedule.decay_fraction",
                 "belongs to kind: wsd and has no effect",
             ),
             (
-                c.schedule.kind == ScheduleKind::Constant && Some(c.schedule.final_fraction) != default_final,
+                c.schedule.kind == ScheduleKind::Constant
+                    && Some(c.schedule.final_fraction) != default_final,
                 "schedule.final_fraction",
                 "has no effect with kind: constant",
             ),

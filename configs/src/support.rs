@@ -36,7 +36,12 @@ pub(crate) fn check(rules: &mut Rules) {
             "FP8 matrix products",
             "same",
         ),
-        (c.kind != ClusterKind::Local, "cluster.kind", "a cluster other than this machine", "local"),
+        (
+            c.kind != ClusterKind::Local,
+            "cluster.kind",
+            "a cluster other than this machine",
+            "local",
+        ),
         (c.nodes > 1, "cluster.nodes", "more than one node", "1"),
     ];
     for (_, key, what, only) in asked.into_iter().filter(|(asked, ..)| *asked) {

@@ -241,13 +241,7 @@ impl Walker {
         });
     }
 
-    fn refuse<T>(
-        &mut self,
-        node: &Node,
-        key: &Key,
-        path: &str,
-        hint: Option<String>,
-    ) -> Option<T> {
+    fn refuse<T>(&mut self, node: &Node, key: &Key, path: &str, hint: Option<String>) -> Option<T> {
         self.wrong_type(&node.place, path, &node.value.describe(), keys::limit(key), hint);
         None
     }
@@ -325,9 +319,7 @@ fn number_hint(value: &Value) -> Option<String> {
 /// Safe as a folder's name, and never taken for an option.
 fn is_name(text: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=100).contains(&text.len())
-        && text.chars().all(allowed)
-        && !text.starts_with(['.', '-'])
+    (1..=100).contains(&text.len()) && text.chars().all(allowed) && !text.starts_with(['.', '-'])
 }
 
 /// The word of `words` that `word` most likely stands for.

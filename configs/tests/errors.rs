@@ -40,7 +40,9 @@ fn the_good_one_is_good() {
 #[test]
 fn unknown_keys() {
     insta::assert_snapshot!(errors(
-        &format!("{GOOD}trainnig: {{steps: 3}}\nlearning_rate: 1.0\nzzz: 1\nschedule:\n  warmup: 3\n"),
+        &format!(
+            "{GOOD}trainnig: {{steps: 3}}\nlearning_rate: 1.0\nzzz: 1\nschedule:\n  warmup: 3\n"
+        ),
         &[]
     ));
 }
@@ -128,10 +130,8 @@ fn conflicts_of_the_model() {
     insta::assert_snapshot!(errors(GOOD, &["model.heads=5", "model.kv_heads=3"]));
     let odd = errors(GOOD, &["model.head_dim=15"]);
     assert!(odd.contains("model.head_dim: 15 is odd"), "{odd}");
-    let scaling = errors(
-        GOOD,
-        &["model.rope.scaling={factor: 8, low_freq_factor: 4, high_freq_factor: 4}"],
-    );
+    let scaling =
+        errors(GOOD, &["model.rope.scaling={factor: 8, low_freq_factor: 4, high_freq_factor: 4}"]);
     assert!(scaling.contains("high_freq_factor: 4 is not above 4"), "{scaling}");
 }
 
@@ -207,10 +207,13 @@ fn ramps() {
     assert!(empty.contains("the list has 0 items"), "{empty}");
     let never = errors(
         GOOD,
-        &["training.global_batch=[{from_tokens: 0, global_batch: 1, sequence_length: 32}, \
+        &[
+            "training.global_batch=[{from_tokens: 0, global_batch: 1, sequence_length: 32}, \
            {from_tokens: 10, global_batch: 2, sequence_length: 64}, \
-           {from_tokens: 100000000000000, global_batch: 16777216}]", "training.steps=1000000000",
-          "data.sequence_length=16777216"],
+           {from_tokens: 100000000000000, global_batch: 16777216}]",
+            "training.steps=1000000000",
+            "data.sequence_length=16777216",
+        ],
     );
     assert!(never.contains("may see 281474976710656000000000 tokens"), "{never}");
 }

@@ -1,7 +1,7 @@
 //! The generated files are those that the library makes now.
 
-use run_config::reference::{reference_md, schema_json};
 use run_config::RunConfig;
+use run_config::reference::{reference_md, schema_json};
 use std::path::Path;
 
 fn check(name: &str, expected: &str) {

@@ -58,9 +58,6 @@ fn the_405b_follows_the_paper() {
         .iter()
         .map(|s| (s.from_tokens, s.global_batch * s.sequence_length))
         .collect();
-    assert_eq!(
-        stages,
-        [(0, 4_194_304), (252_000_000, 8_388_608), (2_870_000_000_000, 16_777_216)]
-    );
+    assert_eq!(stages, [(0, 4_194_304), (252_000_000, 8_388_608), (2_870_000_000_000, 16_777_216)]);
     assert!((1_000_000..1_200_000).contains(&c.training.steps), "{}", c.training.steps);
 }
