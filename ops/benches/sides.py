@@ -151,5 +151,5 @@ metrics: {{tensorboard: false}}
         return dict(machine.last_json(out), foreign_cores=foreign)
 
     def tokenize(self, tokenizer):
-        out, foreign = machine.run([RELEASE / "examples" / "tokenize_bench", tokenizer, self.text], {"RAYON_NUM_THREADS": "1"})
+        out, foreign = machine.run([RELEASE / "examples" / "tokenize_bench", tokenizer, self.text, "1"], {"RAYON_NUM_THREADS": "1"})
         return dict(machine.last_json(out), foreign_cores=foreign)
