@@ -7,19 +7,21 @@
 
 One folder per case:
   config.json, model.safetensors   the model in Hugging Face's format, FP32 weights
-  inputs.safetensors               tokens [steps, B, S + 1] int64 (step i reads x = tokens[i, :, :-1]
-                                   and predicts y = tokens[i, :, 1:]); loss_mask [B, S] for batch 0
+  inputs.safetensors               tokens [steps, B, S + 1] int64 (step i reads
+                                   x = tokens[i, :, :-1] and predicts y = tokens[i, :, 1:]);
+                                   loss_mask [B, S] for batch 0
   ref_fp32.safetensors, ref_fp64.safetensors
-                                   of batch 0: logits, cos and sin, hidden.N (the residual stream that
-                                   enters layer N; hidden.last: after the final norm), grad.NAME (FP64:
-                                   of small tensors only)
-  ref.json                         for fp32 and fp64: loss, loss_masked, gradient norms, and the losses
-                                   of AdamW steps without (losses) and with clipping (losses_clip1);
-                                   bf16_autocast_losses; meta (optimizer, versions, sizes)
+                                   of batch 0: logits, cos and sin, hidden.N (the residual stream
+                                   that enters layer N; hidden.last: after the final norm),
+                                   grad.NAME (FP64: of small tensors only)
+  ref.json                         for fp32 and fp64: loss, loss_masked, gradient norms, and the
+                                   losses of AdamW steps without (losses) and with clipping
+                                   (losses_clip1); bf16_autocast_losses; meta (optimizer,
+                                   versions, sizes)
 
 The loss is the mean cross-entropy over all positions (masked: over those whose mask is 1). AdamW
-decays every tensor, norms included. In the FP64 reference everything is FP64 but RoPE's frequencies,
-which stay the FP32-rounded ones that transformers computes.
+decays every tensor, norms included. In the FP64 reference everything is FP64 but RoPE's
+frequencies, which stay the FP32-rounded ones that transformers computes.
 """
 
 import argparse

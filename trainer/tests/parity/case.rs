@@ -345,7 +345,7 @@ impl Case {
             measured("losses_clip1", &clipped, bounds.loss),
         ];
         if section.get("grad_norms_clip1").is_some() {
-            // Adam's first steps go by the sign of tiny gradients, so rounding grows with the steps.
+            // Adam's first steps go by the sign of tiny gradients: rounding grows with the steps.
             all.push(measured("grad_norms_clip1", &norms, 10.0 * bounds.gradient));
         }
         all

@@ -1,7 +1,7 @@
 //! Grouped-query attention with rotary positions; queries, keys and values in one product.
 //!
-//! Shapes: `B` batch, `S` sequence, `D` dim, `H` query heads, `K` key and value heads, `E` head_dim,
-//! `F` = (H + 2 K) E rows of the fused projection.
+//! Shapes: `B` batch, `S` sequence, `D` dim, `H` query heads, `K` key and value heads,
+//! `E` head_dim, `F` = (H + 2 K) E rows of the fused projection.
 
 use super::block::Forward;
 use crate::builder::{Heads, LayerBuilder, LinearRole, Qkv};
