@@ -392,8 +392,8 @@ fn scan_run(run: &RunDir) -> Result<Scan, UserError> {
     scan(&run.checkpoints()).map_err(failed)
 }
 
-/// Opens what a user named; of a run, its newest checkpoint on its present branch. A damaged newest one is an error, because an
-/// older one is not what was asked for.
+/// Opens what a user named; of a run, its newest checkpoint on its present branch. A damaged newest
+/// one is an error, because an older one is not what was asked for.
 fn open(target: &str) -> Result<Checkpoint, UserError> {
     let run = match resolve(target)? {
         Target::Checkpoint(path) => return Checkpoint::open(&path).map_err(failed),

@@ -1,7 +1,8 @@
 //! A save that all ranks make together: the steps of [`crate::Save`] with a barrier between them.
 //!
-//! Whatever fails on whichever rank, every rank passes the same barriers and then returns; nothing is committed, the temporary folder is
-//! removed, and older checkpoints stay. Only a barrier that fails (a peer is gone) ends it earlier.
+//! Whatever fails on whichever rank, every rank passes the same barriers and then returns; nothing
+//! is committed, the temporary folder is removed, and older checkpoints stay. Only a barrier that
+//! fails (a peer is gone) ends it earlier.
 
 use crate::error::Result;
 use crate::manifest::TrainState;
@@ -50,7 +51,8 @@ impl JointSave<'_> {
     /// Writes, commits and removes old checkpoints.
     ///
     /// # Errors
-    /// On the rank that failed its own error, with path and bytes; on the others [`crate::FormatError::NotCommitted`].
+    /// On the rank that failed its own error, with path and bytes; on the others
+    /// [`crate::FormatError::NotCommitted`].
     pub fn run(&self, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
         let began = Instant::now();
         let outcome = self.write_and_commit(barrier);

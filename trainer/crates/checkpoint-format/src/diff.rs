@@ -1,4 +1,5 @@
-//! Comparing two checkpoints: all tensors, bit by bit. Names of runs, generations and times do not count.
+//! Comparing two checkpoints: all tensors, bit by bit. Names of runs, generations and times do not
+//! count.
 
 use crate::boxes::TensorBox;
 use crate::error::Result;

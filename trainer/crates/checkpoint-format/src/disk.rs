@@ -1,8 +1,9 @@
 //! Files that are safe to read and durable once written.
 //!
-//! Reading: names with no path in them, no symbolic link followed, regular files only, sizes bounded before anything is
-//! allocated. Writing: the checksum is taken of each piece while it is in the cache, then it is written; a full disk is an
-//! error that names the file and the byte; failpoints stand at each write, fsync and rename.
+//! Reading: names with no path in them, no symbolic link followed, regular files only, sizes
+//! bounded before anything is allocated. Writing: the checksum is taken of each piece while it is
+//! in the cache, then it is written; a full disk is an error that names the file and the byte;
+//! failpoints stand at each write, fsync and rename.
 
 use crate::checksum::Checksum;
 use crate::error::{FormatError, Result};

@@ -29,8 +29,8 @@ pub enum FormatError {
     },
     /// Too little room before anything was written.
     #[error(
-        "no space for a checkpoint in {path}: it needs {needed} bytes and {free} are free; free some \
-         space, or lower checkpoint.keep_last"
+        "no space for a checkpoint in {path}: it needs {needed} bytes and {free} are free; free \
+         some space, or lower checkpoint.keep_last"
     )]
     NoSpace {
         /// The folder of checkpoints.

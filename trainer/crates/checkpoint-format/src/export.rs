@@ -1,4 +1,5 @@
-//! Writing a source of weights as a Hugging Face folder, byte for byte as transformers itself would.
+//! Writing a source of weights as a Hugging Face folder, byte for byte as transformers itself
+//! would.
 
 use crate::disk::{self, Points};
 use crate::dtype::Dtype;
@@ -51,8 +52,8 @@ struct Weight {
     entry: HeaderEntry,
 }
 
-/// Writes the weights, `config.json`, `generation_config.json` and `tokenizer.json` to `out`, which must not exist or be empty. The folder is
-/// made beside its name and renamed when complete.
+/// Writes the weights, `config.json`, `generation_config.json` and `tokenizer.json` to `out`, which
+/// must not exist or be empty. The folder is made beside its name and renamed when complete.
 ///
 /// # Errors
 /// [`FormatError::Refused`] where `out` has files in it; whatever the source or the disk says.

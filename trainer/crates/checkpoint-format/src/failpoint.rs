@@ -1,10 +1,10 @@
 //! Faults on purpose, for tests: the process aborts, or a call fails, at a named point of a save.
 //!
-//! `PHALANX_FAILPOINT=NAME[:COUNT][=abort|enospc|eio][@FILE]`: the COUNT-th time (default the first) that
-//! this process reaches the point NAME, it aborts (the default) or the call fails with that error. With
-//! `@FILE`, the file is created when the point fires, and a point whose file exists does not fire
-//! again: a test can assert that the fault happened, and a restarted process gets past it. When the
-//! variable is unset, a point costs one load of a constant.
+//! `PHALANX_FAILPOINT=NAME[:COUNT][=abort|enospc|eio][@FILE]`: the COUNT-th time (default the
+//! first) that this process reaches the point NAME, it aborts (the default) or the call fails with
+//! that error. With `@FILE`, the file is created when the point fires, and a point whose file
+//! exists does not fire again: a test can assert that the fault happened, and a restarted process
+//! gets past it. When the variable is unset, a point costs one load of a constant.
 
 use std::io;
 use std::path::PathBuf;

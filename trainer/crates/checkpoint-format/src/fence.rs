@@ -1,7 +1,7 @@
 //! The fence: a left-over process of an older generation can never commit.
 //!
-//! The newest generation that wrote in a folder of checkpoints is kept in a file there. It only rises, and it is compared under
-//! a lock right before a checkpoint takes its name.
+//! The newest generation that wrote in a folder of checkpoints is kept in a file there. It only
+//! rises, and it is compared under a lock right before a checkpoint takes its name.
 
 use crate::error::{FormatError, Result};
 use crate::names;
@@ -23,7 +23,8 @@ impl Fence {
     /// Takes the lock, refuses an older generation, and records a newer one.
     ///
     /// # Errors
-    /// [`FormatError::StaleGeneration`]; [`FormatError::Io`] (also where the lock is not free in 10 s).
+    /// [`FormatError::StaleGeneration`]; [`FormatError::Io`] (also where the lock is not free in 10
+    /// s).
     pub fn raise(checkpoints_dir: &Path, generation: u64) -> Result<Fence> {
         let lock = lock(checkpoints_dir)?;
         let newest = newest_generation(checkpoints_dir)?;

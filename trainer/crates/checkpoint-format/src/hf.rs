@@ -1,5 +1,5 @@
-//! A folder in Hugging Face's layout as a source of weights: `config.json` and `model.safetensors`, or several files with
-//! `model.safetensors.index.json`. The files are mapped, not read.
+//! A folder in Hugging Face's layout as a source of weights: `config.json` and `model.safetensors`,
+//! or several files with `model.safetensors.index.json`. The files are mapped, not read.
 
 use crate::disk::{Folder, is_plain_name};
 use crate::dtype::Dtype;
@@ -40,7 +40,8 @@ impl HfSource {
     /// Opens the folder and checks that it holds exactly the weights its `config.json` describes.
     ///
     /// # Errors
-    /// [`FormatError::Io`], [`FormatError::Damaged`], [`FormatError::Refused`], naming the file or tensor.
+    /// [`FormatError::Io`], [`FormatError::Damaged`], [`FormatError::Refused`], naming the file or
+    /// tensor.
     pub fn open(path: &Path) -> Result<HfSource> {
         let folder = open_folder(path)?;
         let config = read_text(&folder, CONFIG)?;
@@ -54,7 +55,8 @@ impl HfSource {
             let places = file.names().map(|name| (name.to_string(), 0)).collect();
             (vec![file], places)
         };
-        // Old exports carry RoPE's frequencies, which follow from the config; a tied head repeats the embedding.
+        // Old exports carry RoPE's frequencies, which follow from the config; a tied head repeats
+        // the embedding.
         places.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
         if model.tied_embeddings {
             drop_tied_head(&folder, &files, &mut places)?;

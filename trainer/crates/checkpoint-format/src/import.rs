@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 /// Bytes of weights held in memory at a time.
 const AT_ONCE: u64 = 1 << 30;
 
-/// Writes all weights of `source` as step 0 in `run_dir/checkpoints`; `extra` goes to the state. Returns the checkpoint's folder and its bytes.
+/// Writes all weights of `source` as step 0 in `run_dir/checkpoints`; `extra` goes to the state.
+/// Returns the checkpoint's folder and its bytes.
 ///
 /// # Errors
 /// [`FormatError::Refused`] where the run has checkpoints; whatever the source or the disk says.

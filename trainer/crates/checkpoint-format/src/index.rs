@@ -1,4 +1,5 @@
-//! The index of boxes: where each part of each tensor lies. It knows tensors and files, and no parallelism.
+//! The index of boxes: where each part of each tensor lies. It knows tensors and files, and no
+//! parallelism.
 
 use crate::boxes::{self, MAX_DIMS, TensorBox};
 use crate::checksum::Checksum;
@@ -100,9 +101,9 @@ impl Index {
         Ok(())
     }
 
-    /// Checks everything that can be checked without reading tensors: names, shapes, that each box lies in its tensor
-    /// and in its file (`files`: size by name), that no two boxes share bytes, and that each element of each tensor is
-    /// in exactly one box.
+    /// Checks everything that can be checked without reading tensors: names, shapes, that each box
+    /// lies in its tensor and in its file (`files`: size by name), that no two boxes share bytes,
+    /// and that each element of each tensor is in exactly one box.
     ///
     /// # Errors
     /// Names the first tensor that is wrong, and how.

@@ -1,10 +1,11 @@
-//! The checkpoint on disk: layout, commit protocol, checks, reads into any layout, comparison, and the exchange with
-//! Hugging Face's and Meta's formats. No torch, no network, no pickle that can run code.
+//! The checkpoint on disk: layout, commit protocol, checks, reads into any layout, comparison, and
+//! the exchange with Hugging Face's and Meta's formats. No torch, no network, no pickle that can
+//! run code.
 //!
 //! ```text
 //! checkpoints/step-0001200/
 //!   rank-00000-000.safetensors …   that rank's share, files of at most 4 GiB
-//!   index.json                     tensor -> global shape, dtype, boxes: offsets, lengths, file, byte range, checksum
+//!   index.json                     tensor -> global shape, dtype, boxes: part, file, bytes, checksum
 //!   state.json                     step, tokens, data cursor, mesh, generation, hashes
 //!   MANIFEST.json                  every file: size, checksum; what the boxes add up to
 //!   COMMIT                         SHA-256 of MANIFEST.json, written last

@@ -1,8 +1,9 @@
-//! A folder in Meta's layout as a source of weights: `params.json` and `consolidated.NN.pth` (or `.safetensors`), one file per
-//! tensor-parallel rank of Meta's own code.
+//! A folder in Meta's layout as a source of weights: `params.json` and `consolidated.NN.pth` (or
+//! `.safetensors`), one file per tensor-parallel rank of Meta's own code.
 //!
-//! Meta's RoPE turns neighbouring pairs, Hugging Face's the two halves of a head. So row `(head, half, i)` of Hugging Face's q and k projections
-//! is row `(head, i, half)` of Meta's; rows are reordered as they are read.
+//! Meta's RoPE turns neighbouring pairs, Hugging Face's the two halves of a head. So row `(head,
+//! half, i)` of Hugging Face's q and k projections is row `(head, i, half)` of Meta's; rows are
+//! reordered as they are read.
 
 use crate::dtype::Dtype;
 use crate::error::{FormatError, Result};
@@ -51,7 +52,8 @@ impl MetaSource {
     /// Opens the folder and checks that it holds exactly the weights its `params.json` describes.
     ///
     /// # Errors
-    /// [`FormatError::Io`], [`FormatError::Damaged`], [`FormatError::Refused`], naming the file or tensor.
+    /// [`FormatError::Io`], [`FormatError::Damaged`], [`FormatError::Refused`], naming the file or
+    /// tensor.
     pub fn open(path: &Path) -> Result<MetaSource> {
         let folder = open_folder(path)?;
         let files = open_files(&folder)?;
@@ -242,7 +244,7 @@ impl WeightSource for MetaSource {
         let all = boxes::TensorBox::rows(&weight.shape, start, count);
         if !all.fits(&weight.shape) || target.len() != row_bytes * count as usize {
             return Err(FormatError::Request(format!(
-                "{name}: rows {start}, {count} of them, in a buffer of {} bytes, do not fit shape {:?}",
+                "{name}: {count} rows from {start}, in a buffer of {} bytes, do not fit {:?}",
                 target.len(),
                 weight.shape
             )));

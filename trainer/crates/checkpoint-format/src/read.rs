@@ -1,8 +1,8 @@
 //! Reading a checkpoint: any box of any tensor, from whatever boxes hold it.
 //!
-//! Opening checks `COMMIT`, the manifest, the small files and all sizes. A box's bytes are compared with their checksum when they
-//! are first touched, so that nothing that was altered is ever returned. A shared lock on the folder keeps it from being
-//! removed while it is read.
+//! Opening checks `COMMIT`, the manifest, the small files and all sizes. A box's bytes are compared
+//! with their checksum when they are first touched, so that nothing that was altered is ever
+//! returned. A shared lock on the folder keeps it from being removed while it is read.
 
 use crate::boxes::{self, TensorBox};
 use crate::checksum::{self, Checksum, sha256_hex};
@@ -39,8 +39,9 @@ impl Checkpoint {
     /// Opens the checkpoint in a folder.
     ///
     /// # Errors
-    /// [`FormatError::Damaged`] where it is not committed, incomplete or altered; [`FormatError::Refused`] for what no
-    /// writer makes (links, paths in names, sizes that are not possible); [`FormatError::Io`].
+    /// [`FormatError::Damaged`] where it is not committed, incomplete or altered;
+    /// [`FormatError::Refused`] for what no writer makes (links, paths in names, sizes that are not
+    /// possible); [`FormatError::Io`].
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let folder = Folder::open(path)?;
         folder.try_lock(false);
@@ -69,7 +70,7 @@ impl Checkpoint {
             return Err(FormatError::damaged(
                 path,
                 format!(
-                    "state.json is version {} of step {}, expected version {STATE_VERSION} of step {}",
+                    "state.json is version {} of step {}, not {STATE_VERSION} of step {}",
                     state.version, state.step, manifest.step
                 ),
             ));
@@ -128,15 +129,16 @@ impl Checkpoint {
     /// Fills `target` with the elements of a box of a tensor, row-major.
     ///
     /// # Errors
-    /// [`FormatError::NotFound`]; [`FormatError::Request`] where the box is not in the tensor or `target` has another
-    /// size; [`FormatError::Damaged`] where bytes it needs do not have their checksum.
+    /// [`FormatError::NotFound`]; [`FormatError::Request`] where the box is not in the tensor or
+    /// `target` has another size; [`FormatError::Damaged`] where bytes it needs do not have their
+    /// checksum.
     pub fn read_box(&self, name: &str, region: &TensorBox, target: &mut [u8]) -> Result<()> {
         let entry = self.tensor(name)?;
         let size = entry.dtype.size();
         let bytes = region.num_elements().and_then(|n| n.checked_mul(size as u64));
         if !region.fits(&entry.shape) || bytes != Some(target.len() as u64) {
             return Err(FormatError::Request(format!(
-                "{name}: a box at {:?} of {:?} with a buffer of {} bytes does not fit shape {:?} {}",
+                "{name}: a box at {:?} of {:?} in {} bytes does not fit shape {:?} {}",
                 region.offsets,
                 region.lengths,
                 target.len(),

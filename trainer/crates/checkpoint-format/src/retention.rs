@@ -1,4 +1,5 @@
-//! Which checkpoints stay: the newest few, every so many steps, never the newest committed, never one being read or written.
+//! Which checkpoints stay: the newest few, every so many steps, never the newest committed, never
+//! one being read or written.
 
 use crate::disk::{self, Folder};
 use crate::error::{FormatError, Result};
@@ -6,21 +7,23 @@ use crate::{failpoint, names, scan};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// The steps to remove, of those committed (in that order): all but the newest `keep_last` (at least 1) and the multiples of
-/// `keep_every_steps` (0: none are kept for that). Pure.
+/// The steps to remove, of those committed (in that order): all but the newest `keep_last` (at
+/// least 1) and the multiples of `keep_every_steps` (0: none are kept for that). Pure.
 pub fn steps_to_remove(committed: &[u64], keep_last: usize, keep_every_steps: u64) -> Vec<u64> {
     let old = committed.len().saturating_sub(keep_last.max(1));
     let kept_for_good = |step: u64| keep_every_steps > 0 && step.is_multiple_of(keep_every_steps);
     committed[..old].iter().copied().filter(|step| !kept_for_good(*step)).collect()
 }
 
-/// Removes old checkpoints, and damaged ones that are older than all that are kept by number. Returns the steps removed.
+/// Removes old checkpoints, and damaged ones that are older than all that are kept by number.
+/// Returns the steps removed.
 ///
 /// # Errors
 /// [`FormatError::Io`].
 pub fn apply(checkpoints_dir: &Path, keep_last: usize, keep_every_steps: u64) -> Result<Vec<u64>> {
     let found = scan::scan(checkpoints_dir)?;
-    // In the order of their commits: a run that went back to an earlier step has newer checkpoints of lower steps.
+    // In the order of their commits: a run that went back to an earlier step has newer checkpoints
+    // of lower steps.
     let mut committed: Vec<_> = found.committed.iter().map(|f| (f.generation, f.step)).collect();
     committed.sort_unstable();
     let committed: Vec<u64> = committed.into_iter().map(|(_, step)| step).collect();
@@ -47,7 +50,8 @@ pub fn apply(checkpoints_dir: &Path, keep_last: usize, keep_every_steps: u64) ->
     Ok(removed)
 }
 
-/// Removes the folders that saves of this generation or older ones left unfinished. Only the run's own writer calls it.
+/// Removes the folders that saves of this generation or older ones left unfinished. Only the run's
+/// own writer calls it.
 ///
 /// # Errors
 /// [`FormatError::Io`].
@@ -65,7 +69,8 @@ pub fn remove_temporaries(checkpoints_dir: &Path, generation: u64) -> Result<()>
     Ok(())
 }
 
-/// Removes a folder that no longer has a checkpoint's name, unless someone still reads it: the next save tries again.
+/// Removes a folder that no longer has a checkpoint's name, unless someone still reads it: the next
+/// save tries again.
 pub(crate) fn remove_unless_read(folder: &Path) -> Result<()> {
     let Ok(open) = Folder::open(folder) else { return Ok(()) };
     if !open.try_lock(true) {

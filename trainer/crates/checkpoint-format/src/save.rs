@@ -1,16 +1,18 @@
-//! Writing a checkpoint: each rank its share, in a temporary folder; then rank 0 merges and commits.
+//! Writing a checkpoint: each rank its share, in a temporary folder; then rank 0 merges and
+//! commits.
 //!
 //! ```text
 //! rank 0      begin      fence, old temporaries away, room checked, temporary folder
 //! barrier
 //! each rank   write_rank tensor files, fsync, its part of the index, fsync, rename
 //! barrier
-//! rank 0      commit     index, state, manifest (coverage proven), fsync, COMMIT, fsync, fence, rename, fsync
+//! rank 0      commit     index, state, manifest (coverage proven), COMMIT, fence, rename
 //! barrier
 //! each rank   committed  looks for the commit
 //! ```
-//! A rank that fails leaves no part (and, where it still can, a note why); rank 0 finds that, and nothing is committed. All
-//! ranks pass all barriers whatever happens, so that no failure of a disk makes another rank wait.
+//! A rank that fails leaves no part (and, where it still can, a note why); rank 0 finds that, and
+//! nothing is committed. All ranks pass all barriers whatever happens, so that no failure of a disk
+//! makes another rank wait.
 
 use crate::boxes::TensorBox;
 use crate::checksum::sha256_hex;
@@ -101,8 +103,8 @@ impl Save {
         self.checkpoints_dir.join(names::step_folder(self.step))
     }
 
-    /// Rank 0, first: checks the fence, removes what older saves left, checks that `needed_bytes` (of all ranks) are free,
-    /// and makes the temporary folder.
+    /// Rank 0, first: checks the fence, removes what older saves left, checks that `needed_bytes`
+    /// (of all ranks) are free, and makes the temporary folder.
     ///
     /// # Errors
     /// [`FormatError::StaleGeneration`], [`FormatError::NoSpace`], [`FormatError::Io`].
@@ -123,7 +125,8 @@ impl Save {
     /// Each rank: writes its share. Returns the bytes written.
     ///
     /// # Errors
-    /// [`FormatError::Write`] and the like; a note of it is left for rank 0 where the disk allows it.
+    /// [`FormatError::Write`] and the like; a note of it is left for rank 0 where the disk allows
+    /// it.
     pub fn write_rank(&self, rank: usize, pieces: &[Piece<'_>]) -> Result<u64> {
         let written = self.write_share(rank, pieces);
         if let Err(error) = &written {
@@ -226,11 +229,13 @@ impl Save {
         Ok((FileEntry { size, checksum }, index))
     }
 
-    /// Rank 0, when all have written: merges, proves the coverage, and commits. The bytes of the whole checkpoint.
+    /// Rank 0, when all have written: merges, proves the coverage, and commits. The bytes of the
+    /// whole checkpoint.
     ///
     /// # Errors
-    /// [`FormatError::NotCommitted`] where a rank failed or elements are missing; [`FormatError::StaleGeneration`];
-    /// [`FormatError::Write`] and the like. Nothing is committed then: call [`Save::abandon`].
+    /// [`FormatError::NotCommitted`] where a rank failed or elements are missing;
+    /// [`FormatError::StaleGeneration`]; [`FormatError::Write`] and the like. Nothing is committed
+    /// then: call [`Save::abandon`].
     pub fn commit(&self, world_size: usize, state: &TrainState) -> Result<u64> {
         let temporary = self.temporary();
         let (mut files, index) = self.merge(world_size)?;
@@ -332,7 +337,8 @@ impl Save {
         let _ = std::fs::remove_dir_all(self.temporary());
     }
 
-    /// Every rank, at the end: whether this save, and no older one of the same step, was committed. Its bytes.
+    /// Every rank, at the end: whether this save, and no older one of the same step, was committed.
+    /// Its bytes.
     ///
     /// # Errors
     /// [`FormatError::NotCommitted`] where it was not.

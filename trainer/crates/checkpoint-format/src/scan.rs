@@ -5,7 +5,8 @@ use crate::names;
 use crate::read::Checkpoint;
 use std::path::{Path, PathBuf};
 
-/// A committed checkpoint whose manifest and small files are intact and whose files have their sizes.
+/// A committed checkpoint whose manifest and small files are intact and whose files have their
+/// sizes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// The step.
@@ -49,8 +50,8 @@ pub struct Newest {
     pub passed_over: Vec<Damaged>,
 }
 
-/// Looks at every checkpoint of a folder: `COMMIT`, manifest, index, state and the sizes of all files; not the tensors' bytes.
-/// A folder that does not exist holds none.
+/// Looks at every checkpoint of a folder: `COMMIT`, manifest, index, state and the sizes of all
+/// files; not the tensors' bytes. A folder that does not exist holds none.
 ///
 /// # Errors
 /// [`FormatError::Io`] where the folder cannot be listed.
@@ -65,7 +66,8 @@ pub fn scan(checkpoints_dir: &Path) -> Result<Scan> {
     Ok(result)
 }
 
-/// The newest checkpoint whose every byte has its checksum (all of the newest is read, no older one unless it is damaged).
+/// The newest checkpoint whose every byte has its checksum (all of the newest is read, no older one
+/// unless it is damaged).
 ///
 /// # Errors
 /// [`FormatError::Io`] where the folder cannot be listed.

@@ -1,4 +1,5 @@
-//! Who writes what: tensors that several ranks hold are written once, in shares of nearly equal size.
+//! Who writes what: tensors that several ranks hold are written once, in shares of nearly equal
+//! size.
 
 /// Tensors up to this size are not cut.
 const SMALL: u64 = 1 << 20;
@@ -26,7 +27,8 @@ pub fn rows_of_rank(tensors: &[SharedTensor], rank: usize, world_size: usize) ->
         .map(|tensor| {
             let size = size(tensor);
             let mine = if size <= u128::from(SMALL) || tensor.rows <= 1 {
-                // Nothing lies at the last cut, so a tensor without bytes there is written by the last.
+                // Nothing lies at the last cut, so a tensor without bytes there is written by the
+                // last.
                 let middle = (start + size / 2).min(total.saturating_sub(1));
                 let writer = (low..high).contains(&middle) || (total == 0 && rank == 0);
                 if writer { (0, tensor.rows) } else { (0, 0) }

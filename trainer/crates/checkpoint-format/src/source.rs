@@ -1,4 +1,5 @@
-//! Where weights come from: a Hugging Face folder, a Meta folder or a checkpoint, all under unfused Hugging Face names.
+//! Where weights come from: a Hugging Face folder, a Meta folder or a checkpoint, all under unfused
+//! Hugging Face names.
 
 use crate::boxes::TensorBox;
 use crate::disk::Folder;
@@ -32,7 +33,8 @@ pub trait WeightSource: Send + Sync {
     /// Fills `target` with rows `row_start..row_start + row_count` of a weight, in its own type.
     ///
     /// # Errors
-    /// [`FormatError::NotFound`]; [`FormatError::Request`] where rows or buffer do not fit; [`FormatError::Damaged`].
+    /// [`FormatError::NotFound`]; [`FormatError::Request`] where rows or buffer do not fit;
+    /// [`FormatError::Damaged`].
     fn read_rows(
         &self,
         name: &str,

@@ -1,4 +1,5 @@
-//! A safetensors file: the header first (all sizes are known), then the tensors' bytes, checksummed as they pass.
+//! A safetensors file: the header first (all sizes are known), then the tensors' bytes, checksummed
+//! as they pass.
 
 use crate::checksum::Checksum;
 use crate::disk::{DurableFile, Points};
@@ -70,7 +71,8 @@ impl TensorFile {
     }
 }
 
-/// The header as transformers' own writer spells it: entries in order, no spaces, padded to 8 bytes.
+/// The header as transformers' own writer spells it: entries in order, no spaces, padded to 8
+/// bytes.
 fn header(entries: &[HeaderEntry], metadata: &[(&str, &str)]) -> serde_json::Result<String> {
     let mut fields = Vec::with_capacity(entries.len() + 1);
     if !metadata.is_empty() {

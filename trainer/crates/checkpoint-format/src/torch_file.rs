@@ -1,8 +1,9 @@
 //! Files that `torch.save` wrote, read without running anything in them.
 //!
-//! Such a file is a zip archive, stored without compression: `NAME/data.pkl`, a pickle that describes the tensors, and `NAME/data/KEY`, their
-//! bytes. A pickle is a program that may call anything; this reader knows the dozen instructions that a dictionary of
-//! plain tensors is made of, four names they may refer to, and refuses the file at the first other thing.
+//! Such a file is a zip archive, stored without compression: `NAME/data.pkl`, a pickle that
+//! describes the tensors, and `NAME/data/KEY`, their bytes. A pickle is a program that may call
+//! anything; this reader knows the dozen instructions that a dictionary of plain tensors is made
+//! of, four names they may refer to, and refuses the file at the first other thing.
 
 use crate::dtype::Dtype;
 use crate::source::RawTensor;
@@ -135,7 +136,7 @@ impl<'a> Machine<'a> {
                 b'b' => self.build()?,
                 other => {
                     return Err(format!(
-                        "its pickle has the instruction {other:#04x}, which a dictionary of tensors does not need"
+                        "its pickle has the instruction {other:#04x}, which tensors do not need"
                     ));
                 }
             }
@@ -332,7 +333,8 @@ impl<'a> Machine<'a> {
                 (Value::Text(name), Value::Tensor(tensor)) => {
                     self.tensors.insert(name.to_string(), (**tensor).clone());
                 }
-                // A dictionary of dictionaries of tensors, or a scalar beside them: not looked into.
+                // A dictionary of dictionaries of tensors, or a scalar beside them: not looked
+                // into.
                 (_, Value::Tensor(_)) => return Err("a tensor has no name".to_string()),
                 _ => {}
             }

@@ -21,8 +21,8 @@ pub struct Verified {
 }
 
 impl Checkpoint {
-    /// Reads all files: each byte against the checksum of its file and of its box, each header against the index.
-    /// (Coverage, names and sizes were checked on opening.)
+    /// Reads all files: each byte against the checksum of its file and of its box, each header
+    /// against the index. (Coverage, names and sizes were checked on opening.)
     ///
     /// # Errors
     /// [`FormatError::Damaged`] or [`FormatError::Refused`], naming the first file that is wrong.
@@ -36,7 +36,8 @@ impl Checkpoint {
         })
     }
 
-    /// One pass over a file: the checksums of the boxes and of what lies between them combine to the file's.
+    /// One pass over a file: the checksums of the boxes and of what lies between them combine to
+    /// the file's.
     fn verify_file(&self, name: &str, entry: &FileEntry) -> Result<()> {
         let path = self.path().join(name);
         let bytes = self.map(name)?.bytes();

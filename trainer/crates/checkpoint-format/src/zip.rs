@@ -1,4 +1,5 @@
-//! The table of contents of a zip archive whose entries are stored without compression, as torch writes them.
+//! The table of contents of a zip archive whose entries are stored without compression, as torch
+//! writes them.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +9,8 @@ const MAX_ENTRIES: u64 = 1 << 20;
 /// The bytes of each entry in the archive, by name.
 ///
 /// # Errors
-/// Says why the archive is refused: no table, an entry that is compressed or lies outside of the file.
+/// Says why the archive is refused: no table, an entry that is compressed or lies outside of the
+/// file.
 pub(crate) fn entries(bytes: &[u8]) -> Result<BTreeMap<String, [usize; 2]>, String> {
     let (count, mut at) = table(bytes).ok_or("it is not a zip archive (no table of contents)")?;
     if count > MAX_ENTRIES {
@@ -44,7 +46,8 @@ fn table(bytes: &[u8]) -> Option<(u64, usize)> {
     let first = last.saturating_sub(65_535);
     let end = (first..=last).rev().find(|at| bytes[*at..].starts_with(b"PK\x05\x06"))?;
     let (count, start) = (u64::from(u16_at(bytes, end + 10)?), u32_at(bytes, end + 16)?);
-    // Archives over 4 GiB keep the true numbers in a second record, found through a locator before the first.
+    // Archives over 4 GiB keep the true numbers in a second record, found through a locator before
+    // the first.
     let locator = end.checked_sub(20).filter(|at| bytes[*at..].starts_with(b"PK\x06\x07"));
     let Some(locator) = locator else { return Some((count, start as usize)) };
     let record = usize::try_from(u64_at(bytes, locator + 8)?).ok()?;
@@ -78,7 +81,8 @@ impl Entry {
         Some(entry)
     }
 
-    /// Fields of 4 GiB and more are in the extra field 1, in this order, each only where the short one is full.
+    /// Fields of 4 GiB and more are in the extra field 1, in this order, each only where the short
+    /// one is full.
     fn widen(&mut self, mut extra: &[u8], stored: u64) -> Option<()> {
         const FULL: u64 = u32::MAX as u64;
         while extra.len() >= 4 {

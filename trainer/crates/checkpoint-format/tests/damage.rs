@@ -1,4 +1,5 @@
-//! Any damage to any file is found, reported, and the checkpoint before is used; hostile input is an error, never a panic.
+//! Any damage to any file is found, reported, and the checkpoint before is used; hostile input is
+//! an error, never a panic.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
@@ -49,9 +50,11 @@ fn every_file_that_is_deleted_is_missed() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(common::cases(48))]
     #[test]
-    fn one_flipped_bit_or_a_cut_is_found(file in 0usize..6, place in 0.0..1.0f64, bit in 0u8..8, cut: bool) {
+    fn one_flipped_bit_or_a_cut_is_found(
+        file in 0usize..6, place in 0.0..1.0f64, bit in 0u8..8, cut: bool
+    ) {
         let (folder, newest) = two_checkpoints();
         let path = newest.join(&entries(&newest)[file]);
         let mut bytes = std::fs::read(&path).unwrap();

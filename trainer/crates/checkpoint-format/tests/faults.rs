@@ -1,4 +1,5 @@
-//! Real processes that die, or whose disk fails, at every step of a save: the newest committed checkpoint always loads whole.
+//! Real processes that die, or whose disk fails, at every step of a save: the newest committed
+//! checkpoint always loads whole.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;

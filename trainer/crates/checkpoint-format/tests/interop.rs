@@ -1,6 +1,9 @@
-//! Hugging Face's and Meta's formats: bit-equal round trips, and files written by PyTorch and transformers themselves
-//! (`tests/meta/make.py` makes them; `$PHALANX_REFERENCES` may name more folders with a model each).
+//! Hugging Face's and Meta's formats: bit-equal round trips, and files written by PyTorch and
+//! transformers themselves (`tests/meta/make.py` makes them; `$PHALANX_REFERENCES` may name more
+//! folders with a model each).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
 
 use checkpoint_format::export::{ExportOptions, Exported, export_hf};
 use checkpoint_format::hf::HfSource;
@@ -236,7 +239,8 @@ fn replace(bytes: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
 
 #[test]
 fn a_pickle_that_wants_to_run_something_is_refused() {
-    // `torch._utils._rebuild_tensor_v2` becomes a name of the same length that would be imported and called.
+    // `torch._utils._rebuild_tensor_v2` becomes a name of the same length that would be imported
+    // and called.
     let evil = altered("one", "consolidated.00.pth", |bytes| {
         replace(bytes, b"ctorch._utils\n_rebuild_tensor_v2", b"csubprocess\ncheck_output........")
     });
@@ -256,7 +260,7 @@ fn paths_in_a_shard_index_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(common::cases(512))]
     #[test]
     fn altered_torch_files_never_panic(
         place in 0.0..1.0f64, value: u8, cut: bool, in_description: bool

@@ -1,4 +1,5 @@
-//! What is saved is read back, by any number of ranks, in any boxes; old checkpoints go, the right ones stay.
+//! What is saved is read back, by any number of ranks, in any boxes; old checkpoints go, the right
+//! ones stay.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
@@ -137,7 +138,7 @@ fn a_difference_is_found_and_measured() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(common::cases(16))]
     #[test]
     fn any_box_reads_from_any_boxes(
         world_size in 1usize..6, max_file_bytes in 1_000u64..2_000_000,

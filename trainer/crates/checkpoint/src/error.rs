@@ -15,8 +15,8 @@ pub enum CheckpointError {
     Torch(#[from] ShimError),
     /// The checkpoint is of another model.
     #[error(
-        "{path} is a checkpoint of another model: tensor {tensor} {found}, {expected} in this model; check the \
-         config's `model`, or name the right run"
+        "{path} is a checkpoint of another model: tensor {tensor} {found}, {expected} in this \
+         model; check the config's `model`, or name the right run"
     )]
     OtherModel {
         /// The checkpoint.
@@ -30,8 +30,8 @@ pub enum CheckpointError {
     },
     /// The checkpoint holds weights but no optimizer state.
     #[error(
-        "{path} has no optimizer state ({tensor} is missing), so that training cannot go on from it; start a new run \
-         with model.init_from naming it"
+        "{path} has no optimizer state ({tensor} is missing), so that training cannot go on from it; \
+         start a new run with model.init_from naming it"
     )]
     NoOptimizerState {
         /// The checkpoint.

@@ -1,7 +1,8 @@
 //! A model's and an optimizer's tensors, to and from checkpoints, for any number of ranks.
 //!
-//! Weights go out under their unfused Hugging Face names, moments as `m/NAME` and `v/NAME`, master weights as `master/NAME`
-//! where the weights that compute are a copy in another type. Bytes go straight between tensors' memory and files.
+//! Weights go out under their unfused Hugging Face names, moments as `m/NAME` and `v/NAME`, master
+//! weights as `master/NAME` where the weights that compute are a copy in another type. Bytes go
+//! straight between tensors' memory and files.
 
 mod error;
 mod load;

@@ -12,11 +12,13 @@ use torch_shim::bytes::as_bytes_mut;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Device, Tensor, no_grad_guard};
 
-/// Rows are read in pieces of about this many bytes, so that a large tensor is shared by all threads.
+/// Rows are read in pieces of about this many bytes, so that a large tensor is shared by all
+/// threads.
 const PIECE_BYTES: usize = 16 << 20;
 
-/// Loads a checkpoint: master weights (from `master/NAME` where there is one, else from `NAME`, converted where the types
-/// differ), the compute copy, and the optimizer's buffers (`m`, `v`), each element's bytes checked on the way.
+/// Loads a checkpoint: master weights (from `master/NAME` where there is one, else from `NAME`,
+/// converted where the types differ), the compute copy, and the optimizer's buffers (`m`, `v`),
+/// each element's bytes checked on the way.
 ///
 /// # Errors
 /// [`CheckpointError::OtherModel`], [`CheckpointError::NoOptimizerState`], or what the files say.
@@ -47,7 +49,8 @@ pub fn load(
     Ok(checkpoint.state().clone())
 }
 
-/// Loads only the weights, from a checkpoint or another model's files, into master and compute copy.
+/// Loads only the weights, from a checkpoint or another model's files, into master and compute
+/// copy.
 ///
 /// # Errors
 /// [`CheckpointError::OtherModel`], or what the files say.

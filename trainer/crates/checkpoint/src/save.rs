@@ -11,7 +11,8 @@ use torch_shim::bytes::as_bytes;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Device, Tensor};
 
-/// What to save. All ranks hold all of it (data parallelism), and each writes a share of equal size.
+/// What to save. All ranks hold all of it (data parallelism), and each writes a share of equal
+/// size.
 #[derive(Debug)]
 pub struct SaveRequest<'a> {
     /// The run's folder of checkpoints.
@@ -55,17 +56,19 @@ struct Share {
     region: TensorBox,
 }
 
-/// Writes a checkpoint together with the other ranks, commits it and removes old ones. `barrier` waits for all ranks and is called the
-/// same number of times on each; it must be bounded in time.
+/// Writes a checkpoint together with the other ranks, commits it and removes old ones. `barrier`
+/// waits for all ranks and is called the same number of times on each; it must be bounded in time.
 ///
 /// # Errors
 /// On the rank that failed its own error, with path and bytes; on the others
-/// [`checkpoint_format::FormatError::NotCommitted`]. Nothing is left behind then, and older checkpoints stay.
+/// [`checkpoint_format::FormatError::NotCommitted`]. Nothing is left behind then, and older
+/// checkpoints stay.
 pub fn save(request: &SaveRequest<'_>, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
     let mut result = Ok(());
     let (shares, total_bytes) = match shares(request) {
         Ok(shares) => shares,
-        // The others must not wait for a rank whose tensors cannot be read: it takes part, with nothing.
+        // The others must not wait for a rank whose tensors cannot be read: it takes part, with
+        // nothing.
         Err(error) => {
             result = Err(error);
             (Vec::new(), 0)

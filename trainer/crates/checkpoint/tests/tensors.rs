@@ -1,4 +1,5 @@
-//! Tensors of a parameter set go out and come back bit for bit, whatever number of ranks writes and whatever type computes.
+//! Tensors of a parameter set go out and come back bit for bit, whatever number of ranks writes and
+//! whatever type computes.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use checkpoint::{

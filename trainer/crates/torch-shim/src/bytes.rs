@@ -5,7 +5,8 @@ use tch::{Device, Tensor};
 
 /// The bytes of a contiguous CPU tensor, in the order of its elements.
 ///
-/// No operator may write the tensor while the bytes are borrowed; that is up to the caller, because tensors share storage.
+/// No operator may write the tensor while the bytes are borrowed; that is up to the caller, because
+/// tensors share storage.
 ///
 /// # Errors
 /// When the tensor is elsewhere or has gaps.
@@ -14,14 +15,16 @@ pub fn as_bytes(tensor: &Tensor) -> Result<&[u8]> {
     if size == 0 {
         return Ok(&[]);
     }
-    // SAFETY: the tensor is contiguous and on the CPU, so `size` bytes from its data pointer are initialized memory of its storage,
-    // which lives as long as the tensor that is borrowed. Every bit pattern is a valid byte.
+    // SAFETY: the tensor is contiguous and on the CPU, so `size` bytes from its data pointer are
+    // initialized memory of its storage, which lives as long as the tensor that is borrowed. Every
+    // bit pattern is a valid byte.
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), size) })
 }
 
 /// The bytes of a contiguous CPU tensor, to be written.
 ///
-/// No other use of the same storage may happen while the bytes are borrowed; that is up to the caller, because tensors share storage.
+/// No other use of the same storage may happen while the bytes are borrowed; that is up to the
+/// caller, because tensors share storage.
 ///
 /// # Errors
 /// When the tensor is elsewhere or has gaps.
@@ -30,15 +33,15 @@ pub fn as_bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8]> {
     if size == 0 {
         return Ok(&mut []);
     }
-    // SAFETY: as in `as_bytes`; the tensor is borrowed alone, and the caller keeps other owners of its storage away. Every
-    // bit pattern is a valid value of a number.
+    // SAFETY: as in `as_bytes`; the tensor is borrowed alone, and the caller keeps other owners of
+    // its storage away. Every bit pattern is a valid value of a number.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), size) })
 }
 
 fn size_of(tensor: &Tensor) -> Result<usize> {
     if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
         return Err(ShimError::Invalid(format!(
-            "bytes of a tensor on {:?}, contiguous: {}; only those of a contiguous CPU tensor can be had",
+            "no bytes of a tensor on {:?} (contiguous: {}): it must be contiguous and on the CPU",
             tensor.device(),
             tensor.is_contiguous()
         )));

@@ -12,7 +12,8 @@ use std::sync::Barrier;
 /// Name -> shape, type, bytes.
 pub type Tensors = BTreeMap<String, (Vec<u64>, Dtype, Vec<u8>)>;
 
-/// Tensors of several types and ranks, large enough that rows are shared; `seed` changes every byte.
+/// Tensors of several types and ranks, large enough that rows are shared; `seed` changes every
+/// byte.
 pub fn tensors(seed: u64) -> Tensors {
     let list: [(&str, &[u64], Dtype); 8] = [
         ("model.embed_tokens.weight", &[700, 512], Dtype::Bf16),
@@ -140,4 +141,9 @@ pub fn entries(dir: &Path) -> Vec<String> {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+/// A property is tried so many times; failures are printed, not kept in a file.
+pub fn cases(cases: u32) -> proptest::test_runner::Config {
+    proptest::test_runner::Config { cases, failure_persistence: None, ..Default::default() }
 }
