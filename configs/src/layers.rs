@@ -116,15 +116,17 @@ pub(crate) fn apply_set(
     root: &mut Node,
     text: &str,
     problems: &mut Vec<Problem>,
-) -> Result<(), Problem> {
+) -> Result<(), Box<Problem>> {
     let source = Source::Set(short(text));
-    let fault = |key: &str, message: String, hint: &str| Problem {
-        kind: ProblemKind::Syntax,
-        place: source.whole(),
-        key: key.to_owned(),
-        message,
-        limit: None,
-        hint: Some(hint.to_owned()),
+    let fault = |key: &str, message: String, hint: &str| {
+        Box::new(Problem {
+            kind: ProblemKind::Syntax,
+            place: source.whole(),
+            key: key.to_owned(),
+            message,
+            limit: None,
+            hint: Some(hint.to_owned()),
+        })
     };
     let form = "write --set section.key=value";
     let Some((path, value)) = text.split_once('=') else {

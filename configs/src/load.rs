@@ -193,7 +193,7 @@ fn tree(
         }
         Ok(Some(root)) => root,
         Err(problem) => {
-            problems.push(problem);
+            problems.push(*problem);
             return Err(ConfigErrors { problems: std::mem::take(problems) });
         }
     };
@@ -210,7 +210,7 @@ fn tree(
     }
     for set in overrides {
         if let Err(problem) = layers::apply_set(&mut root, set, problems) {
-            problems.push(problem);
+            problems.push(*problem);
         }
     }
     Ok(root)

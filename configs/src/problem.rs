@@ -95,6 +95,9 @@ impl fmt::Display for Problem {
     }
 }
 
+/// Problems written out; a file with more is probably no run config.
+const MAX_SHOWN: usize = 100;
+
 /// Everything that is wrong with a config; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors {
@@ -108,10 +111,13 @@ impl fmt::Display for ConfigErrors {
             1 => write!(f, "the run config has a problem")?,
             n => write!(f, "the run config has {n} problems")?,
         }
-        for problem in &self.problems {
+        for problem in self.problems.iter().take(MAX_SHOWN) {
             write!(f, "\n{problem}")?;
         }
-        Ok(())
+        match self.problems.len().saturating_sub(MAX_SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "\nand {more} more"),
+        }
     }
 }
 

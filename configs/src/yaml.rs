@@ -117,7 +117,7 @@ pub(crate) fn parse(
     text: &str,
     source: &Source,
     problems: &mut Vec<Problem>,
-) -> Result<Option<Node>, Problem> {
+) -> Result<Option<Node>, Box<Problem>> {
     let mut builder = Builder {
         parser: Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text)),
         source,
@@ -149,7 +149,7 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn next(&mut self) -> Result<(Event<'a>, Span), Problem> {
+    fn next(&mut self) -> Result<(Event<'a>, Span), Box<Problem>> {
         match self.parser.next_event() {
             Some(Ok(pair)) => Ok(pair),
             Some(Err(error)) => Err(self.scan_error(&error)),
@@ -158,7 +158,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Nothing but the end may follow the first document.
-    fn finish(&mut self) -> Result<(), Problem> {
+    fn finish(&mut self) -> Result<(), Box<Problem>> {
         loop {
             let (event, span) = self.next()?;
             match event {
@@ -178,7 +178,7 @@ impl<'a> Builder<'a> {
         span: Span,
         depth: usize,
         path: &str,
-    ) -> Result<Node, Problem> {
+    ) -> Result<Node, Box<Problem>> {
         self.take_nodes(1, span, path)?;
         if depth > MAX_DEPTH {
             let message = format!("nested over {MAX_DEPTH} levels deep");
@@ -210,7 +210,7 @@ impl<'a> Builder<'a> {
         Ok(node)
     }
 
-    fn alias(&mut self, id: usize, span: Span, path: &str) -> Result<Node, Problem> {
+    fn alias(&mut self, id: usize, span: Span, path: &str) -> Result<Node, Box<Problem>> {
         let Some(node) = self.anchors.get(&id).cloned() else {
             let message = "an alias inside its own anchor";
             return Err(self.fault(span, path, message, "write the value out"));
@@ -219,7 +219,7 @@ impl<'a> Builder<'a> {
         Ok(Node { place: self.source.at(span.start), ..node })
     }
 
-    fn list(&mut self, depth: usize, path: &str) -> Result<Value, Problem> {
+    fn list(&mut self, depth: usize, path: &str) -> Result<Value, Box<Problem>> {
         let mut items = Vec::new();
         loop {
             let (event, span) = self.next()?;
@@ -231,7 +231,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn map(&mut self, depth: usize, path: &str) -> Result<Value, Problem> {
+    fn map(&mut self, depth: usize, path: &str) -> Result<Value, Box<Problem>> {
         let mut entries: Vec<Entry> = Vec::new();
         let mut first_places: HashMap<String, Place> = HashMap::new();
         let mut seen = HashSet::new();
@@ -266,7 +266,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn take_nodes(&mut self, count: usize, span: Span, path: &str) -> Result<(), Problem> {
+    fn take_nodes(&mut self, count: usize, span: Span, path: &str) -> Result<(), Box<Problem>> {
         self.num_nodes += count;
         if self.num_nodes > MAX_NODES {
             let message = format!("over {MAX_NODES} values, aliases expanded");
@@ -275,26 +275,26 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn fault(&self, span: Span, path: &str, message: &str, hint: &str) -> Problem {
-        Problem {
+    fn fault(&self, span: Span, path: &str, message: &str, hint: &str) -> Box<Problem> {
+        Box::new(Problem {
             kind: ProblemKind::Syntax,
             place: self.source.at(span.start),
             key: path.to_owned(),
             message: message.to_owned(),
             limit: None,
             hint: Some(hint.to_owned()),
-        }
+        })
     }
 
-    fn scan_error(&self, error: &ScanError) -> Problem {
-        Problem {
+    fn scan_error(&self, error: &ScanError) -> Box<Problem> {
+        Box::new(Problem {
             kind: ProblemKind::Syntax,
             place: self.source.at(*error.marker()),
             key: String::new(),
             message: format!("not valid YAML: {}", short(error.info())),
             limit: None,
             hint: Some("check indentation, colons and quotes here and just above".to_owned()),
-        }
+        })
     }
 }
 

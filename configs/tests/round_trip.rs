@@ -120,7 +120,7 @@ prop_compose! {
             "{{from_tokens: {}, global_batch: {}, sequence_length: {}}}",
             i * 100_000, batch * 8, 64usize << shift,
         )).collect();
-        let quoted = serde_json::to_string(&path).unwrap();
+        let quoted = serde_json::Value::from(path).to_string();
         let scaling = scaling.map_or("null".to_owned(), |f| format!("{{factor: {f:?}}}"));
         vec![
             format!("name={name}"), format!("seed={seed}"),
@@ -156,7 +156,9 @@ proptest! {
 
     #[test]
     fn no_mutation_makes_it_panic(
-        edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3u8), 1..6)
+        edits in proptest::collection::vec(
+            (any::<prop::sample::Index>(), any::<u8>(), 0..3u8), 1..6,
+        )
     ) {
         let mut bytes = GOOD.as_bytes().to_vec();
         for (index, byte, kind) in edits {
