@@ -10,6 +10,13 @@ mod rpath {
     }
 }
 
+/// Kernels that are compiled once for each instruction set, and chosen at run time.
+const KERNELS: &[(&str, &[&str])] = &[
+    ("avx512", &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]),
+    ("avx2", &["-mavx2", "-mfma"]),
+    ("baseline", &[]),
+];
+
 const SOURCES: &[&str] = &[
     "csrc/autograd.cpp",
     "csrc/ops.cpp",
@@ -19,6 +26,7 @@ const SOURCES: &[&str] = &[
     "csrc/fused_block.cpp",
     "csrc/fused_head.cpp",
     "csrc/gloo.cpp",
+    "csrc/kernels.cpp",
     "csrc/reduce.cpp",
 ];
 
@@ -43,6 +51,14 @@ fn main() {
         .define("USE_C10D_GLOO", None)
         .files(SOURCES);
     build.compile("phalanx_torch_shim");
+    for (set, flags) in KERNELS {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").pic(true).opt_level(3).debug(false);
+        for flag in *flags {
+            build.flag(flag);
+        }
+        build.file(format!("csrc/kernels_{set}.cpp")).compile(&format!("phalanx_kernels_{set}"));
+    }
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

@@ -1,1 +1,293 @@
-//! The one suite that every backend passes.
+//! The one suite that every backend passes: each rank runs it at the same time, on groups that a closure connects.
+
+use std::time::{Duration, Instant};
+
+use torch_shim::tch::{Device, Kind, Tensor};
+
+use crate::error::{CommError, Result};
+use crate::{Communicator, Group, GroupOptions, ReduceOp, Work};
+
+const KINDS: [Kind; 4] = [Kind::Float, Kind::BFloat16, Kind::Double, Kind::Int64];
+/// Elements of a tensor: none, one, odd, and one that is far over the limit of a single hop.
+const SIZES: [i64; 4] = [0, 1, 77, 40_000];
+
+/// Connects this rank to a group with these options; all ranks call it with the same ones, in the same order.
+pub type Connect<'a> = dyn Fn(&GroupOptions) -> Result<Group> + 'a;
+
+fn fail<T>(text: String) -> Result<T> {
+    Err(CommError::Backend(format!("conformance: {text}")))
+}
+
+/// What rank `rank` brings: small whole numbers, exact in every dtype and in every order of summation.
+fn brings(rank: usize, count: i64, kind: Kind) -> Result<Tensor> {
+    let place = Tensor::f_arange(count, (Kind::Int64, Device::Cpu))?;
+    let value = (place * (rank as i64 + 1)).f_remainder(7)?;
+    Ok(value.f_add_scalar(rank as i64)?.f_to_kind(kind)?)
+}
+
+fn check(what: &str, got: &Tensor, expected: &Tensor) -> Result<()> {
+    let expected = expected.f_to_kind(got.kind())?;
+    if got.size() == expected.size() && got.f_equal(&expected)? {
+        return Ok(());
+    }
+    fail(format!("{what} ({:?}, {:?}) is wrong", got.kind(), got.size()))
+}
+
+/// The reduction of what all ranks bring, in FP64.
+fn reduced(size: usize, count: i64, op: ReduceOp) -> Result<Tensor> {
+    let mut total = brings(0, count, Kind::Double)?;
+    for rank in 1..size {
+        let next = brings(rank, count, Kind::Double)?;
+        total = match op {
+            ReduceOp::Sum | ReduceOp::Avg => total.f_add(&next)?,
+            ReduceOp::Min => total.f_minimum(&next)?,
+            ReduceOp::Max => total.f_maximum(&next)?,
+        };
+    }
+    Ok(if op == ReduceOp::Avg { total.f_div_scalar(size as f64)? } else { total })
+}
+
+/// Runs the whole suite on this rank. Other ranks of the same backend do so at the same time.
+///
+/// # Errors
+/// The first thing that is not as it must be.
+pub fn test_all(connect: &Connect<'_>) -> Result<()> {
+    let comm = connect(&GroupOptions::new("all", 1))?;
+    for kind in KINDS {
+        for count in SIZES {
+            reductions(&comm, kind, count)?;
+            movements(&comm, kind, count)?;
+            messages(&comm, kind, count)?;
+        }
+    }
+    asynchronous(&comm)?;
+    traffic(&comm)?;
+    refusals(&comm)?;
+    comm.barrier()?.wait()?;
+    several_groups(connect)?;
+    disagreement(connect)
+}
+
+fn reductions(comm: &Group, kind: Kind, count: i64) -> Result<()> {
+    let (rank, size) = (comm.rank(), comm.size());
+    for op in [ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Min, ReduceOp::Max] {
+        if op == ReduceOp::Avg && kind == Kind::Int64 {
+            continue;
+        }
+        let tensor = brings(rank, count, kind)?;
+        comm.all_reduce(&tensor, op)?.wait()?;
+        check(&format!("all_reduce {op:?}"), &tensor, &reduced(size, count, op)?)?;
+
+        let input = brings(rank, count * size as i64, kind)?;
+        let output = Tensor::f_zeros([count], (kind, Device::Cpu))?;
+        comm.reduce_scatter(&output, &input, op)?.wait()?;
+        let expected =
+            reduced(size, count * size as i64, op)?.f_narrow(0, count * rank as i64, count)?;
+        check(&format!("reduce_scatter {op:?}"), &output, &expected)?;
+        check("the input of reduce_scatter", &input, &brings(rank, count * size as i64, kind)?)?;
+    }
+    Ok(())
+}
+
+fn movements(comm: &Group, kind: Kind, count: i64) -> Result<()> {
+    let (rank, size) = (comm.rank(), comm.size());
+    let of_all = |rank: usize| brings(rank, count, kind);
+    let output = Tensor::f_zeros([count * size as i64], (kind, Device::Cpu))?;
+    comm.all_gather(&output, &of_all(rank)?)?.wait()?;
+    let expected: Vec<Tensor> = (0..size).map(of_all).collect::<Result<_>>()?;
+    check("all_gather", &output, &Tensor::f_cat(&expected, 0)?)?;
+
+    for root in 0..size {
+        let tensor = of_all(rank)?;
+        comm.broadcast(&tensor, root)?.wait()?;
+        check("broadcast", &tensor, &of_all(root)?)?;
+    }
+
+    let input = brings(rank, count * size as i64, kind)?;
+    comm.all_to_all(&output, &input)?.wait()?;
+    let from = |peer: usize| -> Result<Tensor> {
+        Ok(brings(peer, count * size as i64, kind)?.f_narrow(0, count * rank as i64, count)?)
+    };
+    let expected: Vec<Tensor> = (0..size).map(from).collect::<Result<_>>()?;
+    check("all_to_all", &output, &Tensor::f_cat(&expected, 0)?)
+}
+
+/// Round the ring, two messages a tag, received in the order of sending.
+fn messages(comm: &Group, kind: Kind, count: i64) -> Result<()> {
+    let (rank, size) = (comm.rank(), comm.size());
+    if size == 1 {
+        return Ok(());
+    }
+    let (right, left) = ((rank + 1) % size, (rank + size - 1) % size);
+    let (first, second) = (brings(rank, count, kind)?, brings(rank + 1, count, kind)?);
+    let sent = [comm.send(&first, right, 7)?, comm.send(&second, right, 7)?];
+    for expected in [brings(left, count, kind)?, brings(left + 1, count, kind)?] {
+        let tensor = expected.f_zeros_like()?;
+        comm.recv(&tensor, left, 7)?.wait()?;
+        check("a message", &tensor, &expected)?;
+    }
+    sent.into_iter().try_for_each(Work::wait)
+}
+
+/// Many operations under way at once end in the order of issue, each with its own result.
+fn asynchronous(comm: &Group) -> Result<()> {
+    let tensors: Vec<Tensor> =
+        (1..=8).map(|n| brings(comm.rank(), n * 3001, Kind::Float)).collect::<Result<_>>()?;
+    let works: Vec<Work> = tensors
+        .iter()
+        .map(|tensor| comm.all_reduce(tensor, ReduceOp::Sum))
+        .collect::<Result<_>>()?;
+    let mut works: Vec<Option<Work>> = works.into_iter().map(Some).collect();
+    if let Some(last) = works.last_mut().and_then(Option::take) {
+        last.wait()?;
+    }
+    for work in works.into_iter().flatten() {
+        if !work.is_done() {
+            return fail("a later operation ended before an earlier one".to_string());
+        }
+        work.wait()?;
+    }
+    for tensor in &tensors {
+        let expected = reduced(comm.size(), tensor.numel() as i64, ReduceOp::Sum)?;
+        check("an asynchronous all_reduce", tensor, &expected)?;
+    }
+    Ok(())
+}
+
+/// The bytes sent are the least possible.
+fn traffic(comm: &Group) -> Result<()> {
+    let size = comm.size() as u64;
+    let piece = 10_000u64;
+    let bytes = |run: &dyn Fn() -> Result<Work>| -> Result<u64> {
+        let before = comm.bytes_sent();
+        run()?.wait()?;
+        Ok(comm.bytes_sent() - before)
+    };
+    let large = brings(comm.rank(), (piece * size) as i64, Kind::Float)?;
+    let small = Tensor::f_zeros([piece as i64], (Kind::Float, Device::Cpu))?;
+    let least = 4 * piece * (size - 1);
+    let cases = [
+        ("all_reduce", 2 * least, bytes(&|| comm.all_reduce(&large, ReduceOp::Sum))?),
+        ("reduce_scatter", least, bytes(&|| comm.reduce_scatter(&small, &large, ReduceOp::Sum))?),
+        ("all_gather", least, bytes(&|| comm.all_gather(&large, &small))?),
+    ];
+    for (name, expected, sent) in cases {
+        if sent != expected {
+            return fail(format!("{name} sent {sent} bytes where {expected} do"));
+        }
+    }
+    Ok(())
+}
+
+/// What cannot be is refused at once, and the group lives on.
+fn refusals(comm: &Group) -> Result<()> {
+    let float = Tensor::f_zeros([6, 4], (Kind::Float, Device::Cpu))?;
+    let whole = Tensor::f_zeros([6], (Kind::Int64, Device::Cpu))?;
+    let half = Tensor::f_zeros([6], (Kind::Half, Device::Cpu))?;
+    let refused = [
+        comm.all_reduce(&float.f_transpose(0, 1)?, ReduceOp::Sum).is_err(),
+        comm.all_reduce(&whole, ReduceOp::Avg).is_err(),
+        comm.all_reduce(&half, ReduceOp::Sum).is_err(),
+        comm.broadcast(&float, comm.size()).is_err(),
+        comm.send(&float, comm.rank(), 0).is_err(),
+        comm.recv(&float, comm.size(), 0).is_err(),
+        comm.send(&float, 0, u32::MAX).is_err(),
+        comm.all_gather(&float, &whole).is_err(),
+        comm.size() > 1 && comm.all_gather(&float, &float).is_err() || comm.size() == 1,
+    ];
+    match refused.iter().position(|refused| !refused) {
+        None => Ok(()),
+        Some(case) => fail(format!("case {case} of the impossible operations was accepted")),
+    }
+}
+
+/// Operations of several groups at once, issued in different orders, do not disturb each other.
+fn several_groups(connect: &Connect<'_>) -> Result<()> {
+    let groups: Vec<Group> = ["a", "b", "c"]
+        .iter()
+        .map(|name| connect(&GroupOptions::new(*name, 1)))
+        .collect::<Result<_>>()?;
+    let tensors: Vec<Tensor> = groups
+        .iter()
+        .map(|group| brings(group.rank(), 9001, Kind::Double))
+        .collect::<Result<_>>()?;
+    let rank = groups.first().map_or(0, Group::rank);
+    let mut works = Vec::new();
+    for turn in 0..groups.len() {
+        let index = (turn + rank) % groups.len();
+        works.push(groups[index].all_reduce(&tensors[index], ReduceOp::Max)?);
+    }
+    works.into_iter().try_for_each(Work::wait)?;
+    for (group, tensor) in groups.iter().zip(&tensors) {
+        check("one of several groups", tensor, &reduced(group.size(), 9001, ReduceOp::Max)?)?;
+    }
+    Ok(())
+}
+
+/// Ranks that issue different operations get an error that names them, and the group is dead.
+fn disagreement(connect: &Connect<'_>) -> Result<()> {
+    let mut options = GroupOptions::new("disagreement", 1);
+    options.timeout = Duration::from_secs(5);
+    let comm = connect(&options)?;
+    if comm.size() == 1 {
+        return Ok(());
+    }
+    let count = if comm.rank() == 1 { 6 } else { 5 };
+    let tensor = brings(comm.rank(), count, Kind::Float)?;
+    let outcome = comm.all_reduce(&tensor, ReduceOp::Sum)?.wait();
+    match &outcome {
+        Err(CommError::Mismatch { detail, .. })
+            if detail.contains("rank 1 issues all_reduce Sum Float [6]") => {}
+        other => return fail(format!("ranks that disagree got {other:?}")),
+    }
+    match comm.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait) {
+        Err(CommError::Dead { .. }) => Ok(()),
+        other => fail(format!("a dead group answered {other:?}")),
+    }
+}
+
+/// The last rank dies (`die` must not return on it, or drops what is its) after some rounds; every other rank must get an
+/// error within a second, and a new generation of the survivors' group must work.
+///
+/// # Errors
+/// When a survivor notices nothing, or too late.
+pub fn test_death(comm: Group, die: impl FnOnce(Group)) -> Result<()> {
+    let tensor = Tensor::f_ones([200_000], (Kind::Float, Device::Cpu))?;
+    for _round in 0..3 {
+        comm.all_reduce(&tensor, ReduceOp::Avg)?.wait()?;
+    }
+    if comm.rank() + 1 == comm.size() {
+        die(comm);
+        return Ok(());
+    }
+    let start = Instant::now();
+    let outcome = comm.all_reduce(&tensor, ReduceOp::Avg).and_then(Work::wait);
+    let elapsed = start.elapsed();
+    match outcome {
+        Err(CommError::Peer { .. }) if elapsed < Duration::from_secs(1) => Ok(()),
+        other => fail(format!("a peer died: {other:?} after {} ms", elapsed.as_millis())),
+    }
+}
+
+/// Rank 0 aborts while the others wait for it: all end with an error within a second.
+///
+/// # Errors
+/// When a rank notices nothing, or too late.
+pub fn test_abort(comm: &Group) -> Result<()> {
+    let tensor = Tensor::f_ones([100_000], (Kind::Float, Device::Cpu))?;
+    comm.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
+    if comm.rank() == 0 {
+        std::thread::sleep(Duration::from_millis(100));
+        comm.abort();
+        return match comm.barrier() {
+            Err(CommError::Dead { .. }) => Ok(()),
+            _ => fail("an aborted group takes operations".to_string()),
+        };
+    }
+    let start = Instant::now();
+    let outcome = comm.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait);
+    match outcome {
+        Err(_) if start.elapsed() < Duration::from_secs(1) => Ok(()),
+        other => fail(format!("an abort: {other:?} after {} ms", start.elapsed().as_millis())),
+    }
+}

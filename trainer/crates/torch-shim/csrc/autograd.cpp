@@ -39,16 +39,6 @@ struct PostAccumulateHook : torch::autograd::PostAccumulateGradHook {
   void operator()(const torch::autograd::Variable& tensor) override { closure->call({tensor}, 0); }
 };
 
-struct GradientHook : torch::autograd::FunctionPreHook {
-  ClosurePtr closure;
-  variable_list operator()(const variable_list& gradients) override {
-    auto replaced = closure->call(gradients, gradients.size());
-    for (size_t i = 0; i < gradients.size(); i++)
-      if (!replaced[i].defined()) replaced[i] = gradients[i];
-    return replaced;
-  }
-};
-
 }  // namespace
 
 extern "C" {
@@ -80,10 +70,12 @@ char* phx_post_accumulate_hook(Tensor* tensor, void* context, phx_call call, phx
 
 char* phx_gradient_hook(Tensor* tensor, void* context, phx_call call, phx_drop drop) {
   return guarded([&] {
-    auto hook = std::make_unique<GradientHook>();
-    hook->closure = c10::make_intrusive<Closure>(context, call, drop);
+    auto closure = c10::make_intrusive<Closure>(context, call, drop);
     TORCH_CHECK(tensor->requires_grad(), "a gradient hook wants a tensor that requires a gradient");
-    torch::autograd::impl::add_hook(*tensor, std::move(hook));
+    tensor->register_hook([closure](const Tensor& gradient) -> Tensor {
+      auto replaced = closure->call({gradient}, 1)[0];
+      return replaced.defined() ? replaced : gradient;
+    });
   });
 }
 

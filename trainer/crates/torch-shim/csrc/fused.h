@@ -3,6 +3,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels.h"
 #include "parameter.h"
 
 namespace phalanx {
@@ -27,5 +28,34 @@ inline c10::intrusive_ptr<Use> kept_use(AutogradContext* context) {
 
 // The dtype in which statistics are taken: FP64 stays, all else is FP32.
 inline at::ScalarType statistics_dtype(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// x weight^T, a b, and a b into `out`, without autograd.
+Tensor project(const Tensor& x, const Tensor& weight);
+Tensor product(const Tensor& a, const Tensor& b);
+void multiply_into(Tensor out, const Tensor& a, const Tensor& b);
+
+// Whether the vectorised kernels take these tensors; the plain ATen form takes all others.
+inline bool vectorised(std::initializer_list<Tensor> tensors) {
+  auto dtype = tensors.begin()->scalar_type();
+  if (dtype != at::kFloat && dtype != at::kBFloat16) return false;
+  for (auto& x : tensors)
+    if (!x.is_cpu() || !x.is_contiguous() || x.scalar_type() != dtype) return false;
+  return true;
+}
+
+template <typename T>
+T* data(const Tensor& x) {
+  return x.defined() ? static_cast<T*>(x.data_ptr()) : nullptr;
+}
+
+// Calls `body(T)` with the storage type of `x`, FP32 or BF16.
+template <typename Body>
+void with_storage(const Tensor& x, Body&& body) {
+  if (x.scalar_type() == at::kFloat) return body(float());
+  body(Bf16());
+}
+
+// Rows a thread takes at least, for rows of `width` elements.
+inline int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
 }  // namespace phalanx

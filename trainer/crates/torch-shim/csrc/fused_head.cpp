@@ -1,5 +1,6 @@
 // Output head and cross-entropy in one, so that the full logits never exist.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include "fused.h"
 
@@ -21,6 +22,27 @@ Tensor chunk_loss(Tensor& logits, const Tensor& targets, double scale, bool grad
   return losses.sum() * scale;
 }
 
+// The same in one sweep, for FP32 and BF16 on the CPU; the losses of the rows are added in order, in FP64.
+double fast_chunk_loss(Tensor& logits, const Tensor& targets, double scale, bool gradients) {
+  int64_t rows = logits.size(0), width = logits.size(1);
+  std::vector<double> losses(rows);
+  with_storage(logits, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, rows, grain(width), [&](int64_t from, int64_t to) {
+      kernels<T>().cross_entropy(data<T>(logits) + from * width, data<int64_t>(targets) + from, losses.data() + from,
+                                 to - from, width, scale, gradients);
+    });
+  });
+  double sum = 0;
+  for (double loss : losses) sum += loss;
+  return sum * scale;
+}
+
+void check_targets(const Tensor& targets, int64_t vocabulary) {
+  auto wrong = (targets.ne(-100)).logical_and(targets.lt(0).logical_or(targets.ge(vocabulary)));
+  TORCH_CHECK(!wrong.any().item<bool>(), "head_loss: a target lies outside the vocabulary of ", vocabulary);
+}
+
 // The forward pass computes the gradients too: logits are made once and dropped chunk by chunk. The weight's gradient is
 // added there for a loss gradient of exactly one, which backward checks.
 struct HeadLoss : torch::autograd::Function<HeadLoss> {
@@ -30,22 +52,28 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
     auto rows = x.reshape({-1, x.size(-1)});
     auto labels = targets.reshape({-1}).to(at::kLong);
     auto dtype = statistics_dtype(x);
+    check_targets(labels, weight.size(0));
     auto loss = at::zeros({}, x.options().dtype(dtype));
+    double fast_loss = 0;
     auto dx = use->open ? at::empty_like(rows) : Tensor();
     for (int64_t start = 0; start < rows.size(0); start += chunk) {
       auto count = std::min(chunk, rows.size(0) - start);
       auto part = rows.narrow(0, start, count);
-      auto logits = at::linear(part, weight).to(dtype);
-      loss += chunk_loss(logits, labels.narrow(0, start, count), scale, use->open);
+      auto logits = project(part, weight), part_labels = labels.narrow(0, start, count);
+      if (vectorised({logits})) {
+        fast_loss += fast_chunk_loss(logits, part_labels, scale, use->open);
+      } else {
+        logits = logits.to(dtype);
+        loss += chunk_loss(logits, part_labels, scale, use->open);
+      }
       if (!use->open) continue;
       auto d_logits = logits.to(x.scalar_type());
-      auto d_part = dx.narrow(0, start, count);
-      at::mm_out(d_part, d_logits, weight);
+      multiply_into(dx.narrow(0, start, count), d_logits, weight);
       accumulate_product(parameter.gradient, d_logits, part);
     }
     keep_use(context, use);
     if (use->open) context->save_for_backward({dx.view(x.sizes())});
-    return loss;
+    return fast_loss == 0 ? loss : loss + fast_loss;
   }
 
   static variable_list backward(AutogradContext* context, variable_list gradients) {

@@ -11,6 +11,30 @@ void accumulate_product(Tensor& accumulator, const Tensor& a, const Tensor& b) {
   accumulator.addmm_(a.to(dtype).t(), b.to(dtype));
 }
 
+// Without AVX-512, libtorch multiplies BF16 matrices one element at a time: then the products are made in FP32, with the
+// same rounding at the end.
+static bool widen(const Tensor& x) {
+  static const bool fast = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512dq");
+  return !fast && x.is_cpu() && x.scalar_type() == at::kBFloat16;
+}
+
+Tensor project(const Tensor& x, const Tensor& weight) {
+  if (!widen(x) || weight.scalar_type() != at::kBFloat16) return at::linear(x, weight);
+  return at::linear(x.to(at::kFloat), weight.to(at::kFloat)).to(at::kBFloat16);
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  return widen(a) ? at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16) : at::mm(a, b);
+}
+
+void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
+  if (widen(a))
+    out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
+  else
+    at::mm_out(out, a, b);
+}
+
 }  // namespace phalanx
 
 namespace {
@@ -22,7 +46,7 @@ struct Linear : torch::autograd::Function<Linear> {
                         const c10::intrusive_ptr<Use>& use) {
     keep_use(context, use);
     context->save_for_backward({x});
-    return at::linear(x, weight);
+    return project(x, weight);
   }
 
   static variable_list backward(AutogradContext* context, variable_list gradients) {
@@ -31,7 +55,7 @@ struct Linear : torch::autograd::Function<Linear> {
     auto x = context->get_saved_variables()[0];
     auto dy = gradients[0].reshape({-1, parameter.weight.size(0)});
     Tensor dx;
-    if (context->needs_input_grad(0)) dx = at::mm(dy, parameter.weight.detach()).view(x.sizes());
+    if (context->needs_input_grad(0)) dx = product(dy, parameter.weight.detach()).view(x.sizes());
     accumulate_product(parameter.gradient, dy, x.reshape({-1, parameter.weight.size(1)}));
     use->done();
     return {dx, Tensor(), Tensor()};

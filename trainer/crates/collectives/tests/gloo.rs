@@ -1,0 +1,158 @@
+//! The conformance suite on processes: this test binary starts itself once a rank.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use collectives::{CommError, Group, GroupOptions, conformance, gloo};
+use torch_shim::ShimError;
+use torch_shim::gloo::{Store, StoreBackend};
+
+const RANK: &str = "CONFORMANCE_RANK";
+const SIZE: &str = "CONFORMANCE_SIZE";
+const FOLDER: &str = "CONFORMANCE_STORE";
+const CASE: &str = "CONFORMANCE_CASE";
+
+/// A store of files, one a key.
+struct Files(PathBuf);
+
+impl Files {
+    fn path(&self, key: &str) -> PathBuf {
+        let name: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
+        // Gloo's keys are long; a file's name is not.
+        self.0.join(
+            name.as_bytes()
+                .chunks(200)
+                .map(|c| String::from_utf8_lossy(c).into_owned())
+                .collect::<PathBuf>(),
+        )
+    }
+}
+
+fn failed(error: &std::io::Error) -> ShimError {
+    ShimError::Store(error.to_string())
+}
+
+fn write(path: &Path, value: &[u8]) -> std::io::Result<()> {
+    let path = path.with_extension("value");
+    let temporary =
+        path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+    std::fs::create_dir_all(path.parent().unwrap())?;
+    std::fs::write(&temporary, value)?;
+    std::fs::rename(temporary, path)
+}
+
+impl StoreBackend for Files {
+    fn set(&self, key: &str, value: &[u8]) -> torch_shim::Result<()> {
+        write(&self.path(key), value).map_err(|error| failed(&error))
+    }
+
+    fn get(&self, key: &str, timeout: Duration) -> torch_shim::Result<Vec<u8>> {
+        self.wait(&[key.to_string()], timeout)?;
+        std::fs::read(self.path(key).with_extension("value")).map_err(|error| failed(&error))
+    }
+
+    fn add(&self, key: &str, _delta: i64) -> torch_shim::Result<i64> {
+        Err(ShimError::Store(format!("{key}: this store does not count")))
+    }
+
+    fn wait(&self, keys: &[String], timeout: Duration) -> torch_shim::Result<()> {
+        let end = Instant::now() + timeout;
+        while !self.check(keys)? {
+            if Instant::now() > end {
+                return Err(ShimError::Store(format!("{keys:?} did not come")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn check(&self, keys: &[String]) -> torch_shim::Result<bool> {
+        Ok(keys.iter().all(|key| self.path(key).with_extension("value").exists()))
+    }
+
+    fn delete(&self, key: &str) -> torch_shim::Result<bool> {
+        Ok(std::fs::remove_file(self.path(key).with_extension("value")).is_ok())
+    }
+}
+
+/// What a child process runs; without the environment of one, nothing.
+#[test]
+fn rank() {
+    let variable = |name: &str| std::env::var(name).ok();
+    let Some(rank) = variable(RANK) else { return };
+    let (rank, size): (usize, usize) =
+        (rank.parse().unwrap(), variable(SIZE).unwrap().parse().unwrap());
+    let store =
+        Store::new(Box::new(Files(variable(FOLDER).unwrap().into())) as Box<dyn StoreBackend>);
+    let connect = |options: &GroupOptions| -> Result<Group, CommError> {
+        gloo::connect(&store, rank, size, "127.0.0.1", options)
+    };
+    match variable(CASE).unwrap().as_str() {
+        "all" => conformance::test_all(&connect).unwrap(),
+        "death" => {
+            let comm = connect(&GroupOptions::new("death", 1)).unwrap();
+            conformance::test_death(comm, |_| std::process::abort()).unwrap();
+        }
+        "abort" => {
+            let comm = connect(&GroupOptions::new("abort", 1)).unwrap();
+            conformance::test_abort(&comm).unwrap();
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        case => panic!("no case {case}"),
+    }
+}
+
+/// Runs a case on `size` processes; returns which of them succeeded.
+fn run(case: &str, size: usize) -> Vec<bool> {
+    let folder =
+        std::env::temp_dir().join(format!("conformance-{}-{case}-{size}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let start = |rank: usize| -> Child {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["rank", "--exact", "--nocapture"])
+            .env(RANK, rank.to_string())
+            .env(SIZE, size.to_string())
+            .env(FOLDER, &folder)
+            .env(CASE, case)
+            .env("OMP_NUM_THREADS", "1")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut children: Vec<Child> = (0..size).map(start).collect();
+    let end = Instant::now() + Duration::from_secs(120);
+    let succeeded = children
+        .iter_mut()
+        .map(|child| {
+            loop {
+                if let Some(status) = child.try_wait().unwrap() {
+                    break status.success();
+                }
+                if Instant::now() > end {
+                    child.kill().unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        })
+        .collect();
+    std::fs::remove_dir_all(&folder).unwrap();
+    succeeded
+}
+
+#[test]
+fn processes_pass_the_suite() {
+    for size in [2, 3] {
+        assert_eq!(run("all", size), vec![true; size]);
+    }
+}
+
+#[test]
+fn a_dead_process_is_an_error_in_every_survivor() {
+    assert_eq!(run("death", 4), [true, true, true, false]);
+}
+
+#[test]
+fn an_abort_ends_every_wait() {
+    assert_eq!(run("abort", 3), [true; 3]);
+}

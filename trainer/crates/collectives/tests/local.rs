@@ -1,0 +1,68 @@
+//! The conformance suite on threads.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use collectives::{Communicator, Group, GroupOptions, ReduceOp, conformance, local};
+use torch_shim::tch::{Device, Kind, Tensor};
+
+/// Runs `body` on `size` threads; `connect` hands out the ranks' ends of each group.
+fn on_ranks(size: usize, body: impl Fn(usize, &conformance::Connect<'_>) + Send + Sync + 'static) {
+    let body = Arc::new(body);
+    let made: Arc<Mutex<HashMap<String, Vec<Option<Group>>>>> = Arc::default();
+    let threads: Vec<_> = (0..size)
+        .map(|rank| {
+            let (body, made) = (body.clone(), made.clone());
+            std::thread::spawn(move || {
+                body(rank, &|options| {
+                    let mut made = made.lock().unwrap();
+                    let group = made.entry(options.name.clone()).or_insert_with(|| {
+                        local::group(size, options).unwrap().into_iter().map(Some).collect()
+                    });
+                    Ok(group[rank].take().unwrap())
+                });
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn threads_pass_the_suite() {
+    for size in [1, 2, 3, 4] {
+        on_ranks(size, |_, connect| conformance::test_all(connect).unwrap());
+    }
+}
+
+#[test]
+fn a_dead_thread_is_an_error_in_every_survivor() {
+    on_ranks(4, |_, connect| {
+        let comm = connect(&GroupOptions::new("death", 1)).unwrap();
+        conformance::test_death(comm, drop).unwrap();
+    });
+}
+
+#[test]
+fn an_abort_ends_every_wait() {
+    on_ranks(4, |_, connect| {
+        let comm = connect(&GroupOptions::new("abort", 1)).unwrap();
+        conformance::test_abort(&comm).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    });
+}
+
+#[test]
+fn a_peer_that_does_not_come_is_a_time_out() {
+    let mut options = GroupOptions::new("late", 1);
+    options.timeout = Duration::from_millis(100);
+    let group = local::group(2, &options).unwrap();
+    let tensor = Tensor::ones([4], (Kind::Float, Device::Cpu));
+    let start = Instant::now();
+    let error =
+        group[0].all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap_err().to_string();
+    assert!(error.contains("rank 1") && error.contains("100 ms"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(2));
+}

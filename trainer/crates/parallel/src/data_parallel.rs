@@ -1,0 +1,163 @@
+//! Data parallelism: gradients are summed over the ranks in buckets, while backward goes on.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use collectives::{CommError, Communicator, ReduceOp, Work};
+use thiserror::Error;
+use torch_shim::ShimError;
+use torch_shim::params::ParameterSet;
+use torch_shim::tch::Tensor;
+
+use crate::buckets::{Bucket, cut};
+
+/// What can go wrong while gradients are summed.
+#[derive(Debug, Error)]
+pub enum ParallelError {
+    /// A collective failed.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// libtorch refused.
+    #[error(transparent)]
+    Torch(#[from] ShimError),
+}
+
+/// The result of a parallel operation.
+pub type Result<T, E = ParallelError> = std::result::Result<T, E>;
+
+/// Sums the gradients of a parameter set over the ranks of a group.
+///
+/// Call [`DataParallel::begin_last_micro_batch`] before the last micro-batch's forward pass and
+/// [`DataParallel::finish`] after its backward pass. The losses are already divided by the global number of targets, so the
+/// plain sum, in the accumulators' own dtype (FP32, or FP64), is the gradient of the global batch. Buckets are issued in one
+/// fixed order on every rank, whatever the order in which they become ready, so runs are bit-equal.
+pub struct DataParallel {
+    state: Arc<Mutex<State>>,
+}
+
+struct State {
+    comm: Arc<dyn Communicator>,
+    buckets: Vec<Pending>,
+    /// Which bucket each parameter is in.
+    bucket_of: Vec<usize>,
+    /// Buckets before this one have been issued.
+    next: usize,
+    armed: bool,
+}
+
+struct Pending {
+    bucket: Bucket,
+    view: Tensor,
+    missing: Vec<bool>,
+    num_missing: usize,
+    work: Option<Work>,
+}
+
+impl DataParallel {
+    /// Cuts the set's gradients into buckets of about `bucket_bytes`, and takes the set's ready hook.
+    ///
+    /// # Errors
+    /// When libtorch refuses the views.
+    pub fn new(
+        set: &ParameterSet,
+        comm: Arc<dyn Communicator>,
+        bucket_bytes: usize,
+    ) -> Result<Self> {
+        let ranges: Vec<_> = set.iter().map(|parameter| parameter.range.clone()).collect();
+        let limit = bucket_bytes / set.flat_grad().kind().elt_size_in_bytes();
+        let mut bucket_of = vec![0; ranges.len()];
+        let mut buckets = Vec::new();
+        for bucket in cut(&ranges, i64::try_from(limit).unwrap_or(i64::MAX).max(1)) {
+            bucket_of[bucket.parameters.clone()].fill(buckets.len());
+            let length = bucket.elements.end - bucket.elements.start;
+            let view = set.flat_grad().f_narrow(0, bucket.elements.start, length);
+            let view = view.map_err(ShimError::from)?;
+            let num_missing = bucket.parameters.len();
+            buckets.push(Pending {
+                view,
+                missing: vec![true; num_missing],
+                num_missing,
+                work: None,
+                bucket,
+            });
+        }
+        let state = State { comm, buckets, bucket_of, next: 0, armed: false };
+        let state = Arc::new(Mutex::new(state));
+        let hook = Arc::downgrade(&state);
+        set.set_ready_hook(move |index| match hook.upgrade() {
+            Some(state) => {
+                lock(&state).ready(index).map_err(|error| ShimError::Closure(error.to_string()))
+            }
+            None => Ok(()),
+        })?;
+        Ok(DataParallel { state })
+    }
+
+    /// From here on, a bucket whose gradients are all ready is reduced at once. Every rank must call it, or none.
+    pub fn begin_last_micro_batch(&self) {
+        let mut state = lock(&self.state);
+        state.next = 0;
+        state.armed = true;
+        for pending in &mut state.buckets {
+            pending.missing.fill(true);
+            pending.num_missing = pending.missing.len();
+            pending.work = None;
+        }
+    }
+
+    /// Issues the buckets that are left (parameters without a use have none of their own), and waits for all: then the
+    /// gradients are the sums over all ranks.
+    ///
+    /// # Errors
+    /// What a reduction failed with; the gradients are worth nothing then.
+    pub fn finish(&self) -> Result<()> {
+        let mut state = lock(&self.state);
+        if !state.armed {
+            state.next = 0;
+        }
+        state.armed = false;
+        while state.next < state.buckets.len() {
+            state.issue()?;
+        }
+        let works: Vec<Work> =
+            state.buckets.iter_mut().filter_map(|pending| pending.work.take()).collect();
+        drop(state);
+        works.into_iter().try_for_each(Work::wait)?;
+        Ok(())
+    }
+
+    /// Number of buckets.
+    pub fn num_buckets(&self) -> usize {
+        lock(&self.state).buckets.len()
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn ready(&mut self, index: usize) -> Result<(), CommError> {
+        if !self.armed {
+            return Ok(());
+        }
+        let Some(&bucket) = self.bucket_of.get(index) else { return Ok(()) };
+        let pending = &mut self.buckets[bucket];
+        let place = index - pending.bucket.parameters.start;
+        if std::mem::replace(&mut pending.missing[place], false) {
+            pending.num_missing -= 1;
+        }
+        while self.buckets.get(self.next).is_some_and(|pending| pending.num_missing == 0) {
+            self.issue()?;
+        }
+        Ok(())
+    }
+
+    fn issue(&mut self) -> Result<(), CommError> {
+        let pending = &mut self.buckets[self.next];
+        if self.comm.size() > 1 {
+            pending.work = Some(self.comm.all_reduce(&pending.view, ReduceOp::Sum)?);
+        }
+        self.next += 1;
+        Ok(())
+    }
+}
