@@ -149,7 +149,7 @@ fn a_resume_in_another_order_is_refused() {
     check(&["data.packing=best_fit"], "`data.packing` was concatenate");
     check(&["data.buffer_mib=2"], "it fixes the windows");
     check(&["training.global_batch=16"], "tokens read was 2048");
-    let more = corpus_from(1, 401, 60, 0.1, 0);
+    let more = corpus_from(1, 401, 60, 0.1, 0, 500);
     let other = Loader::open(&more.config(&[]), options(1, 1)).unwrap().cursor_after(4);
     let error = saved.verify_resumes(&other).unwrap_err().to_string();
     assert!(error.contains("the hash of the shards"), "{error}");
@@ -177,7 +177,7 @@ fn a_ramp_of_lengths_reads_the_same_stream() {
 
 #[test]
 fn best_fit_keeps_documents_whole_and_loses_none() {
-    let corpus = corpus(2, 2000, 150, 0.1);
+    let corpus = corpus_from(2, 2000, 150, 0.1, 0, 20_000);
     let config = corpus.config(&["data.packing=best_fit"]);
     let expected = corpus.tokens(Split::Train);
     // The padding's id, 7, is in a held-out document or is left out of the count.
@@ -209,7 +209,7 @@ fn best_fit_keeps_documents_whole_and_loses_none() {
 
 #[test]
 fn sources_are_mixed_by_weight_and_each_is_read_in_full() {
-    let (a, b) = (corpus(1, 3000, 60, 0.1), corpus_from(1, 1500, 60, 0.1, 200_000));
+    let (a, b) = (corpus(1, 3000, 60, 0.1), corpus_from(1, 1500, 60, 0.1, 200_000, 500));
     let config = config(&[(a.folder.path(), 3.0), (b.folder.path(), 1.0)], &["data.buffer_mib=2"]);
     let rows = rows(&read(&config, options(1, 128)));
     let from_a = rows.iter().filter(|row| row.tokens[0] < 200_000).count();

@@ -1,11 +1,12 @@
 //! A pseudo-random permutation of `0..n` that is evaluated at one point without a table.
 //!
-//! A balanced Feistel network over the smallest even number of bits that covers `n`, walked along
-//! its cycle until the image is below `n` (Black and Rogaway 2002): at most four rounds of walking
-//! are expected, because the domain is under `4 n`.
+//! A Feistel network over the smallest number of bits that covers `n`, walked along its cycle until
+//! the image is below `n` (Black and Rogaway 2002): at most two passes are expected, because the
+//! domain is under `2 n`. Where the bits are odd, the halves differ by one.
 
-/// Rounds of the network; more than the four that give a strong permutation, for small domains.
-const NUM_ROUNDS: u64 = 6;
+/// Rounds of the network, an even number; more than the four that a strong permutation takes, for
+/// small domains.
+const NUM_ROUNDS: usize = 6;
 
 /// Mixes 64 bits (the finalizer of splitmix64, Steele et al. 2014).
 pub(crate) fn mix(value: u64) -> u64 {
@@ -24,15 +25,17 @@ pub(crate) fn key_of(parts: &[u64]) -> u64 {
 #[derive(Clone, Debug)]
 pub struct Feistel {
     len: u64,
-    half_bits: u32,
-    key: u64,
+    left_bits: u32,
+    right_bits: u32,
+    keys: [u64; NUM_ROUNDS],
 }
 
 impl Feistel {
     /// The permutation of `0..len` that belongs to `key`.
     pub fn new(len: u64, key: u64) -> Self {
         let bits = u64::BITS - len.saturating_sub(1).leading_zeros();
-        Feistel { len, half_bits: bits.div_ceil(2), key }
+        let keys = std::array::from_fn(|round| mix(key.wrapping_add(round as u64)));
+        Feistel { len, left_bits: bits / 2, right_bits: bits.div_ceil(2), keys }
     }
 
     /// Image of `index`, which must be below the length; anything else maps to itself.
@@ -40,21 +43,25 @@ impl Feistel {
         if index >= self.len || self.len < 2 {
             return index;
         }
-        let mut image = self.round_trip(index);
+        let mut image = self.permute(index);
         while image >= self.len {
-            image = self.round_trip(image);
+            image = self.permute(image);
         }
         image
     }
 
-    fn round_trip(&self, value: u64) -> u64 {
-        let mask = (1 << self.half_bits) - 1;
-        let (mut left, mut right) = (value >> self.half_bits, value & mask);
-        for round in 0..NUM_ROUNDS {
-            let next = left ^ (mix(right ^ mix(self.key.wrapping_add(round))) & mask);
+    /// One pass over all bits. The halves swap their widths in every round, and have them back
+    /// after an even number.
+    fn permute(&self, value: u64) -> u64 {
+        let (mut left_mask, mut right_mask) =
+            ((1 << self.left_bits) - 1, (1 << self.right_bits) - 1);
+        let (mut left, mut right) = (value >> self.right_bits, value & right_mask);
+        for key in self.keys {
+            let next = left ^ (mix(right ^ key) & left_mask);
             (left, right) = (right, next);
+            (left_mask, right_mask) = (right_mask, left_mask);
         }
-        (left << self.half_bits) | right
+        (left << self.right_bits) | right
     }
 }
 

@@ -7,11 +7,13 @@ use crate::order::feistel::Feistel;
 use crate::order::{EpochOrder, SampleUnit};
 use crate::packing::{self, Part, Segment};
 use crate::shards::decode::DecodeRequest;
-use crate::shards::footer::{FileRange, Footer};
+use crate::shards::footer::{FileRange, Footer, damaged};
 use crate::shards::manifest::Manifest;
 use crate::shards::split::HoldOut;
 use crate::shards::{DecodedGroup, RowGroup};
 use futures::StreamExt;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 /// Row groups of a window that are read at a time.
@@ -131,11 +133,15 @@ pub async fn load(
     let manifest = dataset.sources[source].manifest.clone();
     let span = order.windows[window];
     let mut groups = Vec::with_capacity(span.end_group - span.first_group);
-    let reads: Vec<_> = order.groups[span.first_group..span.end_group]
-        .iter()
-        .map(|&index| {
-            let group = manifest.groups[index as usize];
-            load_group(manifest.clone(), group, dataset.vocab_size, reader.clone())
+    let indices = &order.groups[span.first_group..span.end_group];
+    let wanted: Vec<RowGroup> =
+        indices.iter().map(|&index| manifest.groups[index as usize]).collect();
+    let footers = load_footers(manifest.clone(), wanted.clone()).await?;
+    let reads: Vec<_> = wanted
+        .into_iter()
+        .map(|group| {
+            let footer = footers[&group.file].clone();
+            load_group(manifest.clone(), group, footer, dataset.vocab_size, reader.clone())
         })
         .collect();
     let mut reads = futures::stream::iter(reads).buffered(READS_AT_A_TIME);
@@ -146,9 +152,32 @@ pub async fn load(
     off_thread(move || Ok(Window::new(&dataset, &manifest, groups, unit, key))).await
 }
 
+/// Footers of the shards that a window's row groups lie in, each read once.
+async fn load_footers(
+    manifest: Arc<Manifest>,
+    groups: Vec<RowGroup>,
+) -> Result<HashMap<u32, Arc<Footer>>> {
+    off_thread(move || {
+        let mut footers = HashMap::new();
+        for group in groups {
+            let Entry::Vacant(place) = footers.entry(group.file) else { continue };
+            let file = &manifest.files[group.file as usize];
+            let footer = Footer::read(&file.path)?;
+            if footer.hash != file.footer_hash || footer.file_bytes != file.bytes {
+                let detail = "it changed after the run had read its footer".to_string();
+                return Err(damaged(&file.path, footer.file_bytes, detail));
+            }
+            place.insert(Arc::new(footer));
+        }
+        Ok(footers)
+    })
+    .await
+}
+
 async fn load_group(
     manifest: Arc<Manifest>,
     group: RowGroup,
+    footer: Arc<Footer>,
     vocab_size: usize,
     reader: RangeReader,
 ) -> Result<(RowGroup, DecodedGroup)> {
@@ -157,17 +186,7 @@ async fn load_group(
     let range = group.offset..group.offset + group.bytes;
     let bytes = reader.read(&path, range, &what).await?;
     off_thread(move || {
-        let file = &manifest.files[group.file as usize];
-        let footer = Footer::read(&path)?;
-        if footer.hash != file.footer_hash || footer.file_bytes != file.bytes {
-            let detail = "it changed after the run had read its footer".to_string();
-            return Err(DataError::Damaged {
-                path: path.clone(),
-                bytes: footer.file_bytes,
-                detail,
-            });
-        }
-        let range = FileRange { offset: group.offset, bytes, file_bytes: file.bytes };
+        let range = FileRange { offset: group.offset, bytes, file_bytes: footer.file_bytes };
         let request = DecodeRequest {
             path: &path,
             footer: &footer,

@@ -44,14 +44,14 @@ impl Tokenizer {
                 hint: "make one with `phalanx data train-tokenizer`, or correct the path",
             });
         }
-        let json = if path.extension().is_some_and(|end| end == "model") {
+        let text = if path.extension().is_some_and(|end| end == "model") {
             tiktoken::to_tokenizer_json(path)?
         } else {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| fail(format!("cannot be read as text: {error}")))?;
-            tokenizers::canonicalize_str(&text)
-                .map_err(|error| fail(format!("is not a tokenizer.json: {error}")))?
+            std::fs::read_to_string(path)
+                .map_err(|error| fail(format!("cannot be read as text: {error}")))?
         };
+        let json = tokenizers::canonicalize_str(&text)
+            .map_err(|error| fail(format!("is not a tokenizer.json: {error}")))?;
         Tokenizer::from_json(path, &json, file_sha256(path)?)
     }
 

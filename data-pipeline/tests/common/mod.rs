@@ -24,7 +24,7 @@ pub struct Corpus {
 
 /// Writes `shards` shards of `documents` documents each, of 1 to `longest` tokens.
 pub fn corpus(shards: usize, documents: usize, longest: u64, fraction: f64) -> Corpus {
-    corpus_from(shards, documents, longest, fraction, 0)
+    corpus_from(shards, documents, longest, fraction, 0, 500)
 }
 
 pub fn corpus_from(
@@ -33,6 +33,7 @@ pub fn corpus_from(
     longest: u64,
     fraction: f64,
     first_id: i32,
+    group_tokens: usize,
 ) -> Corpus {
     let folder = tempfile::tempdir().unwrap();
     let mut corpus = Corpus { folder, documents: Vec::new(), document_of: HashMap::new() };
@@ -41,7 +42,7 @@ pub fn corpus_from(
     for shard in 0..shards {
         let path = corpus.folder.path().join(format!("part-{shard}.parquet"));
         let hold_out = HoldOut::new(&path, fraction);
-        let mut writer = ShardWriter::create(&path, &info(VOCAB), 500).unwrap();
+        let mut writer = ShardWriter::create(&path, &info(VOCAB), group_tokens).unwrap();
         for row in 0..documents {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let ids = next..next + 1 + ((state >> 33) % longest) as i32;
