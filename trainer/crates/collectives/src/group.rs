@@ -167,7 +167,10 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
     for (sequence, job) in (0u64..).zip(jobs.iter()) {
         let operation = job.operation.describe();
         let result = shared.alive().and_then(|()| {
-            agreement.compare(sequence, &operation)?;
+            let alive = |peer| shared.alive().and_then(|()| shared.transport.reachable(peer));
+            agreement
+                .compare(sequence, &operation, &alive)
+                .map_err(|error| shared.locate(error, sequence, &operation))?;
             let tag = TAG_LIMIT + (sequence % u64::from(TAG_LIMIT)) as u32;
             let ranks = Exchanger { shared, tag };
             job.operation.run(&ranks).map_err(|error| shared.locate(error, sequence, &operation))

@@ -89,6 +89,13 @@ impl Transport for LocalTransport {
         Ok(Box::new(Expected { post, key, tensor, timeout: self.timeout }))
     }
 
+    fn reachable(&self, peer: usize) -> Result<()> {
+        match self.post.lock().dead.get(&peer) {
+            None => Ok(()),
+            Some(cause) => Err(lost(peer, cause.clone())),
+        }
+    }
+
     fn abort(&self, cause: &str) {
         self.post.bury(self.rank, cause);
     }

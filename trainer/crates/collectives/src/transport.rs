@@ -22,6 +22,11 @@ pub(crate) trait Transport: Send + Sync {
     /// Starts to receive into a contiguous tensor of at least one element.
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>>;
 
+    /// An error where the transport knows, without a message, that a peer is gone.
+    fn reachable(&self, _peer: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// Ends all messages, here and at the peers, with an error.
     fn abort(&self, cause: &str);
 }

@@ -295,7 +295,7 @@ fn gradients_equal_finite_differences_in_fp64() {
     let flat = set.flat_master().shallow_clone();
     for element in [0, 9, 30, 47] {
         let value = flat.double_value(&[element]);
-        let mut at = |shifted: f64| {
+        let at = |shifted: f64| {
             let _ = flat.get(element).fill_(shifted);
             tch::no_grad(|| loss().double_value(&[]))
         };
