@@ -1,4 +1,5 @@
 //! Text to shards: tokenizers, documents, interruption.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test may panic")]
 
 use data_pipeline::prepare::documents::{DocumentOptions, open};
 use data_pipeline::prepare::{

@@ -1,4 +1,5 @@
 //! The stream of samples: complete, without repeats, and the same however it is read.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test may panic")]
 
 mod common;
 

@@ -119,7 +119,7 @@ impl DecodeRequest<'_> {
     fn own_lengths(&self, range: &FileRange, column: usize) -> Result<Vec<u32>> {
         let metadata = &self.footer.metadata;
         let rows = metadata.row_group(self.group).num_rows() as usize;
-        let lengths = fast::read_values(range, metadata, self.group, column, rows)
+        let (lengths, _) = fast::read_values(range, metadata, self.group, column, rows)
             .map_err(|error| self.damaged(error.to_string()))?;
         if lengths.len() != rows {
             return Err(self.damaged(format!("{} lengths for {rows} rows", lengths.len())));
@@ -135,8 +135,11 @@ impl DecodeRequest<'_> {
             return Err(self.damaged(format!("{tokens} tokens claimed, {limit} stored")));
         }
         let metadata = &self.footer.metadata;
-        let ids = fast::read_values(range, metadata, self.group, ids, tokens as usize)
+        let (ids, checksum) = fast::read_values(range, metadata, self.group, ids, tokens as usize)
             .map_err(|error| self.damaged(error.to_string()))?;
+        if self.footer.checksums.get(self.group).is_some_and(|&noted| noted != checksum) {
+            return Err(self.damaged("its tokens are not those its checksum was made of".into()));
+        }
         if ids.len() as u64 != tokens {
             return Err(self.damaged(format!("{} ids, but {tokens} by `n_tokens`", ids.len())));
         }

@@ -9,6 +9,7 @@ use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::file::serialized_reader::SerializedPageReader;
 use std::sync::Arc;
+use xxhash_rust::xxh3::Xxh3;
 
 /// Indices of the two leaf columns, where a row group has exactly the layout of our writer.
 pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(usize, usize)> {
@@ -35,19 +36,21 @@ pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(us
     usable.then_some((ids, lengths))
 }
 
-/// The values of one leaf column of a row group: PLAIN int32 without nulls.
+/// The values of one leaf column of a row group, PLAIN int32 without nulls, and the checksum of
+/// their bytes.
 pub fn read_values(
     range: &FileRange,
     metadata: &ParquetMetaData,
     group: usize,
     column: usize,
     capacity: usize,
-) -> Result<Vec<i32>> {
+) -> Result<(Vec<i32>, u64)> {
     let group = metadata.row_group(group);
     let chunk = group.column(column);
     let rows = group.num_rows() as usize;
     let mut pages = SerializedPageReader::new(Arc::new(range.clone()), chunk, rows, None)?;
     let mut values = Vec::with_capacity(capacity);
+    let mut checksum = Xxh3::new();
     while let Some(page) = pages.get_next_page()? {
         let levels = level_bytes(&page, chunk)?;
         let bytes = page.buffer().get(levels..).unwrap_or_default();
@@ -55,9 +58,23 @@ pub fn read_values(
         if !rest.is_empty() {
             return Err(ParquetError::General(format!("a page of {} bytes", bytes.len())));
         }
+        checksum.update(bytes);
         values.extend(words.iter().map(|word| i32::from_le_bytes(*word)));
     }
-    Ok(values)
+    Ok((values, checksum.digest()))
+}
+
+/// The checksum that [`read_values`] finds, of values that are to be written.
+pub fn checksum(values: &[i32]) -> u64 {
+    let mut checksum = Xxh3::new();
+    let mut bytes = [0; 4096];
+    for part in values.chunks(bytes.len() / 4) {
+        for (word, value) in bytes.chunks_exact_mut(4).zip(part) {
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+        checksum.update(&bytes[..part.len() * 4]);
+    }
+    checksum.digest()
 }
 
 /// Bytes of repetition and definition levels in front of a page's values.

@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 /// Key of [`ShardInfo`] among the footer's key-value pairs.
 const INFO_KEY: &str = "phalanx.shard";
+/// Key of the checksums of the ids, per row group, among the footer's key-value pairs.
+const CHECKSUMS_KEY: &str = "phalanx.xxh3";
 /// Version of the layout that this crate writes.
 pub const LAYOUT_VERSION: u32 = 1;
 /// Bytes read from the end of a file at first: a footer is rarely longer.
@@ -43,6 +45,12 @@ impl ShardInfo {
     }
 }
 
+/// The pair that holds the checksums of all row groups' ids, in hex.
+pub fn checksums_to_key_value(checksums: &[u64]) -> KeyValue {
+    let words: Vec<String> = checksums.iter().map(|sum| format!("{sum:016x}")).collect();
+    KeyValue::new(CHECKSUMS_KEY.to_string(), words.join(" "))
+}
+
 /// A parsed footer.
 #[derive(Clone, Debug)]
 pub struct Footer {
@@ -50,6 +58,8 @@ pub struct Footer {
     pub metadata: Arc<ParquetMetaData>,
     /// What the writer noted; `None` for shards of other programs.
     pub info: Option<ShardInfo>,
+    /// XXH3 of the ids of each row group; empty for shards of other programs.
+    pub checksums: Vec<u64>,
     /// Size of the file in bytes.
     pub file_bytes: u64,
     /// XXH3 of the footer's bytes: changes with the content's sizes and statistics.
@@ -81,15 +91,20 @@ impl Footer {
         let hash = xxhash_rust::xxh3::xxh3_64(&footer);
         let metadata = ParquetMetaDataReader::decode_metadata(&footer[..footer.len() - 8])
             .map_err(|error| damaged(path, file_bytes, error.to_string()))?;
-        let info = metadata
-            .file_metadata()
-            .key_value_metadata()
-            .and_then(|pairs| pairs.iter().find(|pair| pair.key == INFO_KEY))
-            .and_then(|pair| pair.value.as_deref())
+        let pairs = metadata.file_metadata().key_value_metadata();
+        let value = |key: &str| {
+            pairs?.iter().find(|pair| pair.key == key).and_then(|pair| pair.value.as_deref())
+        };
+        let info = value(INFO_KEY)
             .map(serde_json::from_str)
             .transpose()
             .map_err(|error| damaged(path, file_bytes, format!("footer: {error}")))?;
-        Ok(Footer { metadata: Arc::new(metadata), info, file_bytes, hash })
+        let words = value(CHECKSUMS_KEY).unwrap_or_default().split_whitespace();
+        let checksums = words
+            .map(|word| u64::from_str_radix(word, 16))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|error| damaged(path, file_bytes, format!("footer, checksums: {error}")))?;
+        Ok(Footer { metadata: Arc::new(metadata), info, checksums, file_bytes, hash })
     }
 }
 

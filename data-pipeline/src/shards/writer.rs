@@ -3,7 +3,8 @@
 //! A shard appears under its name only when it is whole: it is written beside it, synced, renamed,
 //! and the folder is synced.
 
-use super::footer::ShardInfo;
+use super::fast::checksum;
+use super::footer::{ShardInfo, checksums_to_key_value};
 use super::{IDS_COLUMN, LENGTHS_COLUMN};
 use crate::error::{DataError, Result};
 use arrow::array::{ArrayRef, Int32Array, ListArray};
@@ -41,6 +42,7 @@ pub struct ShardWriter {
     schema: Arc<Schema>,
     ids: Vec<i32>,
     lengths: Vec<i32>,
+    checksums: Vec<u64>,
     group_tokens: usize,
     totals: ShardTotals,
 }
@@ -73,6 +75,7 @@ impl ShardWriter {
             schema,
             ids: Vec::new(),
             lengths: Vec::new(),
+            checksums: Vec::new(),
             group_tokens: group_tokens.max(1),
             totals: ShardTotals::default(),
         })
@@ -99,6 +102,7 @@ impl ShardWriter {
     pub fn finish(mut self) -> Result<ShardTotals> {
         self.flush_group()?;
         let path = &self.path;
+        self.writer.append_key_value_metadata(checksums_to_key_value(&self.checksums));
         self.writer.finish().map_err(|error| write_error(path, error))?;
         let file = self.writer.inner();
         let synced = file.sync_all().and_then(|()| file.metadata());
@@ -112,6 +116,7 @@ impl ShardWriter {
             return Ok(());
         }
         let (ids, lengths) = (std::mem::take(&mut self.ids), std::mem::take(&mut self.lengths));
+        self.checksums.push(checksum(&ids));
         let offsets = OffsetBuffer::from_lengths(lengths.iter().map(|&length| length as usize));
         let lists = ListArray::new(
             Arc::new(element()),
