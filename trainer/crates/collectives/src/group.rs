@@ -354,7 +354,7 @@ impl Communicator for Group {
     fn all_to_all(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
         check(&[output, input])?;
         check_ratio(output, input, 1)?;
-        if input.numel() % self.size() != 0 {
+        if !input.numel().is_multiple_of(self.size()) {
             let text = format!("{} elements do not divide by {} ranks", input.numel(), self.size());
             return Err(CommError::Invalid(text));
         }

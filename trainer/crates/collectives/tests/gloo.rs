@@ -1,4 +1,5 @@
 //! The conformance suite on processes: this test binary starts itself once a rank.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

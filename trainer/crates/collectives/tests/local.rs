@@ -1,4 +1,5 @@
 //! The conformance suite on threads.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,5 @@
 //! What crosses the border: closures, errors, panics, hooks, lists, and the ready hook's timing.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
