@@ -1,6 +1,7 @@
 //! Streams shards through the loader and prints million tokens per second and per core as JSON.
 //!
-//! usage: loader_bench --data FOLDER [--as-is] [--sequence-length N] [--batch N] [--tokens N] [--json]
+//! usage: loader_bench --data FOLDER [--as-is] [--sequence-length N] [--batch N] [--tokens N]
+//!     [--json]
 //!
 //! Shards of other programs are first written in Phalanx's own layout (`list<int32 not null>` with
 //! `n_tokens`, PLAIN, zstd 3) into a temporary folder, outside of the measurement; `--as-is` reads

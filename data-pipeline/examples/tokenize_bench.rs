@@ -2,8 +2,8 @@
 //!
 //! usage: tokenize_bench TOKENIZER TEXT.jsonl [PASSES]
 //!
-//! The hash is SHA-256 over the ids of all documents as little-endian uint32, the figure that of the
-//! first pass, with cold caches, as the other side has them; that of the best of
+//! The hash is SHA-256 over the ids of all documents as little-endian uint32, the figure that of
+//! the first pass, with cold caches, as the other side has them; that of the best of
 //! PASSES (3 without a number) is given too.
 
 use data_pipeline::prepare::Tokenizer;

@@ -5,7 +5,7 @@
 //! - [`shards`]: the parquet layout, the manifest, the validation split.
 //! - [`order`]: which document comes when: a pure function of the global sample index.
 //! - [`packing`]: how documents become rows.
-//! - [`prefetch`]: the [`Loader`] that a rank reads, and the [`DataCursor`] that a checkpoint keeps.
+//! - [`prefetch`]: the [`Loader`] that a rank reads, the [`DataCursor`] that a checkpoint keeps.
 //!
 //! No torch: everything ends in plain vectors.
 
