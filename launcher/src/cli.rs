@@ -1,11 +1,12 @@
 //! What a user can type. Each verb is a module with its arguments and a `run`.
 
 use crate::error::UserError;
-use crate::{cancel, logs, machine, start, status, why};
+use crate::{cancel, check, checkpoint, data, logs, machine, start, status, why};
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Trains Llama-3-class language models on many ranks, from one YAML file.
@@ -18,6 +19,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Validate a run config; print the resolved plan, memory and FLOP estimate.
+    Check(CheckArgs),
     /// Train here.
     Run(start::RunArgs),
     /// Continue a run from its newest good checkpoint.
@@ -30,9 +33,27 @@ enum Verb {
     Why(why::WhyArgs),
     /// Stop a run: finish the step, save.
     Cancel(cancel::CancelArgs),
+    /// Train a tokenizer, tokenize text into shards, look at shards.
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// List, verify, compare, export and import checkpoints.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::CheckpointCommand),
     /// Let a trained model write; see `phalanx generate --help`.
     #[command(disable_help_flag = true)]
     Generate(GenerateArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The run config, a YAML file.
+    config: PathBuf,
+    /// Override a key of the config; the value is YAML. Repeatable.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,6 +74,9 @@ pub fn main() -> i32 {
         }
     };
     let result = match cli.verb {
+        Verb::Check(args) => Ok(check::check(&args.config, &args.set, args.json)),
+        Verb::Data(command) => Ok(data::run(command)),
+        Verb::Checkpoint(command) => Ok(checkpoint::run(command)),
         Verb::Run(args) => start::run(args),
         Verb::Resume(args) => start::resume(args),
         Verb::Status(args) => status::run(args),

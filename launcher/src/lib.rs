@@ -2,10 +2,14 @@
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
 //! resolves what depends on this machine; [`start`] begins and resumes runs; [`supervisor`] runs
-//! the ranks; [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files.
+//! the ranks; [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files;
+//! [`check`], [`data`] and [`checkpoint`] need no run at all.
 
 pub mod cancel;
+pub mod check;
+pub mod checkpoint;
 pub mod cli;
+pub mod data;
 pub mod error;
 pub mod logs;
 pub mod machine;

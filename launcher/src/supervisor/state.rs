@@ -397,7 +397,9 @@ impl State {
     }
 
     fn finished(&mut self, rank: usize, now: Instant) -> Vec<Action> {
-        if let Some(rank) = self.ranks.get_mut(rank) {
+        // What a rank says is nothing once it has exited.
+        let alive = self.ranks.get_mut(rank).filter(|rank| !rank.state.has_exited());
+        if let Some(rank) = alive {
             rank.state = RankState::Finished;
             self.exit_by.get_or_insert(now + self.policy.exit);
         }
