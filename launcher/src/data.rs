@@ -221,12 +221,8 @@ fn tokenize(args: TokenizeArgs) -> Result<i32> {
 fn show(args: InspectArgs) -> Result<i32> {
     let tokenizer = load_tokenizer(args.tokenizer.as_deref())?;
     let shards = inspect::inspect(&args.shards)?;
-    let documents = inspect::first_documents(
-        &args.shards,
-        tokenizer.as_ref(),
-        args.documents,
-        args.tokens,
-    )?;
+    let documents =
+        inspect::first_documents(&args.shards, tokenizer.as_ref(), args.documents, args.tokens)?;
     if args.json {
         return print_json(&serde_json::json!({"shards": shards, "documents": documents}));
     }

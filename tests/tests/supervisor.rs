@@ -101,9 +101,9 @@ fn check_faults(faults: &str, code: i32, num_generations: usize, reason: &str) -
 
 #[test]
 fn the_same_crash_three_times_ends_with_93() {
-    let sandbox = check_faults("segv:1:3:*", 93, 3, "the same failure at the same step, 3 times");
+    let sandbox = check_faults("abort:1:3:*", 93, 3, "the same failure at the same step, 3 times");
     let (why, _) = sandbox.expect(0, &["why", "test"]);
-    assert!(why.contains("killed by SIGSEGV"), "{why}");
+    assert!(why.contains("killed by SIGABRT"), "{why}");
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn an_early_exit_with_0_is_a_failure_and_is_mended() {
 
 #[test]
 fn a_crash_of_each_rank_at_many_steps_is_mended() {
-    check_faults_to_the_end("kill:0:2:1;segv:1:9:2;report:0:17:3");
+    check_faults_to_the_end("kill:0:2:1;abort:1:9:2;report:0:17:3");
 }
 
 fn check_faults_to_the_end(faults: &str) -> Sandbox {

@@ -69,11 +69,16 @@ fn train() -> Result<i32> {
 }
 
 impl Fake {
-    /// Rank 0 decides for all at each step, through the store: this stands for the collectives too,
-    /// because the others hang in it when rank 0 is gone.
+    /// Ranks meet at each step, and rank 0 decides for all, through the store. This stands for the
+    /// collectives too, because the others wait in it when a rank is gone.
     fn agree_to_stop(&self, step: u64) -> Result<bool> {
+        let assignment = self.client.assignment();
+        let here = |rank: usize| format!("here/{step}/{rank}");
+        self.client.store().set(&here(assignment.rank), b"")?;
+        let all: Vec<String> = (0..assignment.world_size).map(here).collect();
+        self.client.store().wait(&all, Duration::from_secs(60))?;
         let key = format!("step/{step}");
-        if self.client.assignment().rank == 0 {
+        if assignment.rank == 0 {
             let word: &[u8] = if self.client.stop_requested() { b"stop" } else { b"go" };
             self.client.store().set(&key, word)?;
             return Ok(word == b"stop");
@@ -138,7 +143,7 @@ impl Fake {
         self.client.event(Event { kind: "fault_injected".into(), fields })?;
         match fault.split(':').next() {
             Some("kill") => kill_process(getpid(), Signal::KILL)?,
-            Some("segv") => kill_process(getpid(), Signal::SEGV)?,
+            Some("abort") => kill_process(getpid(), Signal::ABORT)?,
             Some("exit64") => return Ok(Some(exit_code::CONFIG)),
             Some("exit0") => return Ok(Some(exit_code::DONE)),
             Some("report") => {
