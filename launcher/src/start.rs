@@ -70,7 +70,11 @@ pub fn run(args: RunArgs) -> Result<i32, UserError> {
     let config = &resolved.loaded.config;
     let run = runs::create(&config.name)?;
     let lock = RunLock::take(&run)?;
-    write_config(&run, config)?;
+    write_config(&run, config).inspect_err(|_| {
+        // Without its config it is no run; its name shall stay free.
+        let _ = std::fs::remove_file(run.lock());
+        let _ = std::fs::remove_dir(run.root());
+    })?;
     let run_id = new_run_id(&config.name);
     let begun = vec![(
         "run_started",

@@ -1,4 +1,5 @@
 //! The supervisor with real processes: what it does when ranks, users or the launcher itself fail.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::sandbox::{Sandbox, signal};
 use rank_protocol::jsonl::read_metrics;

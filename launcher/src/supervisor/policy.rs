@@ -1,0 +1,199 @@
+//! What the supervisor's policy is told and what it answers.
+
+use super::cause::{Cause, Exit};
+use rank_protocol::{FailureReport, Phase};
+use std::time::Duration;
+
+/// The limits that the policy goes by.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// Number of ranks.
+    pub world_size: usize,
+    /// Consecutive generations with no new committed step after which the run gives up.
+    pub max_no_progress: u32,
+    /// Consecutive generations that failed alike after which trying again is of no use.
+    pub max_same_failure: u32,
+    /// After a first failure, the wait for others of the same moment.
+    pub concurrent_faults: Duration,
+    /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
+    pub grace: Duration,
+    /// Longest time a stop may take: finish the step and save.
+    pub stop: Duration,
+    /// Longest time ranks may take to exit once the first has finished.
+    pub exit: Duration,
+}
+
+impl Policy {
+    /// The usual limits.
+    pub fn new(world_size: usize, max_no_progress: u32) -> Self {
+        Self {
+            world_size,
+            max_no_progress: max_no_progress.max(1),
+            max_same_failure: 3,
+            concurrent_faults: Duration::from_secs(1),
+            grace: Duration::from_secs(5),
+            stop: Duration::from_secs(600),
+            exit: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What the policy is told.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The run begins; `committed` is the newest step saved by earlier launchers.
+    Begin {
+        /// Newest committed step.
+        committed: Option<u64>,
+    },
+    /// The search for a checkpoint ended with this step.
+    Found {
+        /// Step to continue from; `None`: there is no checkpoint.
+        step: Option<u64>,
+    },
+    /// The search or the start of a rank failed in a way that trying again does not mend.
+    Broken {
+        /// Exit code that follows.
+        code: i32,
+        /// Why.
+        reason: String,
+    },
+    /// A rank did a step.
+    Step {
+        /// Rank.
+        rank: usize,
+        /// 1-based step.
+        step: u64,
+    },
+    /// A rank entered a phase.
+    Phase {
+        /// Rank.
+        rank: usize,
+        /// What it does from now on.
+        phase: Phase,
+    },
+    /// A checkpoint is durable.
+    Committed {
+        /// Its step.
+        step: u64,
+    },
+    /// A rank says why it is about to fail.
+    Reported {
+        /// Rank.
+        rank: usize,
+        /// Why.
+        report: FailureReport,
+    },
+    /// A rank has done and saved the last step.
+    Finished {
+        /// Rank.
+        rank: usize,
+    },
+    /// A rank's process ended.
+    Exited {
+        /// Rank.
+        rank: usize,
+        /// How.
+        exit: Exit,
+        /// The last lines it wrote, for a cause that it did not report.
+        last_lines: Vec<String>,
+    },
+    /// Someone asks the run to stop: finish the step, save.
+    Stop {
+        /// Who, in words.
+        by: String,
+    },
+    /// A rank got a signal that asks it to stop. So it does when it is told to end, which counts
+    /// for nothing.
+    RankAskedToStop {
+        /// Rank.
+        rank: usize,
+        /// The signal's name.
+        signal: String,
+    },
+    /// Someone wants it stopped at once.
+    StopNow {
+        /// Who, in words.
+        by: String,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// What the executor shall do, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Look for the newest good checkpoint; answer with [`Event::Found`].
+    FindCheckpoint,
+    /// Start all ranks.
+    Spawn {
+        /// Generation.
+        generation: u64,
+        /// Step to continue from.
+        resume_step: Option<u64>,
+    },
+    /// Ask every rank to finish its step, save and exit with 75.
+    AskToStop,
+    /// Tell every rank that the generation is over, and send SIGTERM.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// SIGKILL every rank's process group.
+    Kill {
+        /// Why.
+        reason: String,
+    },
+    /// A rank failed: write its error file and event.
+    RecordFailure(Cause),
+    /// This was the first cause of the generation's end.
+    RecordFirstCause(Cause),
+    /// Someone asked to stop.
+    RecordStop {
+        /// Who, in words.
+        by: String,
+    },
+    /// All is over and every process is gone.
+    Finish {
+        /// Exit code.
+        code: i32,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a rank is known to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RankState {
+    /// Started, no step yet.
+    Starting,
+    /// Training.
+    Running,
+    /// Has done the last step.
+    Finished,
+    /// Exited with 75 after a stop.
+    Stopped,
+    /// Exited with 0 after the last step.
+    Done,
+    /// Exited otherwise.
+    Failed,
+}
+
+impl RankState {
+    /// The name it is shown as.
+    pub fn name(self) -> &'static str {
+        match self {
+            RankState::Starting => "starting",
+            RankState::Running => "running",
+            RankState::Finished => "finished",
+            RankState::Stopped => "stopped",
+            RankState::Done => "done",
+            RankState::Failed => "failed",
+        }
+    }
+
+    /// Whether its process is gone.
+    pub fn has_exited(self) -> bool {
+        matches!(self, RankState::Stopped | RankState::Done | RankState::Failed)
+    }
+}
