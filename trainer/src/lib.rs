@@ -1,3 +1,14 @@
-//! The program that every rank runs.
+//! The program that every rank runs: it trains, validates, saves, and lets a model write.
 
+pub mod bench;
+pub mod error;
+pub mod generate;
+pub mod metrics;
+pub mod rank;
+pub mod setup;
+pub mod state;
+pub mod store;
 pub mod tensorboard;
+pub mod train_loop;
+pub mod train_step;
+pub mod validation;

@@ -1,2 +1,54 @@
-//! To be written.
-fn main() {}
+//! `phalanx-trainer`: the program that every rank runs, and what else needs libtorch.
+
+use clap::{Parser, Subcommand};
+use rank_protocol::exit_code;
+use trainer::error::TrainError;
+use trainer::{bench, generate, rank};
+
+#[derive(Parser)]
+#[command(name = "phalanx-trainer", version, about = "The part of Phalanx that needs libtorch")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Be a rank; started by `phalanx run`.
+    Rank,
+    /// Let a trained model write.
+    Generate(generate::GenerateArgs),
+    /// Measure.
+    Bench {
+        /// What.
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Training steps of one process.
+    Train(bench::BenchArgs),
+}
+
+fn main() {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        let code = if error.use_stderr() { exit_code::CONFIG } else { exit_code::DONE };
+        let _ = error.print();
+        std::process::exit(code)
+    });
+    let told = |result: Result<(), TrainError>| match result {
+        Ok(()) => exit_code::DONE,
+        Err(error) => {
+            eprintln!("{}", error.lines().join("\n  because: "));
+            error.exit_code()
+        }
+    };
+    let code = match cli.verb {
+        Verb::Rank => rank::run(),
+        Verb::Generate(args) => told(generate::run(&args)),
+        Verb::Bench { what: Bench::Train(args) } => told(bench::run(&args)),
+    };
+    std::process::exit(code)
+}

@@ -1,0 +1,137 @@
+//! What can end a rank, and how the launcher should take it.
+
+use checkpoint::CheckpointError;
+use collectives::CommError;
+use data_pipeline::DataError;
+use model::ModelError;
+use optim::OptimError;
+use parallel::ParallelError;
+use rank_protocol::client::ClientError;
+use rank_protocol::exit_code;
+use rank_protocol::jsonl::JsonlError;
+use rank_protocol::message::FailureClass;
+use torch_shim::ShimError;
+use torch_shim::tch::TchError;
+
+/// Why a rank cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The config, or something it names, cannot be used.
+    #[error("{0}")]
+    Config(String),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A collective.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// A parallel operation.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The optimizer.
+    #[error(transparent)]
+    Optim(#[from] OptimError),
+    /// libtorch.
+    #[error(transparent)]
+    Torch(#[from] ShimError),
+    /// The connection to the agent.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// `metrics.jsonl`.
+    #[error(transparent)]
+    Metrics(#[from] JsonlError),
+    /// Any other file.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Loss or gradients were not finite for too many steps in a row.
+    #[error(
+        "loss or gradient not finite for {in_a_row} steps in a row (limit \
+         training.max_skipped_steps = {limit}); step {step} had loss {loss}, gradient norm \
+         {grad_norm}; this rank's samples of it: {sample_ids:?}; hint: lower \
+         optimizer.learning_rate, or look at these samples"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// Steps skipped in a row.
+        in_a_row: u32,
+        /// The limit.
+        limit: u32,
+        /// The last loss.
+        loss: f64,
+        /// The last gradient norm.
+        grad_norm: f64,
+        /// Sample ids of this rank's part of the last batch.
+        sample_ids: Vec<u64>,
+    },
+    /// A panic, caught.
+    #[error("internal error: {0}")]
+    Panic(String),
+}
+
+/// The result of a step of a rank's life.
+pub type Result<T, E = TrainError> = std::result::Result<T, E>;
+
+impl From<TchError> for TrainError {
+    fn from(error: TchError) -> Self {
+        TrainError::Torch(error.into())
+    }
+}
+
+impl TrainError {
+    /// How the launcher should take it.
+    pub fn class(&self) -> FailureClass {
+        match self {
+            TrainError::Config(_) => FailureClass::Config,
+            TrainError::Data(error) if error.is_bad_input() => FailureClass::Config,
+            TrainError::Checkpoint(
+                CheckpointError::OtherModel { .. } | CheckpointError::NoOptimizerState { .. },
+            ) => FailureClass::Config,
+            TrainError::Data(_)
+            | TrainError::Checkpoint(_)
+            | TrainError::Metrics(_)
+            | TrainError::Io { .. } => FailureClass::Storage,
+            TrainError::Comm(_) | TrainError::Parallel(ParallelError::Comm(_)) => {
+                FailureClass::Transient
+            }
+            TrainError::NotFinite { .. } => FailureClass::Numeric,
+            TrainError::Model(_)
+            | TrainError::Optim(_)
+            | TrainError::Parallel(_)
+            | TrainError::Torch(_)
+            | TrainError::Client(_)
+            | TrainError::Panic(_) => FailureClass::Process,
+        }
+    }
+
+    /// The rank's exit code.
+    pub fn exit_code(&self) -> i32 {
+        match self.class() {
+            FailureClass::Config => exit_code::CONFIG,
+            _ => exit_code::FAILED,
+        }
+    }
+
+    /// The message and its causes, one a line.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![self.to_string()];
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            lines.push(error.to_string());
+            cause = error.source();
+        }
+        lines.dedup();
+        lines
+    }
+}

@@ -1,0 +1,117 @@
+//! A rank's life: assignment, set-up, training, and how it ends.
+
+use crate::error::{Result, TrainError};
+use crate::setup::{connect, initialize, read_config, trainee};
+use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
+use crate::train_loop::{Outcome, train};
+use optim::AdamW;
+use parallel::DataParallel;
+use rank_protocol::client::RankClient;
+use rank_protocol::exit_code;
+use rank_protocol::message::{FailureReport, Phase};
+use rank_protocol::run_dir::RunDir;
+use run_config::RunConfig;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+/// Runs this process as a rank; returns its exit code.
+pub fn run() -> i32 {
+    tracing_subscriber::fmt().json().with_writer(std::io::stderr).init();
+    let client = match RankClient::from_env() {
+        Ok(client) => client,
+        Err(error) => {
+            eprintln!("{error}");
+            return exit_code::CONFIG;
+        }
+    };
+    let mut place = Place { phase: Phase::Init, step: None };
+    let caught = catch_unwind(AssertUnwindSafe(|| live(&client, &mut place)));
+    let outcome = caught.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(TrainError::Panic(text.unwrap_or_default()))
+    });
+    match outcome {
+        Ok(Outcome::Finished) => exit_code::DONE,
+        Ok(Outcome::Preempted) => exit_code::PREEMPTED,
+        Err(error) => {
+            let report = FailureReport {
+                class: error.class(),
+                phase: place.phase,
+                step: place.step,
+                collective: None,
+                lines: error.lines(),
+            };
+            // Without an agent there is nobody to tell, and the control thread ends the process.
+            let _ = client.failure(report);
+            error.exit_code()
+        }
+    }
+}
+
+/// Where a rank is, for the report of its failure.
+struct Place {
+    phase: Phase,
+    step: Option<u64>,
+}
+
+fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
+    client.phase(Phase::Init)?;
+    let mut rank = set_up(client, place)?;
+    place.phase = Phase::Train;
+    let outcome = train(&mut rank);
+    place.step = Some(rank.step + u64::from(outcome.is_err()));
+    let outcome = outcome?;
+    // Nobody leaves while another may still be reading from it.
+    rank.comm.barrier()?.wait()?;
+    if outcome == Outcome::Finished {
+        client.finished(rank.step)?;
+    }
+    Ok(outcome)
+}
+
+fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
+    let assignment = client.assignment();
+    torch_shim::tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
+    let run_dir = RunDir::new(&assignment.run_dir);
+    let config = read_config(&run_dir.config())?;
+    let comm = connect(client)?;
+    let trainee = trainee(&config, longest_sequence(&config))?;
+    let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
+    let first_step = assignment.resume_step.unwrap_or(0) + 1;
+    let loader = open_loader(&config, comm.as_ref(), first_step)?;
+    let mut skips = (0, 0);
+    match assignment.resume_step {
+        Some(step) => {
+            (place.phase, place.step) = (Phase::Load, Some(step));
+            client.phase(Phase::Load)?;
+            let state = load(&run_dir, step, &trainee, &mut optimizer)?;
+            verify_cursor(&state, &loader)?;
+            let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
+            skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
+        }
+        None => {
+            let runs = run_dir.root().parent().unwrap_or(Path::new("."));
+            initialize(&config, &trainee.params, runs)?;
+        }
+    }
+    let data_parallel = DataParallel::new(&trainee.params, comm.clone(), BUCKET_BYTES)?;
+    Ok(Rank {
+        config,
+        client: client.clone(),
+        run_dir,
+        comm,
+        trainee,
+        optimizer,
+        data_parallel,
+        loader,
+        step: first_step - 1,
+        skipped_steps: skips.0,
+        skipped_in_a_row: skips.1,
+    })
+}
+
+/// The longest sequence of all batch stages.
+pub fn longest_sequence(config: &RunConfig) -> usize {
+    config.training.batch_stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(0)
+}

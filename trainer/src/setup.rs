@@ -1,0 +1,112 @@
+//! From the assignment and the config to a model ready to train.
+
+use crate::error::{Result, TrainError};
+use crate::store::LauncherStore;
+use checkpoint_format::hf::HfSource;
+use checkpoint_format::meta::MetaSource;
+use checkpoint_format::source::CheckpointSource;
+use checkpoint_format::{Checkpoint, WeightSource, scan};
+use collectives::{Communicator, GroupOptions};
+use model::{Dense, Llama, Stage, allocate, llama};
+use rank_protocol::client::RankClient;
+use run_config::{DeviceKind, InitFrom, RunConfig};
+use std::path::Path;
+use std::sync::Arc;
+use torch_shim::gloo::Store;
+use torch_shim::params::ParameterSet;
+use torch_shim::tch::Device;
+
+/// A model and its parameters.
+pub struct Trainee {
+    /// The model; its weights are views of `params`.
+    pub model: Llama,
+    /// The parameters.
+    pub params: ParameterSet,
+    /// Where both live.
+    pub device: Device,
+}
+
+/// Reads a resolved config.
+///
+/// # Errors
+/// [`TrainError::Config`] with all that is wrong with it.
+pub fn read_config(path: &Path) -> Result<RunConfig> {
+    let loaded = RunConfig::load(path, &[]).map_err(|e| TrainError::Config(e.to_string()))?;
+    Ok(loaded.config)
+}
+
+/// The device of this rank.
+///
+/// # Errors
+/// Where the config asks for one that this version cannot train on.
+pub fn device(config: &RunConfig) -> Result<Device> {
+    match config.cluster.device {
+        DeviceKind::Cuda => Err(TrainError::Config(
+            "cluster.device is cuda: training on GPUs is not yet supported in this version; hint: \
+             --set cluster.device=cpu"
+                .into(),
+        )),
+        DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::Cpu),
+    }
+}
+
+/// Memory, model, and random initial weights.
+///
+/// # Errors
+/// Where memory runs out.
+pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
+    let device = device(config)?;
+    let specs = model_spec::parameters(&config.model);
+    let decay_norms = config.optimizer.decay_norms;
+    let params = allocate(&specs, decay_norms, config.precision.compute, device)?;
+    let stage = Stage::whole(&config.model);
+    let model = Llama::new(&config.model, stage, &params, Box::new(Dense), num_positions)?;
+    Ok(Trainee { model, params, device })
+}
+
+/// The initial weights: random, or those that `model.init_from` names.
+///
+/// # Errors
+/// Where the source cannot be read or is of another model.
+pub fn initialize(config: &RunConfig, params: &ParameterSet, runs: &Path) -> Result<()> {
+    let unusable = |error: checkpoint_format::FormatError| {
+        TrainError::Config(format!("model.init_from: {error}"))
+    };
+    let source: Box<dyn WeightSource> = match &config.model.init_from {
+        None => {
+            let specs = model_spec::parameters(&config.model);
+            return Ok(llama::init::initialize(config.seed, &specs, params)?);
+        }
+        Some(InitFrom::HuggingFace(dir)) => Box::new(HfSource::open(dir).map_err(unusable)?),
+        Some(InitFrom::Meta(dir)) => Box::new(MetaSource::open(dir).map_err(unusable)?),
+        Some(InitFrom::Run { run, step }) => {
+            let dir = Path::new(run);
+            let dir = if dir.is_dir() { dir.to_owned() } else { runs.join(run) };
+            let step_dir = scan::checkpoint_of_run(&dir, *step).map_err(unusable)?;
+            let checkpoint = Checkpoint::open(&step_dir).map_err(unusable)?;
+            Box::new(CheckpointSource::new(checkpoint))
+        }
+    };
+    Ok(checkpoint::load_weights(source.as_ref(), params)?)
+}
+
+/// The group of all data-parallel ranks, over Gloo; an abort by the agent ends every wait in it.
+///
+/// # Errors
+/// Where the ranks do not find each other.
+pub fn connect(client: &RankClient) -> Result<Arc<dyn Communicator>> {
+    let place = client.assignment();
+    let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
+    let store = store.with_prefix(&place.run_id);
+    let options = GroupOptions::new("data", place.generation);
+    let (rank, size) = (place.rank, place.world_size);
+    let group = collectives::gloo::connect(&store, rank, size, "127.0.0.1", &options)?;
+    let group: Arc<dyn Communicator> = Arc::new(group);
+    let weak = Arc::downgrade(&group);
+    client.on_abort(move |_| {
+        if let Some(group) = weak.upgrade() {
+            group.abort();
+        }
+    });
+    Ok(group)
+}

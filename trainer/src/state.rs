@@ -1,0 +1,129 @@
+//! What a rank carries from step to step, and how it goes into checkpoints and comes back.
+
+use crate::error::{Result, TrainError};
+use crate::setup::Trainee;
+use checkpoint::{SaveReport, SaveRequest, TrainState};
+use collectives::Communicator;
+use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
+use optim::AdamW;
+use parallel::DataParallel;
+use rank_protocol::client::RankClient;
+use rank_protocol::run_dir::RunDir;
+use run_config::RunConfig;
+use serde_json::json;
+use std::sync::Arc;
+
+/// Bytes of gradients that are reduced together.
+pub const BUCKET_BYTES: usize = 8 << 20;
+
+/// All of a training rank.
+pub struct Rank {
+    /// The run's config.
+    pub config: RunConfig,
+    /// The agent.
+    pub client: RankClient,
+    /// The run's directory.
+    pub run_dir: RunDir,
+    /// The data-parallel group.
+    pub comm: Arc<dyn Communicator>,
+    /// The model.
+    pub trainee: Trainee,
+    /// The optimizer.
+    pub optimizer: AdamW,
+    /// Reduces the gradients.
+    pub data_parallel: DataParallel,
+    /// The data.
+    pub loader: Loader,
+    /// Steps done.
+    pub step: u64,
+    /// Steps skipped so far.
+    pub skipped_steps: u64,
+    /// Steps skipped in a row, up to now.
+    pub skipped_in_a_row: u32,
+}
+
+/// The loader of this rank's part of the training data from `first_step` on.
+///
+/// # Errors
+/// What is wrong with the data.
+pub fn open_loader(config: &RunConfig, comm: &dyn Communicator, first_step: u64) -> Result<Loader> {
+    let options = LoaderOptions {
+        split: Split::Train,
+        dp_rank: comm.rank(),
+        dp_size: comm.size(),
+        first_step,
+        steps: (config.training.steps + 1).saturating_sub(first_step),
+    };
+    Ok(Loader::open(config, options)?)
+}
+
+/// Reads a checkpoint into model and optimizer.
+///
+/// # Errors
+/// Where it is damaged or of another model.
+pub fn load(
+    run_dir: &RunDir,
+    step: u64,
+    trainee: &Trainee,
+    optimizer: &mut AdamW,
+) -> Result<TrainState> {
+    let moments = [("m", optimizer.flat_m()), ("v", optimizer.flat_v())];
+    let state = checkpoint::load(&run_dir.checkpoint(step), &trainee.params, &moments)?;
+    optimizer.set_num_steps(state.step - state.skipped_steps.min(state.step));
+    Ok(state)
+}
+
+/// Refuses to continue on other data than the checkpoint's.
+///
+/// # Errors
+/// What differs.
+pub fn verify_cursor(state: &TrainState, loader: &Loader) -> Result<()> {
+    let saved: DataCursor = serde_json::from_value(state.data_cursor.clone()).map_err(|error| {
+        TrainError::Config(format!("checkpoint of step {}: data cursor: {error}", state.step))
+    })?;
+    Ok(saved.verify_resumes(&loader.cursor_after(state.step))?)
+}
+
+impl Rank {
+    /// Writes the checkpoint of the step just done, together with all ranks.
+    ///
+    /// # Errors
+    /// The same on every rank; nothing of it is left then, and older checkpoints are.
+    pub fn save(&self, learning_rate: f64) -> Result<SaveReport> {
+        let config = &self.config;
+        let cursor = self.loader.cursor_after(self.step);
+        let plain = |error: serde_json::Error| TrainError::Config(error.to_string());
+        let state = TrainState {
+            tokens: cursor.consumed_tokens,
+            data_cursor: serde_json::to_value(cursor).map_err(plain)?,
+            mesh: json!({ "replicate": self.comm.size() }),
+            learning_rate,
+            seed: config.seed,
+            skipped_steps: self.skipped_steps,
+            config_hash: config.hash(),
+            model_hash: config.model_hash(),
+            build_hash: env!("CARGO_PKG_VERSION").into(),
+            model: serde_json::to_value(&config.model).map_err(plain)?,
+            extra: json!({ "skipped_in_a_row": self.skipped_in_a_row }),
+            ..TrainState::at(self.step)
+        };
+        let moments = [("m", self.optimizer.flat_m()), ("v", self.optimizer.flat_v())];
+        let request = SaveRequest {
+            checkpoints_dir: &self.run_dir.checkpoints(),
+            step: self.step,
+            generation: self.client.assignment().generation,
+            rank: self.comm.rank(),
+            world_size: self.comm.size(),
+            params: &self.trainee.params,
+            moments: &moments,
+            state,
+            keep_last: config.checkpoint.keep_last,
+            keep_every_steps: config.checkpoint.keep_every_steps,
+        };
+        let mut barrier = || {
+            let met = self.comm.barrier().and_then(|work| work.wait());
+            met.map_err(|error| error.to_string())
+        };
+        Ok(checkpoint::save(&request, &mut barrier)?)
+    }
+}

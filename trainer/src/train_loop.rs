@@ -1,0 +1,124 @@
+//! The training loop.
+
+use crate::error::{Result, TrainError};
+use crate::metrics::Metrics;
+use crate::state::Rank;
+use crate::train_step::{StepResult, train_step};
+use crate::validation::validate;
+use rank_protocol::message::{Phase, StepReport};
+use run_config::batch_plan::step_batch;
+use std::time::Instant;
+
+/// How a rank's training ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done and saved.
+    Finished,
+    /// Told to stop; the state is saved.
+    Preempted,
+}
+
+/// Trains from the step after `rank.step` to the last.
+///
+/// # Errors
+/// Where something fails that another try, from the last checkpoint, may mend, or not.
+pub fn train(rank: &mut Rank) -> Result<Outcome> {
+    let last = rank.config.training.steps;
+    let mut metrics = match rank.comm.rank() {
+        0 => Some(Metrics::open(&rank.run_dir, rank.config.metrics.tensorboard, rank.step + 1)?),
+        _ => None,
+    };
+    while rank.step < last {
+        rank.client.phase(Phase::Train)?;
+        let started = Instant::now();
+        let result = train_step(rank)?;
+        let mut report = report(rank, &result, started.elapsed().as_secs_f64());
+        if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
+            report.validation_loss = validated(rank)?;
+        }
+        if let Some(metrics) = &mut metrics {
+            metrics.write(&report)?;
+        }
+        rank.client.report_step(report)?;
+        count_skips(rank, &result)?;
+        let at_end = rank.step == last || result.stop;
+        if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
+            save(rank, result.learning_rate)?;
+        }
+        if result.stop && rank.step < last {
+            return Ok(Outcome::Preempted);
+        }
+    }
+    rank.client.phase(Phase::Exit)?;
+    Ok(Outcome::Finished)
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+fn validated(rank: &Rank) -> Result<Option<f64>> {
+    let validation = &rank.config.validation;
+    let held_out = rank.config.data.validation_fraction > 0.0;
+    if validation.every_steps == 0 || validation.steps == 0 || !held_out {
+        return Ok(None);
+    }
+    rank.client.phase(Phase::Validate)?;
+    validate(rank).map(Some)
+}
+
+fn report(rank: &Rank, result: &StepResult, step_time_s: f64) -> StepReport {
+    let batch = step_batch(&rank.config.training.batch_stages, rank.step);
+    StepReport {
+        step: rank.step,
+        loss: result.loss,
+        grad_norm: result.grad_norm,
+        learning_rate: result.learning_rate,
+        tokens: batch.end_token(),
+        tokens_per_second: batch.num_tokens() as f64 / step_time_s,
+        step_time_s,
+        data_wait_s: result.data_wait_s,
+        generation: rank.client.assignment().generation,
+        skipped: result.skipped,
+        ..StepReport::default()
+    }
+}
+
+fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
+    if !result.skipped {
+        rank.skipped_in_a_row = 0;
+        return Ok(());
+    }
+    rank.skipped_steps += 1;
+    rank.skipped_in_a_row += 1;
+    tracing::warn!(
+        step = rank.step,
+        loss = result.loss,
+        grad_norm = result.grad_norm,
+        samples = ?result.sample_ids,
+        "step {} skipped: loss or gradient is not finite",
+        rank.step
+    );
+    let (in_a_row, limit) = (rank.skipped_in_a_row, rank.config.training.max_skipped_steps);
+    if in_a_row < limit {
+        return Ok(());
+    }
+    Err(TrainError::NotFinite {
+        step: rank.step,
+        in_a_row,
+        limit,
+        loss: result.loss,
+        grad_norm: result.grad_norm,
+        sample_ids: result.sample_ids.clone(),
+    })
+}
+
+fn save(rank: &Rank, learning_rate: f64) -> Result<()> {
+    rank.client.phase(Phase::Save)?;
+    let saved = rank.save(learning_rate)?;
+    if rank.comm.rank() == 0 {
+        rank.client.checkpoint_committed(rank.step)?;
+        tracing::debug!(step = rank.step, ?saved, "checkpoint committed");
+    }
+    Ok(())
+}
