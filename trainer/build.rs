@@ -1,1 +1,2 @@
+//! Lets the binary find libtorch without a variable being set.
 include!("../ops/torch_rpath.rs");
