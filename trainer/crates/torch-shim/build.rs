@@ -1,4 +1,5 @@
-//! Compiles the C++ shim against the headers of the libtorch that `LIBTORCH` names, and emits the rpath of the tests.
+//! Compiles the C++ shim against the headers of the libtorch that `LIBTORCH` names, and emits the
+//! rpath of the tests.
 
 use std::path::{Path, PathBuf};
 

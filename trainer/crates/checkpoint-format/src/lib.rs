@@ -5,7 +5,7 @@
 //! ```text
 //! checkpoints/step-0001200/
 //!   rank-00000-000.safetensors …   that rank's share, files of at most 4 GiB
-//!   index.json                     tensor -> global shape, dtype, boxes: part, file, bytes, checksum
+//!   index.json                     tensor -> shape, dtype, boxes: part, file, bytes, checksum
 //!   state.json                     step, tokens, data cursor, mesh, generation, hashes
 //!   MANIFEST.json                  every file: size, checksum; what the boxes add up to
 //!   COMMIT                         SHA-256 of MANIFEST.json, written last

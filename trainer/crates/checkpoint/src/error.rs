@@ -30,8 +30,8 @@ pub enum CheckpointError {
     },
     /// The checkpoint holds weights but no optimizer state.
     #[error(
-        "{path} has no optimizer state ({tensor} is missing), so that training cannot go on from it; \
-         start a new run with model.init_from naming it"
+        "{path} has no optimizer state ({tensor} is missing), so that training cannot go on from \
+         it; start a new run with model.init_from naming it"
     )]
     NoOptimizerState {
         /// The checkpoint.

@@ -1,4 +1,5 @@
-//! Do the ranks issue the same operation? Compared through the store, so that a mismatch is an error and not a hang.
+//! Do the ranks issue the same operation? Compared through the store, so that a mismatch is an
+//! error and not a hang.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -36,8 +37,8 @@ pub(crate) struct Agreement {
 impl Agreement {
     /// Announces operation `sequence` and compares it with what the other ranks announce.
     ///
-    /// `alive` says whether a rank can still announce anything; it is asked all along, so that a dead peer or an abort ends
-    /// the wait.
+    /// `alive` says whether a rank can still announce anything; it is asked all along, so that a
+    /// dead peer or an abort ends the wait.
     pub(crate) fn compare(
         &mut self,
         sequence: u64,

@@ -1,4 +1,5 @@
-//! The one suite that every backend passes: each rank runs it at the same time, on groups that a closure connects.
+//! The one suite that every backend passes: each rank runs it at the same time, on groups that a
+//! closure connects.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +12,16 @@ const KINDS: [Kind; 4] = [Kind::Float, Kind::BFloat16, Kind::Double, Kind::Int64
 /// Elements of a tensor: none, one, odd, and one that is far over the limit of a single hop.
 const SIZES: [i64; 4] = [0, 1, 77, 40_000];
 
-/// Connects this rank to a group with these options; all ranks call it with the same ones, in the same order.
+/// Connects this rank to a group with these options; all ranks call it with the same ones, in the
+/// same order.
 pub type Connect<'a> = dyn Fn(&GroupOptions) -> Result<Group> + 'a;
 
 fn fail<T>(text: String) -> Result<T> {
     Err(CommError::Backend(format!("conformance: {text}")))
 }
 
-/// What rank `rank` brings: small whole numbers, exact in every dtype and in every order of summation.
+/// What rank `rank` brings: small whole numbers, exact in every dtype and in every order of
+/// summation.
 fn brings(rank: usize, count: i64, kind: Kind) -> Result<Tensor> {
     let place = Tensor::f_arange(count, (Kind::Int64, Device::Cpu))?;
     let value = (place * (rank as i64 + 1)).f_remainder(7)?;
@@ -246,8 +249,9 @@ fn disagreement(connect: &Connect<'_>) -> Result<()> {
     }
 }
 
-/// The last rank dies (`die` must not return on it, or drops what is its) after some rounds; every other rank must get an
-/// error within a second, and a new generation of the survivors' group must work.
+/// The last rank dies (`die` must not return on it, or drops what is its) after some rounds; every
+/// other rank must get an error within a second, and a new generation of the survivors' group must
+/// work.
 ///
 /// # Errors
 /// When a survivor notices nothing, or too late.

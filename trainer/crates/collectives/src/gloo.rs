@@ -11,8 +11,8 @@ use crate::error::{CommError, Result};
 use crate::group::{Group, GroupOptions};
 use crate::transport::{Pending, Transport};
 
-/// Connects this rank to the others of a group, through a store that all share. `hostname` is this rank's own address, as the
-/// others reach it.
+/// Connects this rank to the others of a group, through a store that all share. `hostname` is this
+/// rank's own address, as the others reach it.
 ///
 /// # Errors
 /// When the others do not come within the options' time-out, or the address cannot be bound.

@@ -34,7 +34,8 @@ pub struct GroupOptions {
 }
 
 impl GroupOptions {
-    /// A group of that name and generation, with a time-out of 60 s and operations compared on first use.
+    /// A group of that name and generation, with a time-out of 60 s and operations compared on
+    /// first use.
     pub fn new(name: impl Into<String>, generation: u64) -> Self {
         let timeout = Duration::from_secs(60);
         GroupOptions { name: name.into(), generation, timeout, check: Check::default() }
@@ -154,7 +155,8 @@ impl Group {
     fn peer(&self, peer: usize, tag: u32) -> Result<()> {
         if peer >= self.shared.size || peer == self.shared.rank || tag >= TAG_LIMIT {
             return Err(CommError::Invalid(format!(
-                "group {}: rank {} cannot exchange a message with rank {peer} of {} with tag {tag} (limit {TAG_LIMIT})",
+                "group {}: rank {} cannot exchange a message with rank {peer} of \
+                 {} with tag {tag} (limit {TAG_LIMIT})",
                 self.shared.name, self.shared.rank, self.shared.size
             )));
         }
@@ -258,7 +260,8 @@ fn check(tensors: &[&Tensor]) -> Result<()> {
             matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64);
         if !known || !tensor.is_contiguous() || tensor.device() != Device::Cpu {
             return Err(CommError::Invalid(format!(
-                "collectives want contiguous CPU tensors of f32, f64, bf16 or i64, not {:?} {:?} on {:?} (contiguous: {})",
+                "collectives want contiguous CPU tensors of f32, f64, bf16 or i64, not {:?} {:?} \
+                 on {:?} (contiguous: {})",
                 tensor.kind(),
                 tensor.size(),
                 tensor.device(),

@@ -1,8 +1,9 @@
 //! Collective operations between the ranks of a group.
 //!
-//! [`Communicator`] is the interface; [`gloo`] (processes, CPU) and [`local`] (threads of one process, for tests) are its
-//! backends. Both carry messages only: the algorithms in `ring` run on top of either, with a fixed order of summation, so
-//! that a result depends on the group's size and nothing else. [`conformance`] is the one suite that every backend passes.
+//! [`Communicator`] is the interface; [`gloo`] (processes, CPU) and [`local`] (threads of one
+//! process, for tests) are its backends. Both carry messages only: the algorithms in `ring` run on
+//! top of either, with a fixed order of summation, so that a result depends on the group's size and
+//! nothing else. [`conformance`] is the one suite that every backend passes.
 
 mod agreement;
 pub mod conformance;
@@ -36,9 +37,10 @@ pub enum ReduceOp {
 
 /// One rank's end of a group of ranks.
 ///
-/// Every rank issues the same collectives in the same order; each returns at once, and runs in the order of issue. Until its
-/// [`Work`] is waited for, inputs must not be written and outputs not read. Tensors are contiguous, on the CPU, of f32, f64,
-/// bf16 or i64. After a failure every later operation fails too: the group is dead, and a new generation takes its place.
+/// Every rank issues the same collectives in the same order; each returns at once, and runs in the
+/// order of issue. Until its [`Work`] is waited for, inputs must not be written and outputs not
+/// read. Tensors are contiguous, on the CPU, of f32, f64, bf16 or i64. After a failure every later
+/// operation fails too: the group is dead, and a new generation takes its place.
 pub trait Communicator: Send + Sync {
     /// This rank's number in the group.
     fn rank(&self) -> usize;
@@ -70,8 +72,8 @@ pub trait Communicator: Send + Sync {
     /// As [`Communicator::all_reduce`], and when there is no such root.
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work>;
 
-    /// Sends `tensor` to one rank, which receives it with the same tag (below 65,536). Messages between two ranks with one
-    /// tag keep their order.
+    /// Sends `tensor` to one rank, which receives it with the same tag (below 65,536). Messages
+    /// between two ranks with one tag keep their order.
     ///
     /// # Errors
     /// As [`Communicator::all_reduce`], and when there is no such peer.
@@ -83,7 +85,8 @@ pub trait Communicator: Send + Sync {
     /// As [`Communicator::send`].
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work>;
 
-    /// Sends the p-th of `size` equal pieces of `input` to rank p, and puts what comes from rank p into the p-th of `output`.
+    /// Sends the p-th of `size` equal pieces of `input` to rank p, and puts what comes from rank p
+    /// into the p-th of `output`.
     ///
     /// # Errors
     /// As [`Communicator::all_reduce`], and when the pieces are not equal.
@@ -95,7 +98,8 @@ pub trait Communicator: Send + Sync {
     /// When the group is dead.
     fn barrier(&self) -> Result<Work>;
 
-    /// Ends every operation under way, here and (through the closing connections) at the peers, with an error.
+    /// Ends every operation under way, here and (through the closing connections) at the peers,
+    /// with an error.
     fn abort(&self);
 
     /// Bytes of tensors that this rank has sent so far.

@@ -12,8 +12,8 @@ use crate::error::{CommError, Result};
 use crate::group::{Group, GroupOptions};
 use crate::transport::{Pending, Transport};
 
-/// Makes a group of `size` ranks in this process; each goes to its own thread. Dropping one is its death: others that wait
-/// for its messages get an error.
+/// Makes a group of `size` ranks in this process; each goes to its own thread. Dropping one is its
+/// death: others that wait for its messages get an error.
 ///
 /// # Errors
 /// When no thread can be started.

@@ -1,6 +1,7 @@
-//! The algorithms, on top of messages. Large tensors go round a ring (each rank sends `2 (n - 1) / n` of an all-reduced tensor,
-//! the least possible, and `(n - 1) / n` of a reduce-scattered one); small ones go to every rank at once, in one hop. The order
-//! of summation is fixed by the group's size: ring order, or rank order.
+//! The algorithms, on top of messages. Large tensors go round a ring (each rank sends `2 (n - 1) /
+//! n` of an all-reduced tensor, the least possible, and `(n - 1) / n` of a reduce-scattered one);
+//! small ones go to every rank at once, in one hop. The order of summation is fixed by the group's
+//! size: ring order, or rank order.
 
 use torch_shim::reduce::{self, Combine};
 use torch_shim::tch::{Kind, Tensor};
@@ -16,7 +17,8 @@ pub(crate) trait Exchange {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
 
-    /// Sends and receives at once: `outgoing` to its peers and `incoming` from theirs. Empty tensors do not travel.
+    /// Sends and receives at once: `outgoing` to its peers and `incoming` from theirs. Empty
+    /// tensors do not travel.
     fn exchange(&self, outgoing: &[(Tensor, usize)], incoming: &[(Tensor, usize)]) -> Result<()>;
 }
 

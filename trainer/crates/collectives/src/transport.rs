@@ -13,8 +13,9 @@ pub(crate) trait Pending: Send {
     fn is_done(&self) -> bool;
 }
 
-/// Messages between the ranks of one group. Those between two ranks with one tag keep their order. Errors name the peer and
-/// the transport's own words, and leave the rest of a [`crate::CommError::Peer`] to the caller.
+/// Messages between the ranks of one group. Those between two ranks with one tag keep their order.
+/// Errors name the peer and the transport's own words, and leave the rest of a
+/// [`crate::CommError::Peer`] to the caller.
 pub(crate) trait Transport: Send + Sync {
     /// Starts to send a contiguous tensor of at least one element.
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>>;

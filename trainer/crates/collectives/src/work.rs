@@ -28,7 +28,8 @@ impl Work {
         Work(Kind::Done)
     }
 
-    /// Waits until the operation is done here. Every wait of the transport is bounded, so this one is too.
+    /// Waits until the operation is done here. Every wait of the transport is bounded, so this one
+    /// is too.
     ///
     /// # Errors
     /// What the operation failed with.
@@ -40,8 +41,8 @@ impl Work {
         }
     }
 
-    /// Whether the operation is over, well or not, so that a wait returns at once. A single message may say no until it is
-    /// waited for.
+    /// Whether the operation is over, well or not, so that a wait returns at once. A single message
+    /// may say no until it is waited for.
     pub fn is_done(&self) -> bool {
         match &self.0 {
             Kind::Queued(completion) => completion.lock().is_some(),

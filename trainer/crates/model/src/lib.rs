@@ -2,8 +2,8 @@
 //!
 //! A model is plain tensor code over three seams: weights are views of a
 //! [`torch_shim::params::ParameterSet`], layers are built by a [`LayerBuilder`] ([`Dense`] here,
-//! sharded ones elsewhere), and the pieces `embed`, `blocks`, `loss` are what a pipeline runs apart. This
-//! crate never imports the layout, the collectives or the parallel forms.
+//! sharded ones elsewhere), and the pieces `embed`, `blocks`, `loss` are what a pipeline runs
+//! apart. This crate never imports the layout, the collectives or the parallel forms.
 //!
 //! Tensor variables end in their shape; each file states the letters.
 

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-/// A run of parameters and their elements of the flat gradient buffer, padding between them included.
+/// A run of parameters and their elements of the flat gradient buffer, padding between them
+/// included.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bucket {
     /// The parameters' places in the set.
@@ -11,9 +12,9 @@ pub(crate) struct Bucket {
     pub(crate) elements: Range<i64>,
 }
 
-/// Cuts parameters, given by their element ranges in the flat buffer, into buckets of about `limit` elements. Backward
-/// readies the last parameters first, so buckets are filled, and numbered, from the end. A parameter is never split; one
-/// larger than the limit is a bucket by itself.
+/// Cuts parameters, given by their element ranges in the flat buffer, into buckets of about `limit`
+/// elements. Backward readies the last parameters first, so buckets are filled, and numbered, from
+/// the end. A parameter is never split; one larger than the limit is a bucket by itself.
 pub(crate) fn cut(parameters: &[Range<i64>], limit: i64) -> Vec<Bucket> {
     let mut buckets: Vec<Bucket> = Vec::new();
     for (index, range) in parameters.iter().enumerate().rev() {

@@ -27,9 +27,10 @@ pub type Result<T, E = ParallelError> = std::result::Result<T, E>;
 /// Sums the gradients of a parameter set over the ranks of a group.
 ///
 /// Call [`DataParallel::begin_last_micro_batch`] before the last micro-batch's forward pass and
-/// [`DataParallel::finish`] after its backward pass. The losses are already divided by the global number of targets, so the
-/// plain sum, in the accumulators' own dtype (FP32, or FP64), is the gradient of the global batch. Buckets are issued in one
-/// fixed order on every rank, whatever the order in which they become ready, so runs are bit-equal.
+/// [`DataParallel::finish`] after its backward pass. The losses are already divided by the global
+/// number of targets, so the plain sum, in the accumulators' own dtype (FP32, or FP64), is the
+/// gradient of the global batch. Buckets are issued in one fixed order on every rank, whatever the
+/// order in which they become ready, so runs are bit-equal.
 pub struct DataParallel {
     state: Arc<Mutex<State>>,
 }
@@ -53,7 +54,8 @@ struct Pending {
 }
 
 impl DataParallel {
-    /// Cuts the set's gradients into buckets of about `bucket_bytes`, and takes the set's ready hook.
+    /// Cuts the set's gradients into buckets of about `bucket_bytes`, and takes the set's ready
+    /// hook.
     ///
     /// # Errors
     /// When libtorch refuses the views.
@@ -92,7 +94,8 @@ impl DataParallel {
         Ok(DataParallel { state })
     }
 
-    /// From here on, a bucket whose gradients are all ready is reduced at once. Every rank must call it, or none.
+    /// From here on, a bucket whose gradients are all ready is reduced at once. Every rank must
+    /// call it, or none.
     pub fn begin_last_micro_batch(&self) {
         let mut state = lock(&self.state);
         state.next = 0;
@@ -104,8 +107,8 @@ impl DataParallel {
         }
     }
 
-    /// Issues the buckets that are left (parameters without a use have none of their own), and waits for all: then the
-    /// gradients are the sums over all ranks.
+    /// Issues the buckets that are left (parameters without a use have none of their own), and
+    /// waits for all: then the gradients are the sums over all ranks.
     ///
     /// # Errors
     /// What a reduction failed with; the gradients are worth nothing then.

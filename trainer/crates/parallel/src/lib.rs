@@ -1,4 +1,5 @@
-//! Carries out the layout's plan. Data parallelism is here; tensor, pipeline and context parallelism find their place beside it.
+//! Carries out the layout's plan. Data parallelism is here; tensor, pipeline and context
+//! parallelism find their place beside it.
 
 mod buckets;
 mod data_parallel;

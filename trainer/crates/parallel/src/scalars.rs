@@ -6,7 +6,8 @@ use torch_shim::tch::Tensor;
 
 use crate::data_parallel::Result;
 
-/// Reduces a few numbers (loss, counts, flags) over the ranks, in FP64 and in the order of ranks; in place.
+/// Reduces a few numbers (loss, counts, flags) over the ranks, in FP64 and in the order of ranks;
+/// in place.
 ///
 /// # Errors
 /// What the reduction failed with.

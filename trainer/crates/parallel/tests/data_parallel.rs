@@ -48,7 +48,8 @@ fn loss(set: &ParameterSet, first: i64, count: i64) -> Tensor {
     fused::head_loss(&x, at("head"), &targets, 1.0 / (SEQUENCES * SEQUENCE) as f64, 5).unwrap()
 }
 
-/// Gradients and loss of one rank's share of the batch, one sequence a micro-batch, summed over the group.
+/// Gradients and loss of one rank's share of the batch, one sequence a micro-batch, summed over the
+/// group.
 fn share(comm: Arc<dyn Communicator>, kind: Kind, bucket_bytes: usize) -> (Vec<f64>, f64) {
     let (rank, size) = (comm.rank() as i64, comm.size() as i64);
     let set = parameters(kind);

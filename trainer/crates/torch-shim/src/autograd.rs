@@ -1,5 +1,5 @@
-//! Autograd with Rust closures: custom functions, hooks, backward with given gradients. An error or a panic in a closure
-//! comes back as an error of the call that ran it.
+//! Autograd with Rust closures: custom functions, hooks, backward with given gradients. An error or
+//! a panic in a closure comes back as an error of the call that ran it.
 
 use std::ptr::{null, null_mut};
 
@@ -14,8 +14,9 @@ use crate::sys;
 /// Tensors in and out of a closure; `None` stands for an undefined one (no gradient).
 pub type Tensors = Vec<Option<Tensor>>;
 
-/// Runs `forward` on `inputs` as one node of the graph, with `backward` as its derivative. `forward` runs with gradients
-/// off and returns `num_out` tensors; `backward` gets the outputs' gradients and returns one for each input.
+/// Runs `forward` on `inputs` as one node of the graph, with `backward` as its derivative.
+/// `forward` runs with gradients off and returns `num_out` tensors; `backward` gets the outputs'
+/// gradients and returns one for each input.
 ///
 /// # Errors
 /// What `forward` returned or panicked with, or a refusal of libtorch.
@@ -94,7 +95,8 @@ pub fn gradient_hook(
     })
 }
 
-/// Runs backward from `outputs` (gradient one where none is `given`) and accumulates into the leaves.
+/// Runs backward from `outputs` (gradient one where none is `given`) and accumulates into the
+/// leaves.
 ///
 /// # Errors
 /// What a closure or hook failed with, or a refusal of libtorch.
@@ -102,7 +104,8 @@ pub fn backward(outputs: &[&Tensor], given: &[&Tensor]) -> Result<()> {
     run(outputs, given, &[], false).map(drop)
 }
 
-/// Runs backward from `outputs` with the gradients `given`, and returns the gradients of `inputs`; leaves stay as they are.
+/// Runs backward from `outputs` with the gradients `given`, and returns the gradients of `inputs`;
+/// leaves stay as they are.
 ///
 /// # Errors
 /// What a closure or hook failed with, or a refusal of libtorch.

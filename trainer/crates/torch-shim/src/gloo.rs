@@ -66,7 +66,8 @@ impl Store {
         Store { backend: backend.into(), prefix: String::new() }
     }
 
-    /// The same store, with `prefix/` before every key (generation and group, so that nothing stale is read).
+    /// The same store, with `prefix/` before every key (generation and group, so that nothing stale
+    /// is read).
     #[must_use]
     pub fn with_prefix(&self, prefix: &str) -> Self {
         Store { backend: self.backend.clone(), prefix: format!("{}{prefix}/", self.prefix) }
@@ -102,7 +103,8 @@ unsafe impl Send for Gloo {}
 unsafe impl Sync for Gloo {}
 
 impl Gloo {
-    /// Connects to all ranks of the group through the store. `hostname` is this rank's own address, as others reach it.
+    /// Connects to all ranks of the group through the store. `hostname` is this rank's own address,
+    /// as others reach it.
     ///
     /// # Errors
     /// When the others do not come within `timeout`, or the address cannot be bound.
@@ -161,7 +163,8 @@ impl Drop for Gloo {
 /// A message on its way. Waited for by one thread, aborted from any.
 pub struct Message(*mut RawMessage);
 
-// SAFETY: the C++ work is counted atomically, and abort is made for another thread than the waiting one.
+// SAFETY: the C++ work is counted atomically, and abort is made for another thread than the waiting
+// one.
 unsafe impl Send for Message {}
 // SAFETY: as above.
 unsafe impl Sync for Message {}
@@ -309,7 +312,8 @@ unsafe extern "C" fn check_keys(
     out: *mut bool,
 ) -> ErrorText {
     call(|| {
-        // SAFETY: C++ passes the context that it was given, `count` texts and a place for the answer.
+        // SAFETY: C++ passes the context that it was given, `count` texts and a place for the
+        // answer.
         unsafe {
             let (store, keys) = open_all(context, keys, count)?;
             *out = store.backend.check(&keys)?;

@@ -1,7 +1,7 @@
 //! The fence around libtorch: tch, and a C++ shim for what tch does not reach.
 //!
-//! Three layers: [`sys`] declares the shim's C functions, `result` turns each call into a `Result`, and the public modules
-//! are safe. This is the only crate that may be unsafe around libtorch.
+//! Three layers: [`sys`] declares the shim's C functions, `result` turns each call into a `Result`,
+//! and the public modules are safe. This is the only crate that may be unsafe around libtorch.
 #![expect(unsafe_code, reason = "this crate is the fence around libtorch's C++ interface")]
 
 pub mod autograd;

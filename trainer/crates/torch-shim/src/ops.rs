@@ -25,7 +25,8 @@ pub struct AdamW {
     pub step: u64,
 }
 
-/// One AdamW update of all `parameters` in place, by libtorch's fused kernel. All four lists pair up and have one dtype.
+/// One AdamW update of all `parameters` in place, by libtorch's fused kernel. All four lists pair
+/// up and have one dtype.
 ///
 /// # Errors
 /// When the lists differ in length, `step` is 0, or libtorch refuses.

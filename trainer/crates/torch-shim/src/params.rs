@@ -1,7 +1,9 @@
-//! Parameters as views of flat buffers: one for the master weights, one for the compute copy, one for gradients.
+//! Parameters as views of flat buffers: one for the master weights, one for the compute copy, one
+//! for gradients.
 //!
-//! Every parameter starts on a 64-byte boundary of each buffer; the padding between stays zero, so that whole ranges can be
-//! reduced, clipped and updated. The order is that of the specs, the same on every rank.
+//! Every parameter starts on a 64-byte boundary of each buffer; the padding between stays zero, so
+//! that whole ranges can be reduced, clipped and updated. The order is that of the specs, the same
+//! on every rank.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +18,8 @@ use crate::sys::{self, RawHook, RawParameter};
 /// Parameters start at multiples of this many elements: 64 bytes of BF16, and more of wider types.
 pub const ALIGNMENT_ELEMENTS: i64 = 32;
 
-/// A run of rows of a parameter that is a tensor of its own in a checkpoint (q, k and v of a fused projection).
+/// A run of rows of a parameter that is a tensor of its own in a checkpoint (q, k and v of a fused
+/// projection).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Its Hugging Face name.
@@ -51,7 +54,8 @@ pub struct Parameter {
     pub shape: Vec<i64>,
     /// What forward and backward read: a leaf that requires a gradient.
     pub compute: Tensor,
-    /// What the optimizer updates (FP32, or FP64): the same storage as `compute` where the dtypes are equal.
+    /// What the optimizer updates (FP32, or FP64): the same storage as `compute` where the dtypes
+    /// are equal.
     pub master: Tensor,
     /// The accumulator (FP32, or FP64) that the fused operators add to.
     pub grad: Tensor,
@@ -95,7 +99,8 @@ impl Parameter {
 #[derive(Debug)]
 struct Handle(*mut RawParameter);
 
-// SAFETY: the C++ object is counted atomically, and its tensors are used by one thread at a time, as tch's tensors are.
+// SAFETY: the C++ object is counted atomically, and its tensors are used by one thread at a time,
+// as tch's tensors are.
 unsafe impl Send for Handle {}
 
 impl Handle {
@@ -137,10 +142,12 @@ pub struct ParameterSet {
 }
 
 impl ParameterSet {
-    /// Allocates the buffers, zeroed, and makes the views. `master` is FP32, or FP64 where `compute` is.
+    /// Allocates the buffers, zeroed, and makes the views. `master` is FP32, or FP64 where
+    /// `compute` is.
     ///
     /// # Errors
-    /// When a name comes twice, parts do not cover a parameter's rows, the dtypes do not fit, or memory is short.
+    /// When a name comes twice, parts do not cover a parameter's rows, the dtypes do not fit, or
+    /// memory is short.
     pub fn new(
         specs: Vec<ParameterSpec>,
         compute: Kind,
@@ -185,7 +192,8 @@ impl ParameterSet {
         let compute = view(&self.compute)?.f_detach()?.f_set_requires_grad(true)?;
         let (master, grad) = (view(&self.master)?, view(&self.grad)?);
         let mut handle = null_mut();
-        // SAFETY: the tensors and the hook live through the call; the shim keeps references of its own.
+        // SAFETY: the tensors and the hook live through the call; the shim keeps references of its
+        // own.
         check(unsafe {
             sys::phx_parameter_new(raw(&compute), raw(&grad), index, self.hook.0, &mut handle)
         })?;
@@ -277,9 +285,9 @@ impl ParameterSet {
         Ok(())
     }
 
-    /// Calls `hook` with a parameter's index each time that its gradient is complete for the graphs alive: in backward,
-    /// on the thread that runs it, after its last use. An error of the hook becomes an error of backward. The hook must
-    /// not set or clear hooks.
+    /// Calls `hook` with a parameter's index each time that its gradient is complete for the graphs
+    /// alive: in backward, on the thread that runs it, after its last use. An error of the hook
+    /// becomes an error of backward. The hook must not set or clear hooks.
     ///
     /// # Errors
     /// When the shim refuses.
@@ -317,7 +325,8 @@ fn check_kinds(compute: Kind, master: Kind) -> Result<()> {
             Ok(())
         }
         _ => Err(ShimError::Invalid(format!(
-            "compute {compute:?} with master {master:?}: the master is Double for Double, and Float for all else"
+            "compute {compute:?} with master {master:?}: the master is Double for Double, \
+             and Float for all else"
         ))),
     }
 }

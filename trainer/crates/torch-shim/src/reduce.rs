@@ -1,4 +1,5 @@
-//! Element-wise combination and copies on the calling thread alone, for communication threads. Contiguous CPU tensors only.
+//! Element-wise combination and copies on the calling thread alone, for communication threads.
+//! Contiguous CPU tensors only.
 
 use tch::Tensor;
 

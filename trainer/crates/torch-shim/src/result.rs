@@ -1,4 +1,5 @@
-//! Layer 2: every call checked. Error texts become `ShimError`, raw tensors become owned ones, closures cross safely.
+//! Layer 2: every call checked. Error texts become `ShimError`, raw tensors become owned ones,
+//! closures cross safely.
 
 use std::any::Any;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -16,7 +17,8 @@ pub(crate) fn check(text: ErrorText) -> Result<()> {
     if text.is_null() {
         return Ok(());
     }
-    // SAFETY: a non-null answer of the shim is a malloc'd, zero-terminated text that is ours to free.
+    // SAFETY: a non-null answer of the shim is a malloc'd, zero-terminated text that is ours to
+    // free.
     let message = unsafe {
         let message = CStr::from_ptr(text).to_string_lossy().into_owned();
         sys::phx_free(text.cast());
@@ -58,7 +60,8 @@ pub(crate) fn own(pointer: RawTensor) -> Option<Tensor> {
     (!pointer.is_null()).then(|| unsafe { Tensor::from_ptr(pointer) })
 }
 
-/// A closure over tensors; `None` stands for an undefined tensor. Its second argument: how many results are wanted.
+/// A closure over tensors; `None` stands for an undefined tensor. Its second argument: how many
+/// results are wanted.
 pub(crate) type TensorClosure =
     Box<dyn FnMut(&[Option<Tensor>], usize) -> Result<Vec<Option<Tensor>>> + Send>;
 /// A closure over a parameter's index.
@@ -95,8 +98,8 @@ pub(crate) unsafe extern "C" fn call_tensor_closure(
     num_out: usize,
 ) -> *mut c_char {
     let run = || -> Result<()> {
-        // SAFETY: the context is a boxed closure that C++ calls from one thread at a time; `inputs` holds `num_in`
-        // borrowed tensors or nulls (an empty list may have a null address).
+        // SAFETY: the context is a boxed closure that C++ calls from one thread at a time; `inputs`
+        // holds `num_in` borrowed tensors or nulls (an empty list may have a null address).
         let (closure, inputs) = unsafe {
             let closure = &mut *context.cast::<TensorClosure>();
             let inputs =
@@ -113,7 +116,8 @@ pub(crate) unsafe extern "C" fn call_tensor_closure(
         }
         for (slot, result) in results.into_iter().enumerate() {
             if let Some(mut tensor) = result {
-                // SAFETY: `outputs` has `num_out` places; C++ takes over the tensor, so Rust forgets it.
+                // SAFETY: `outputs` has `num_out` places; C++ takes over the tensor, so Rust
+                // forgets it.
                 unsafe { *outputs.add(slot) = tensor.as_mut_ptr() };
                 std::mem::forget(tensor);
             }

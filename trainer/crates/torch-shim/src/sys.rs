@@ -1,4 +1,5 @@
-//! Layer 1: the shim's C functions as they are. Each returns null, or an error's text that `phx_free` frees.
+//! Layer 1: the shim's C functions as they are. Each returns null, or an error's text that
+//! `phx_free` frees.
 
 use std::ffi::{c_char, c_void};
 

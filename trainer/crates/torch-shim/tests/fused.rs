@@ -44,12 +44,14 @@ fn parameter(shape: &[i64], kind: Kind) -> (ParameterSet, Parameter) {
     (set, parameter)
 }
 
-/// The reference runs in FP64 on the same (rounded) values, so that it is the truth for every dtype.
+/// The reference runs in FP64 on the same (rounded) values, so that it is the truth for every
+/// dtype.
 fn twin(x: &Tensor) -> Tensor {
     x.detach().to_kind(Kind::Double).set_requires_grad(true)
 }
 
-/// Runs both on random output gradients; compares outputs, input gradients and the weight's gradient (twice accumulated).
+/// Runs both on random output gradients; compares outputs, input gradients and the weight's
+/// gradient (twice accumulated).
 fn compare(
     name: &str,
     kind: Kind,

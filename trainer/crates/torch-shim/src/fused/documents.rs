@@ -19,7 +19,8 @@ impl Documents {
         if rows.iter().all(|row| row.len() == 1) { Documents::causal() } else { Documents { rows } }
     }
 
-    /// Reads document ids, which change where a new document starts: `batch` rows of `sequence` ids.
+    /// Reads document ids, which change where a new document starts: `batch` rows of `sequence`
+    /// ids.
     ///
     /// # Errors
     /// When the number of ids is not `batch * sequence`.

@@ -1,10 +1,12 @@
 //! The operators of a Llama block, fused, as autograd functions in C++.
 //!
-//! An operator with a weight adds the weight's gradient to [`Parameter::grad`] in place (FP32, or FP64) and then calls the
-//! set's ready hook; `.grad()` of tch is never used. Compute dtypes: FP32, BF16 (norm and softmax statistics, and the
-//! weight gradients' sums, in FP32) and FP64 (everything in FP64). [`reference`] holds the plain form of each.
+//! An operator with a weight adds the weight's gradient to [`Parameter::grad`] in place (FP32, or
+//! FP64) and then calls the set's ready hook; `.grad()` of tch is never used. Compute dtypes: FP32,
+//! BF16 (norm and softmax statistics, and the weight gradients' sums, in FP32) and FP64 (everything
+//! in FP64). [`reference`] holds the plain form of each.
 //!
-//! Shapes: B batch, S sequence, E model width, H heads, K key/value heads, D head width, F feed-forward width, V vocabulary.
+//! Shapes: B batch, S sequence, E model width, H heads, K key/value heads, D head width, F
+//! feed-forward width, V vocabulary.
 
 mod documents;
 pub mod reference;
@@ -36,7 +38,8 @@ pub fn embedding(tokens: &Tensor, weight: &Parameter) -> Result<Tensor> {
     made_one(|out| unsafe { sys::phx_embedding(raw(tokens), weight.raw(), out) })
 }
 
-/// `weight * x / sqrt(mean(x^2) + eps)` over the last dimension, rounded to the dtype of `x` once, at the end.
+/// `weight * x / sqrt(mean(x^2) + eps)` over the last dimension, rounded to the dtype of `x` once,
+/// at the end.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -64,9 +67,10 @@ pub fn add_rms_norm(
     Ok((own(normed), own(sum)))
 }
 
-/// Splits the fused projection `qkv` `[B, S, (H + 2K) D]` (queries, keys, values in this order) and rotates queries and keys
-/// by Hugging Face's convention (the two halves of a head pair up). `cos` and `sin` are `[S, D]` or `[B, S, D]`, their halves
-/// equal, FP32 (FP64 with FP64). Returns q `[B, H, S, D]`, k and v `[B, K, S, D]`, not necessarily contiguous.
+/// Splits the fused projection `qkv` `[B, S, (H + 2K) D]` (queries, keys, values in this order) and
+/// rotates queries and keys by Hugging Face's convention (the two halves of a head pair up). `cos`
+/// and `sin` are `[S, D]` or `[B, S, D]`, their halves equal, FP32 (FP64 with FP64). Returns q `[B,
+/// H, S, D]`, k and v `[B, K, S, D]`, not necessarily contiguous.
 ///
 /// # Errors
 /// When the shapes do not fit.
@@ -85,8 +89,8 @@ pub fn rope_qkv(
     Ok((q, k, v))
 }
 
-/// Causal attention within each document, scaled by `1 / sqrt(D)`: q `[B, H, S, D]`, k and v `[B, K, S, D]`, where H is a
-/// multiple of K. Returns `[B, S, H D]`.
+/// Causal attention within each document, scaled by `1 / sqrt(D)`: q `[B, H, S, D]`, k and v `[B,
+/// K, S, D]`, where H is a multiple of K. Returns `[B, S, H D]`.
 ///
 /// # Errors
 /// When the shapes do not fit, or the documents do not cover the rows.
@@ -94,7 +98,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents) -> R
     let (batch, _, sequence, _) = q.size4()?;
     documents.check(batch, sequence)?;
     let (lengths, counts) = documents.flat();
-    // SAFETY: the tensors and lists live through the call; `counts` sums up to the length of `lengths`.
+    // SAFETY: the tensors and lists live through the call; `counts` sums up to the length of
+    // `lengths`.
     made_one(|out| unsafe {
         let (lengths, rows) = (lengths.as_ptr(), counts.len());
         sys::phx_attention(raw(q), raw(k), raw(v), lengths, counts.as_ptr(), rows, out)
@@ -116,12 +121,14 @@ pub fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
     made_one(|out| unsafe { sys::phx_swiglu(raw(gate_up), out) })
 }
 
-/// `scale` times the sum of the cross-entropies of `softmax(x head^T)` at `targets` (`[B, S]`, int32 or int64, -100 for no
-/// target), for x `[B, S, E]` and a head `[V, E]`. Logits are made for `chunk_tokens` tokens at a time and never kept. The
-/// result is a scalar, FP32 (FP64 with FP64). `scale` is the reciprocal of the global number of targets.
+/// `scale` times the sum of the cross-entropies of `softmax(x head^T)` at `targets` (`[B, S]`,
+/// int32 or int64, -100 for no target), for x `[B, S, E]` and a head `[V, E]`. Logits are made for
+/// `chunk_tokens` tokens at a time and never kept. The result is a scalar, FP32 (FP64 with FP64).
+/// `scale` is the reciprocal of the global number of targets.
 ///
-/// With gradients on, the forward pass computes the gradients too and adds the head's to its accumulator; so backward must
-/// come with a gradient of exactly one for this loss (it may be added to others, but not multiplied), and is refused otherwise.
+/// With gradients on, the forward pass computes the gradients too and adds the head's to its
+/// accumulator; so backward must come with a gradient of exactly one for this loss (it may be added
+/// to others, but not multiplied), and is refused otherwise.
 ///
 /// # Errors
 /// When the shapes do not fit or `chunk_tokens` is not positive.

@@ -1,4 +1,5 @@
-//! The plain form of each fused operator: slow, obvious, differentiable by libtorch itself. Tests compare with it.
+//! The plain form of each fused operator: slow, obvious, differentiable by libtorch itself. Tests
+//! compare with it.
 
 use tch::{Kind, Tensor};
 
