@@ -1,7 +1,7 @@
 //! What depends on this machine: cores, GPUs, the trainer's binary, and libtorch.
 
 use crate::error::UserError;
-use rank_protocol::env;
+use rank_protocol::{env, libtorch};
 use run_config::{ClusterKind, DeviceKind, Loaded, RunConfig};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -108,6 +108,7 @@ pub fn library_path(device: DeviceKind) -> Result<Option<OsString>, UserError> {
                     Path::new(&given).display()
                 )));
             }
+            libtorch::check(Path::new(&given)).map_err(UserError::usage)?;
             vec![lib]
         }
         None if device != DeviceKind::Cpu && Path::new("/dev/nvidiactl").exists() => {
@@ -127,7 +128,8 @@ pub fn library_path(device: DeviceKind) -> Result<Option<OsString>, UserError> {
 /// torch's own libraries, and the NVIDIA packages beside it (NCCL is one), where it has CUDA.
 fn cuda_folders(torch: &Path) -> Vec<PathBuf> {
     let lib = torch.join("lib");
-    if !lib.join("libtorch_cuda.so").is_file() {
+    // One of another release would not even load; what the trainer was built with is used then.
+    if !lib.join("libtorch_cuda.so").is_file() || libtorch::check(torch).is_err() {
         return Vec::new();
     }
     let nvidia = torch.parent().map(|packages| packages.join("nvidia"));

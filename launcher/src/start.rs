@@ -205,7 +205,13 @@ fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
     if let Some(warning) = machine::warning(resolved) {
         eprintln!("warning: {warning}");
     }
-    let device = resolved.loaded.config.cluster.device;
+    let config = &resolved.loaded.config;
+    data_pipeline::preflight(config).map_err(|error| UserError {
+        code: crate::data::exit_code_of(&error),
+        message: error.to_string(),
+        hint: None,
+    })?;
+    let device = config.cluster.device;
     Ok(Prepared { trainer: machine::trainer()?, library_path: machine::library_path(device)? })
 }
 

@@ -1,3 +1,7 @@
-//! What end-to-end tests share: a sandbox in which real `phalanx` processes run.
+//! What end-to-end tests share: a sandbox in which real `phalanx` processes run, a text to learn
+//! from, and comparisons of what was learned.
 
+pub mod losses;
+pub mod random;
 pub mod sandbox;
+pub mod text;

@@ -1,6 +1,7 @@
 //! A folder of its own for each test, the processes started in it, and what they left behind.
 
-use rank_protocol::{RunDir, jsonl};
+use crate::text;
+use rank_protocol::{RunDir, StepReport, jsonl};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -24,24 +25,61 @@ pub struct Running {
 }
 
 impl Sandbox {
-    /// With the launcher and the trainer to use, and a config of two ranks and 20 steps.
+    /// With the launcher and the real trainer, which is built beside it.
     ///
     /// # Panics
-    /// Where the folder cannot be made.
+    /// Where there is none.
+    pub fn real(phalanx: &str) -> Self {
+        let trainer = Path::new(phalanx).with_file_name("phalanx-trainer");
+        let path = trainer.to_string_lossy();
+        assert!(
+            trainer.is_file(),
+            "there is no {path}: build it with `cargo build -p trainer --bins`, or run ops/test, \
+             which does"
+        );
+        Self::new(phalanx, &path)
+    }
+
+    /// With the launcher and the trainer to use, a tiny real data set, and a config of two ranks
+    /// and 20 steps.
+    ///
+    /// # Panics
+    /// Where the folder or the data cannot be made.
     pub fn new(phalanx: &str, trainer: &str) -> Self {
         let folder = tempfile::tempdir().unwrap_or_else(|error| panic!("{error}"));
         let config = "\
             name: test\n\
-            model: {dim: 64, layers: 2, heads: 4, kv_heads: 2, ffn_dim: 128, vocab_size: 256}\n\
-            data:\n  tokenizer: tokenizer.json\n  sequence_length: 32\n  sources:\n  \
+            model: {dim: 32, layers: 2, heads: 4, kv_heads: 2, ffn_dim: 64, vocab_size: 512}\n\
+            data:\n  tokenizer: tokenizer.json\n  sequence_length: 32\n  \
+            validation_fraction: 0.05\n  sources:\n  \
             - {name: text, path: shards/*.parquet}\n\
+            precision: {compute: fp32}\n\
             training: {steps: 20, global_batch: 8, micro_batch: 1}\n\
+            optimizer: {learning_rate: 3.0e-3}\n\
             checkpoint: {every_steps: 5, keep_last: 100}\n\
             schedule: {warmup_steps: 2}\n\
+            validation: {every_steps: 10, steps: 2}\n\
             cluster: {kind: local, ranks_per_node: 2, device: cpu}\n";
         let path = folder.path().join("config.yaml");
         std::fs::write(path, config).unwrap_or_else(|error| panic!("{error}"));
-        Self { folder, phalanx: phalanx.into(), trainer: trainer.into(), env: Vec::new() }
+        let sandbox =
+            Self { folder, phalanx: phalanx.into(), trainer: trainer.into(), env: Vec::new() };
+        sandbox.make_data(&text::documents(300));
+        sandbox
+    }
+
+    /// Makes `tokenizer.json` and `shards/` of a text, as users do.
+    ///
+    /// # Panics
+    /// Where that fails.
+    pub fn make_data(&self, text: &str) {
+        let write = std::fs::write(self.path().join("text.txt"), text);
+        write.unwrap_or_else(|error| panic!("{error}"));
+        let input = ["text.txt", "--split-on", "\\f"];
+        let train = ["--vocab-size", "512", "--out", "tokenizer.json"];
+        self.expect(0, &[&["data", "train-tokenizer"], &input[..], &train].concat());
+        let tokenize = ["--tokenizer", "tokenizer.json", "--out", "shards", "--threads", "1"];
+        self.expect(0, &[&["data", "tokenize"], &input[..], &tokenize].concat());
     }
 
     /// With an environment variable for every process.
@@ -58,7 +96,21 @@ impl Sandbox {
 
     /// The directory of the run named `test`.
     pub fn run_dir(&self) -> RunDir {
-        RunDir::new(self.path().join("runs/test"))
+        self.run_dir_of("test")
+    }
+
+    /// The directory of a run.
+    pub fn run_dir_of(&self, name: &str) -> RunDir {
+        RunDir::new(self.path().join("runs").join(name))
+    }
+
+    /// Trains to the end under another name, with these `--set`s.
+    pub fn train(&self, name: &str, sets: &[&str]) {
+        let name = format!("name={name}");
+        let sets = [&name].map(String::as_str).into_iter().chain(sets.iter().copied());
+        let sets = sets.flat_map(|set| ["--set", set]);
+        let args: Vec<&str> = ["run", "config.yaml"].into_iter().chain(sets).collect();
+        self.expect(0, &args);
     }
 
     /// Starts `phalanx` with these arguments.
@@ -66,7 +118,18 @@ impl Sandbox {
     /// # Panics
     /// Where it cannot be started.
     pub fn start(&self, args: &[&str]) -> Running {
-        let child = Command::new(&self.phalanx)
+        self.start_by(&[], args)
+    }
+
+    /// Starts `phalanx` through another program, as in `nsenter …`.
+    ///
+    /// # Panics
+    /// Where it cannot be started.
+    pub fn start_by(&self, before: &[&str], args: &[&str]) -> Running {
+        let phalanx = self.phalanx.to_string_lossy();
+        let words: Vec<&str> = before.iter().copied().chain([&*phalanx]).collect();
+        let child = Command::new(words[0])
+            .args(&words[1..])
             .args(args)
             .current_dir(self.path())
             .env("PHALANX_RUNS", self.path().join("runs"))
@@ -124,6 +187,23 @@ impl Sandbox {
     /// Waits until the run has done `step`, and returns its status.
     pub fn wait_for_step(&self, step: u64) -> Value {
         self.wait_for(|status| status["step"].as_u64() >= Some(step))
+    }
+
+    /// Waits until `metrics.jsonl` of the run holds `step`, which comes sooner than in the status.
+    ///
+    /// # Panics
+    /// Where it does not come to that in time.
+    pub fn wait_for_metrics(&self, step: u64, generation: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        let is_there = |report: &StepReport| report.step >= step && report.generation >= generation;
+        while Instant::now() < deadline {
+            let metrics = jsonl::read_metrics(&self.run_dir().metrics()).unwrap_or_default();
+            if metrics.last().is_some_and(is_there) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        panic!("step {step} of generation {generation} was not done");
     }
 
     /// Every living process that was started in this sandbox, and its command line.

@@ -2,7 +2,7 @@
 
 use crate::error::{Result, TrainError};
 use crate::rank::longest_sequence;
-use crate::setup::{read_config, trainee};
+use crate::setup::{check_libtorch, read_config, trainee};
 use checkpoint_format::scan;
 use data_pipeline::prepare::tokenizer::Tokenizer;
 use model::Sampling;
@@ -27,10 +27,10 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 128)]
     pub max_new_tokens: usize,
     /// Divides the logits; 0 always takes the likeliest token.
-    #[arg(long, default_value_t = 0.8)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Only the smallest set of likeliest tokens whose probability reaches this.
-    #[arg(long, default_value_t = 0.95)]
+    #[arg(long, default_value_t = 0.95, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Seed of the choices.
     #[arg(long, default_value_t = 0)]
@@ -42,6 +42,11 @@ pub struct GenerateArgs {
 /// # Errors
 /// Where run, checkpoint, tokenizer or sampling values cannot be used.
 pub fn run(args: &GenerateArgs) -> Result<()> {
+    check_libtorch()?;
+    if args.prompt.is_empty() {
+        let message = "--prompt is empty; hint: give at least one character to continue from";
+        return Err(TrainError::Config(message.into()));
+    }
     let run_dir = RunDir::new(find(&args.run)?);
     let config = read_config(&run_dir.config())?;
     let unusable = |error: checkpoint_format::FormatError| TrainError::Config(error.to_string());

@@ -1,7 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::error::{Result, TrainError};
-use crate::setup::{connect, initialize, read_config, trainee};
+use crate::setup::{check_libtorch, connect, initialize, read_config, trainee};
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use optim::AdamW;
@@ -57,6 +57,7 @@ struct Place {
 
 fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     client.phase(Phase::Init)?;
+    check_libtorch()?;
     let mut rank = set_up(client, place)?;
     place.phase = Phase::Train;
     let outcome = train(&mut rank);

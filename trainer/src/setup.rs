@@ -9,6 +9,7 @@ use checkpoint_format::{Checkpoint, WeightSource, scan};
 use collectives::{Communicator, GroupOptions};
 use model::{Dense, Llama, Stage, allocate, llama};
 use rank_protocol::client::RankClient;
+use rank_protocol::libtorch;
 use run_config::{DeviceKind, InitFrom, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +34,27 @@ pub struct Trainee {
 pub fn read_config(path: &Path) -> Result<RunConfig> {
     let loaded = RunConfig::load(path, &[]).map_err(|e| TrainError::Config(e.to_string()))?;
     Ok(loaded.config)
+}
+
+/// Refuses to run with a libtorch of another release: the one that the dynamic linker chose, which
+/// need not be the one of the build.
+///
+/// # Errors
+/// [`TrainError::Config`] with both versions.
+pub fn check_libtorch() -> Result<()> {
+    // Where the system does not say what is loaded, there is nothing to compare.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    match libtorch_prefix(&maps) {
+        Some(prefix) => libtorch::check(prefix).map_err(TrainError::Config),
+        None => Ok(()),
+    }
+}
+
+/// The folder that holds `lib/libtorch_cpu.so`, of a list of mapped files.
+fn libtorch_prefix(maps: &str) -> Option<&Path> {
+    let is_libtorch = |path: &&Path| path.file_name().is_some_and(|n| n == "libtorch_cpu.so");
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    paths.find(is_libtorch)?.parent()?.parent()
 }
 
 /// The device of this rank.
@@ -109,4 +131,23 @@ pub fn connect(client: &RankClient) -> Result<Arc<dyn Communicator>> {
         }
     });
     Ok(group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loaded_libtorch_is_found_and_checked() {
+        let maps = "7f0-7f1 r-xp 00000000 08:01 12  /usr/lib/libc.so.6\n\
+                    7f2-7f3 r-xp 00000000 08:01 13  /opt/other torch/lib/libtorch_cpu.so\n";
+        assert_eq!(libtorch_prefix(maps), Some(Path::new("/opt/other torch")));
+        assert_eq!(libtorch_prefix("7f0-7f1 rw-p 00000000 00:00 0  [heap]\n"), None);
+        torch_shim::tch::manual_seed(0);
+        let own = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let prefix = libtorch_prefix(&own).unwrap();
+        let version = libtorch::version_in(prefix).unwrap();
+        assert!(version.starts_with(libtorch::RELEASE), "{version}");
+        check_libtorch().unwrap();
+    }
 }

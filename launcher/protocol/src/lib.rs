@@ -14,6 +14,7 @@ pub mod env;
 pub mod exit_code;
 pub mod frame;
 pub mod jsonl;
+pub mod libtorch;
 pub mod message;
 pub mod run_dir;
 pub mod store;

@@ -1,7 +1,10 @@
 //! Why a rank failed, which failure of several came first, and when two are the same.
 
-use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
+use rank_protocol::{FailureClass, FailureReport, Phase, env, exit_code, libtorch};
 use serde::{Deserialize, Serialize};
+
+/// With this the dynamic linker ends a process whose libraries are absent or do not fit.
+const LOADER_FAILED: i32 = 127;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,7 +157,7 @@ fn without_numbers(line: &str) -> String {
 
 fn class_of(exit: Exit) -> FailureClass {
     match exit.code {
-        Some(exit_code::CONFIG) => FailureClass::Config,
+        Some(exit_code::CONFIG | LOADER_FAILED) => FailureClass::Config,
         Some(exit_code::NODE_UNHEALTHY) => FailureClass::Node,
         _ => FailureClass::Process,
     }
@@ -163,6 +166,16 @@ fn class_of(exit: Exit) -> FailureClass {
 fn inferred_lines(exit: Exit, last_lines: Vec<String>) -> Vec<String> {
     let what = match (exit.code, exit.signal) {
         (Some(exit_code::DONE), _) => "exited with 0 before the last step was done".to_owned(),
+        (Some(LOADER_FAILED), _) => {
+            let why = last_lines.last().map_or("no reason given", String::as_str);
+            format!(
+                "the trainer could not be loaded: {why}; hint: it needs libtorch {}: look at {} \
+                 and {}, or run ops/setup and build again",
+                libtorch::RELEASE,
+                env::LIBTORCH,
+                env::LIBRARY_PATH
+            )
+        }
         (_, Some(9)) => "killed by SIGKILL (by hand, or for want of memory)".to_owned(),
         _ => exit.describe(),
     };
