@@ -60,6 +60,17 @@ pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Rest
     Ok(Restored { found: None, damaged })
 }
 
+/// Removes what saves of this generation and older ones left unfinished; their ranks are gone. The
+/// next save would too, but there may be none.
+pub fn remove_unfinished(dir: &Path, generation: u64) {
+    if !dir.is_dir() {
+        return;
+    }
+    if let Err(error) = checkpoint_format::retention::remove_temporaries(dir, generation) {
+        tracing::warn!("unfinished checkpoints stay behind: {error}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

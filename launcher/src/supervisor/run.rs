@@ -323,7 +323,9 @@ impl Executor {
         self.is_first_search = false;
         let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
         let searches = self.searches.clone();
+        let generation = self.state.generation();
         tokio::task::spawn_blocking(move || {
+            restore::remove_unfinished(&dir, generation);
             let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
         });
     }
