@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod error;
+pub mod init_from;
 pub mod logs;
 pub mod machine;
 pub mod runs;

@@ -8,6 +8,7 @@ use crate::supervisor::restore::{Branch, is_current};
 use crate::supervisor::run::{Plan, supervise};
 use crate::view::View;
 use checkpoint_format::scan::scan;
+use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
 use run_config::RunConfig;
 use serde_json::{Value, json};
@@ -68,6 +69,7 @@ pub fn run(args: RunArgs) -> Result<i32, UserError> {
     let resolved = machine::resolve(&args.config, &args.options.set, false)?;
     let prepared = prepare(&resolved)?;
     let config = &resolved.loaded.config;
+    crate::init_from::check(&config.model, &runs::runs_dir())?;
     let run = runs::create(&config.name)?;
     let lock = RunLock::take(&run)?;
     write_config(&run, config).inspect_err(|_| {
@@ -132,7 +134,20 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
         write_config(&run, config)?;
         begun.push(("config_changed", json!({ "changes": changes })));
     }
-    go(lock, run, resolved, prepared, history, start, &args.options, begun)
+    let generation = history.last_generation;
+    let code = go(lock, run.clone(), resolved, prepared, history, start, &args.options, begun)?;
+    if code == exit_code::CONFIG && !changes.is_empty() && !has_stepped_since(&run, generation) {
+        // What was refused must not stand in the way of the next resume.
+        write_config(&run, &before)?;
+        eprintln!("run {}: its config is as it was before this resume", before.name);
+    }
+    Ok(code)
+}
+
+/// Whether the run has done a step after this generation.
+fn has_stepped_since(run: &RunDir, generation: u64) -> bool {
+    let metrics = read_metrics(&run.metrics()).unwrap_or_default();
+    metrics.last().is_some_and(|report| report.generation > generation)
 }
 
 /// Where a resumed run continues.

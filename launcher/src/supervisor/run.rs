@@ -64,6 +64,8 @@ struct Executor {
     has_stepped: bool,
     is_first_search: bool,
     finish: Option<(i32, String)>,
+    /// The first cause that was printed last.
+    told_cause: String,
 }
 
 /// Runs the run to its end; returns the exit code. `begun` is written to `events.jsonl` first, as
@@ -122,6 +124,7 @@ impl Executor {
             has_stepped: false,
             is_first_search: true,
             finish: None,
+            told_cause: String::new(),
         }
     }
 
@@ -297,7 +300,8 @@ impl Executor {
             }
             Action::RecordFailure(cause) => self.recorder.failure(&cause),
             Action::RecordFirstCause(cause) => {
-                tracing::error!("first cause: {}", cause.summary());
+                self.told_cause = cause.summary();
+                tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
             }
             Action::RecordStop { by } => {
@@ -446,7 +450,11 @@ impl Executor {
         self.update_status();
         match code {
             exit_code::DONE | exit_code::PREEMPTED => tracing::info!("{state}: {reason}"),
-            _ => tracing::error!("{state}: {reason}"),
+            _ => {
+                // The cause has just been said; what follows from it has not.
+                let rest = reason.strip_prefix(&self.told_cause).unwrap_or(&reason);
+                tracing::error!("{state}: {}", rest.trim_start_matches("; "));
+            }
         }
         code
     }
