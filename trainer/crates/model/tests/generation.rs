@@ -21,7 +21,7 @@ fn sampling(temperature: f64, use_cache: bool) -> Sampling {
 }
 
 fn sample(config: &ModelConfig, prompt: &[i32], sampling: &Sampling) -> Vec<i32> {
-    let (model, set) = small_model(config, ComputeDtype::Fp64);
+    let (model, _set) = small_model(config, ComputeDtype::Fp64);
     let mut seen = Vec::new();
     let tokens = generate(&model, prompt, sampling, Device::Cpu, |token| seen.push(token)).unwrap();
     assert_eq!(tokens, seen);
@@ -45,7 +45,7 @@ fn the_cache_changes_nothing() {
 
 #[test]
 fn logits_with_a_cache_filled_in_pieces_equal_those_of_the_whole() {
-    let (model, set) = small_model(&small_config(), ComputeDtype::Fp64);
+    let (model, _set) = small_model(&small_config(), ComputeDtype::Fp64);
     let tokens: Vec<i32> = (0..20).map(|i| (i * 17 + 3) % 61).collect();
     let inputs = Inputs::consecutive(&tokens, 1, 0, Device::Cpu).unwrap();
     let whole = model.forward_logits(&inputs, None).unwrap();
@@ -93,7 +93,7 @@ fn it_stops_at_a_stop_token_and_where_positions_end() {
 
 #[test]
 fn out_of_range_inputs_are_errors() {
-    let (model, set) = small_model(&small_config(), ComputeDtype::Fp32);
+    let (model, _set) = small_model(&small_config(), ComputeDtype::Fp32);
     let run = |tokens: &[i32], first| {
         let inputs = Inputs::consecutive(tokens, 1, first, Device::Cpu)?;
         model.forward_logits(&inputs, None)

@@ -122,7 +122,7 @@ fn padding_stays_zero() {
     let optimizer = run(&set, 0.5);
     let held: f64 = set.iter().map(|p| p.master.abs().sum(Kind::Double).double_value(&[])).sum();
     for (buffer, expected) in [(set.flat_master(), Some(held)), (optimizer.flat_v(), None)] {
-        let mut outside = buffer.copy();
+        let outside = buffer.copy();
         for parameter in set.iter() {
             let mut inside = outside.narrow(0, parameter.range.start, parameter.num_elements());
             let _ = inside.zero_();
