@@ -107,7 +107,7 @@ fn seconds_since_start() -> f64 {
     let ticks = after_name.split_whitespace().nth(19).and_then(|text| text.parse::<f64>().ok());
     let uptime = read("/proc/uptime");
     let uptime = uptime.split_whitespace().next().and_then(|text| text.parse::<f64>().ok());
-    let launched = std::env::var("PEER_T0").ok().and_then(|text| text.parse::<f64>().ok());
+    let launched = std::env::var("BENCH_T0").ok().and_then(|text| text.parse::<f64>().ok());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map(|now| now.as_secs_f64());
     match (launched, now, ticks, uptime) {
         (Some(launched), Ok(now), ..) => now - launched,

@@ -97,7 +97,7 @@ fn packed_documents_equal_the_documents_apart() {
 
 #[test]
 fn a_document_sees_nothing_of_its_neighbours() {
-    let (model, set) = small_model(&small_config(), ComputeDtype::Fp32);
+    let (model, _set) = small_model(&small_config(), ComputeDtype::Fp32);
     let all = packed();
     let logits = |tokens: &[i32], masked: bool| {
         let ids = masked.then_some(all.document_ids.as_slice());
