@@ -1,6 +1,7 @@
 //! `phalanx cancel`: asks a run's launcher to stop, and waits until it has.
 
 use crate::error::UserError;
+use crate::print::out;
 use crate::runs::{self, holder, name_of};
 use rank_protocol::{RunDir, exit_code};
 use rustix::process::{Pid, Signal, kill_process};
@@ -24,7 +25,7 @@ pub fn run(args: CancelArgs) -> Result<i32, UserError> {
     let run = runs::find(&args.run)?;
     let name = name_of(&run);
     let Some(pid) = holder(&run) else {
-        println!("run {name} is not running");
+        out!("run {name} is not running");
         return Ok(exit_code::DONE);
     };
     let signal = if args.now { Signal::QUIT } else { Signal::TERM };
@@ -33,11 +34,11 @@ pub fn run(args: CancelArgs) -> Result<i32, UserError> {
     kill_process(process, signal)
         .map_err(|error| UserError::failed(format!("cannot signal process {pid}: {error}")))?;
     if !args.now {
-        println!("run {name}: finishing the step and saving");
+        out!("run {name}: finishing the step and saving");
     }
     wait(&run)?;
     let status = crate::status::read(&run)?;
-    println!("run {name}: {}", status.reason.unwrap_or(status.state));
+    out!("run {name}: {}", status.reason.unwrap_or(status.state));
     Ok(exit_code::DONE)
 }
 

@@ -1,6 +1,7 @@
 //! `phalanx checkpoint`: list, verify, compare, export and import, without torch.
 
 use crate::error::UserError;
+use crate::print::out;
 use crate::runs;
 use crate::supervisor::restore::is_current;
 use checkpoint_format::diff::diff;
@@ -143,11 +144,11 @@ fn list(run: &str, is_json: bool) -> Outcome {
         });
         let mut all: Vec<Value> = good.chain(bad).collect();
         all.sort_by_key(|entry| entry["step"].as_u64());
-        println!("{}", json!({ "run": run.root(), "checkpoints": all }));
+        out!("{}", json!({ "run": run.root(), "checkpoints": all }));
         return Ok(exit_code::DONE);
     }
     if committed.is_empty() && damaged.is_empty() {
-        println!("no checkpoints in {}", run.root().display());
+        out!("no checkpoints in {}", run.root().display());
     }
     let mut lines: Vec<(u64, String)> = Vec::new();
     for Found { step, generation, bytes, path } in &committed {
@@ -159,7 +160,7 @@ fn list(run: &str, is_json: bool) -> Outcome {
     }
     lines.sort();
     for (step, line) in lines {
-        println!("step {step:<8} {line}");
+        out!("step {step:<8} {line}");
     }
     Ok(exit_code::DONE)
 }
@@ -189,23 +190,20 @@ fn verify(target: &str, is_json: bool) -> Outcome {
                     "tensors": verified.tensors, "bytes": verified.bytes }));
                 if !is_json {
                     let (tensors, files) = (verified.tensors, verified.files);
-                    println!(
-                        "good     {} ({tensors} tensors, {files} files, {size})",
-                        path.display()
-                    );
+                    out!("good     {} ({tensors} tensors, {files} files, {size})", path.display());
                 }
             }
             Err(error) => {
                 code = exit_code::FAILED;
                 results.push(json!({ "path": path, "good": false, "reason": error.to_string() }));
                 if !is_json {
-                    println!("DAMAGED  {error}");
+                    out!("DAMAGED  {error}");
                 }
             }
         }
     }
     if is_json {
-        println!("{}", json!({ "checkpoints": results }));
+        out!("{}", json!({ "checkpoints": results }));
     }
     Ok(code)
 }
@@ -217,27 +215,23 @@ fn compare(a: &str, b: &str, is_json: bool) -> Outcome {
     if is_json {
         let report =
             json!({ "equal": found.is_equal(), "a": a.path(), "b": b.path(), "diff": found });
-        println!("{report}");
+        out!("{report}");
         return Ok(code);
     }
     if found.is_equal() {
-        println!("equal: {} tensors, {} elements, bit for bit", found.compared, found.elements);
+        out!("equal: {} tensors, {} elements, bit for bit", found.compared, found.elements);
         return Ok(code);
     }
-    println!("{} and {} differ", a.path().display(), b.path().display());
+    out!("{} and {} differ", a.path().display(), b.path().display());
     if let Some(first) = found.different.first() {
-        println!("first: {}: {}", first.name, first.what);
+        out!("first: {}: {}", first.name, first.what);
         let max = found.different.iter().map(|tensor| tensor.max_abs_difference);
         let max = max.fold(0.0, f64::max);
-        println!(
-            "{} of {} tensors differ, by at most {max:e}",
-            found.different.len(),
-            found.compared
-        );
+        out!("{} of {} tensors differ, by at most {max:e}", found.different.len(), found.compared);
     }
     for (names, path) in [(&found.only_in_a, a.path()), (&found.only_in_b, b.path())] {
         if let Some(name) = names.first() {
-            println!("{} tensors are only in {}, the first {name}", names.len(), path.display());
+            out!("{} tensors are only in {}, the first {name}", names.len(), path.display());
         }
     }
     Ok(code)
@@ -282,7 +276,7 @@ fn export(
         tokenizer: tokenizer.or_else(|| tokenizer_of(run.as_ref(), config.as_ref())),
     };
     let exported = export_hf(&source, out, &options).map_err(failed)?;
-    println!(
+    out!(
         "wrote {} tensors, {} in {} files, to {}",
         exported.tensors,
         human_bytes(exported.bytes),
@@ -327,13 +321,8 @@ fn import_to(format: ImportFormat, dir: &Path, out: &Path) -> Outcome {
             })?;
         }
     }
-    println!(
-        "wrote {} tensors, {} to {}",
-        source.names().len(),
-        human_bytes(bytes),
-        path.display()
-    );
-    println!("train from it with model.init_from: run:{}", out.display());
+    out!("wrote {} tensors, {} to {}", source.names().len(), human_bytes(bytes), path.display());
+    out!("train from it with model.init_from: run:{}", out.display());
     Ok(exit_code::DONE)
 }
 

@@ -1,5 +1,6 @@
 //! `phalanx data`: text to shards, and a look at them.
 
+use crate::print::out;
 use clap::{Args, Subcommand};
 use data_pipeline::prepare::inspect::{self, ShardReport};
 use data_pipeline::prepare::{self, DocumentOptions, TokenizeOptions, Tokenizer, TrainOptions};
@@ -231,19 +232,19 @@ fn show(args: InspectArgs) -> Result<i32> {
     }
     let documents_total: u64 = shards.iter().map(|shard| shard.documents).sum();
     let tokens: u64 = shards.iter().map(|shard| shard.tokens).sum();
-    println!("{} shards, {documents_total} documents, {tokens} tokens", shards.len());
+    out!("{} shards, {documents_total} documents, {tokens} tokens", shards.len());
     for view in documents {
-        println!("\nrow {} of {}: {} tokens", view.row, view.path.display(), view.tokens);
+        out!("\nrow {} of {}: {} tokens", view.row, view.path.display(), view.tokens);
         match view.text {
-            Some(text) => println!("{text}"),
-            None => println!("{:?}", view.ids),
+            Some(text) => out!("{text}"),
+            None => out!("{:?}", view.ids),
         }
     }
     Ok(exit_code::DONE)
 }
 
 fn print_shard(shard: &ShardReport) {
-    println!(
+    out!(
         "{}: {} documents (longest {} tokens), {} tokens in {} row groups, {:.2} bits a token",
         shard.path.display(),
         shard.documents,
@@ -253,7 +254,7 @@ fn print_shard(shard: &ShardReport) {
         shard.bits_per_token
     );
     let unknown = || "unknown".to_string();
-    println!(
+    out!(
         "  writer {}, vocabulary {}, largest id {}, tokenizer sha256 {}",
         shard.writer.clone().unwrap_or_else(unknown),
         shard.vocab_size.map_or_else(unknown, |size| size.to_string()),
@@ -280,11 +281,11 @@ fn verify(args: VerifyArgs) -> Result<i32> {
     } else {
         for shard in &verified {
             match &shard.outcome {
-                Ok(report) => println!("ok  {}: {} tokens", shard.path.display(), report.tokens),
-                Err(error) => println!("BAD {}: {error}", shard.path.display()),
+                Ok(report) => out!("ok  {}: {} tokens", shard.path.display(), report.tokens),
+                Err(error) => out!("BAD {}: {error}", shard.path.display()),
             }
         }
-        println!("{} shards, {bad} bad", verified.len());
+        out!("{} shards, {bad} bad", verified.len());
     }
     Ok(if bad == 0 { exit_code::DONE } else { exit_code::FAILED })
 }
@@ -296,7 +297,7 @@ fn load_tokenizer(path: Option<&Path>) -> Result<Option<Tokenizer>> {
 fn print_json(value: &impl Serialize) -> Result<i32> {
     let json = serde_json::to_string(value)
         .map_err(|error| DataError::Stopped { detail: error.to_string() })?;
-    println!("{json}");
+    out!("{json}");
     Ok(exit_code::DONE)
 }
 

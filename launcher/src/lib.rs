@@ -14,6 +14,7 @@ pub mod error;
 pub mod init_from;
 pub mod logs;
 pub mod machine;
+mod print;
 pub mod runs;
 pub mod start;
 pub mod status;

@@ -1,6 +1,7 @@
 //! `phalanx status`: what a run does, from the files it keeps and its lock.
 
 use crate::error::UserError;
+use crate::print::out;
 use crate::runs::{self, holder, name_of};
 use crate::supervisor::record::Status;
 use crate::view::thousands;
@@ -22,23 +23,23 @@ pub fn run(args: StatusArgs) -> Result<i32, UserError> {
     if let Some(run) = &args.run {
         let status = read(&runs::find(run)?)?;
         match args.json {
-            true => println!("{}", to_json(&status)?),
-            false => print!("{}", describe(&status)),
+            true => out!("{}", to_json(&status)?),
+            false => out!("{}", describe(&status).trim_end()),
         }
         return Ok(exit_code::DONE);
     }
     let all: Vec<Status> = runs::list().iter().filter_map(|run| read(run).ok()).collect();
     if args.json {
-        println!("{}", to_json(&all)?);
+        out!("{}", to_json(&all)?);
     } else if all.is_empty() {
-        println!("no runs in {}", runs::runs_dir().display());
+        out!("no runs in {}", runs::runs_dir().display());
     } else {
-        println!("{:<28} {:<12} {:>16} {:>10} {:>9}", "run", "state", "step", "loss", "restarts");
+        out!("{:<28} {:<12} {:>16} {:>10} {:>9}", "run", "state", "step", "loss", "restarts");
         for status in &all {
             let steps = format!("{}/{}", status.step, status.steps);
             let loss = status.loss.map_or("-".into(), |loss| format!("{loss:.4}"));
             let Status { name, state, restarts, .. } = status;
-            println!("{name:<28} {state:<12} {steps:>16} {loss:>10} {restarts:>9}");
+            out!("{name:<28} {state:<12} {steps:>16} {loss:>10} {restarts:>9}");
         }
     }
     Ok(exit_code::DONE)

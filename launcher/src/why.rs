@@ -1,6 +1,7 @@
 //! `phalanx why`: the first cause of a run's last failure.
 
 use crate::error::UserError;
+use crate::print::out;
 use crate::runs;
 use rank_protocol::{exit_code, jsonl};
 use serde_json::Value;
@@ -24,11 +25,11 @@ pub fn run(args: WhyArgs) -> Result<i32, UserError> {
     let end = events.iter().rev().find(|event| event.get("exit_code").is_some());
     let Some(cause) = cause else {
         match args.json {
-            true => println!("null"),
-            false => println!("run {}: no rank has failed", runs::name_of(&run)),
+            true => out!("null"),
+            false => out!("run {}: no rank has failed", runs::name_of(&run)),
         }
         if let (Some(reason), false) = (end.and_then(|end| end["reason"].as_str()), args.json) {
-            println!("{reason}");
+            out!("{reason}");
         }
         return Ok(exit_code::DONE);
     };
@@ -37,16 +38,16 @@ pub fn run(args: WhyArgs) -> Result<i32, UserError> {
         std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let detail = file.unwrap_or_else(|| cause.clone());
     if args.json {
-        println!("{detail:#}");
+        out!("{detail:#}");
         return Ok(exit_code::DONE);
     }
-    println!("{}", describe(cause, &detail));
-    println!("details: {}", path.display());
+    out!("{}", describe(cause, &detail));
+    out!("details: {}", path.display());
     if let Some(log) = detail["log"].as_str() {
-        println!("log: {}", run.root().join(log).display());
+        out!("log: {}", run.root().join(log).display());
     }
     if let Some(reason) = end.and_then(|end| end["reason"].as_str()) {
-        println!("the run then ended: {reason}");
+        out!("the run then ended: {reason}");
     }
     Ok(exit_code::DONE)
 }

@@ -10,6 +10,7 @@ use rank_protocol::client::ClientError;
 use rank_protocol::exit_code;
 use rank_protocol::jsonl::JsonlError;
 use rank_protocol::message::FailureClass;
+use std::ops::RangeInclusive;
 use torch_shim::ShimError;
 use torch_shim::tch::TchError;
 
@@ -58,8 +59,10 @@ pub enum TrainError {
     #[error(
         "loss or gradient not finite for {in_a_row} steps in a row (limit \
          training.max_skipped_steps = {limit}); step {step} had loss {loss}, gradient norm \
-         {grad_norm}; this rank's samples of it: {sample_ids:?}; hint: lower \
-         optimizer.learning_rate, or look at these samples"
+         {grad_norm}; its batch: samples {first} to {last} of the data order; hint: lower \
+         optimizer.learning_rate, or look at these samples",
+        first = samples.start(),
+        last = samples.end()
     )]
     NotFinite {
         /// The step.
@@ -72,8 +75,8 @@ pub enum TrainError {
         loss: f64,
         /// The last gradient norm.
         grad_norm: f64,
-        /// Sample ids of this rank's part of the last batch.
-        sample_ids: Vec<u64>,
+        /// Ids of all samples of the last batch.
+        samples: RangeInclusive<u64>,
     },
     /// A panic, caught.
     #[error("internal error: {0}")]

@@ -59,9 +59,11 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     client.phase(Phase::Init)?;
     check_libtorch()?;
     let mut rank = set_up(client, place)?;
-    place.phase = Phase::Train;
     let outcome = train(&mut rank);
-    place.step = Some(rank.step + u64::from(outcome.is_err()));
+    (place.phase, place.step) = (rank.phase, Some(rank.current_step()));
+    if let Err(TrainError::NotFinite { step, .. }) = &outcome {
+        place.step = Some(*step);
+    }
     let outcome = outcome?;
     // Nobody leaves while another may still be reading from it.
     rank.comm.barrier()?.wait()?;
@@ -106,6 +108,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
         optimizer,
         data_parallel,
         loader,
+        phase: Phase::Init,
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,

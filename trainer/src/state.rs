@@ -8,6 +8,7 @@ use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
 use optim::AdamW;
 use parallel::DataParallel;
 use rank_protocol::client::RankClient;
+use rank_protocol::message::Phase;
 use rank_protocol::run_dir::RunDir;
 use run_config::RunConfig;
 use serde_json::json;
@@ -34,6 +35,8 @@ pub struct Rank {
     pub data_parallel: DataParallel,
     /// The data.
     pub loader: Loader,
+    /// What it does now.
+    pub phase: Phase,
     /// Steps done.
     pub step: u64,
     /// Steps skipped so far.
@@ -85,6 +88,20 @@ pub fn verify_cursor(state: &TrainState, loader: &Loader) -> Result<()> {
 }
 
 impl Rank {
+    /// Begins a phase, and tells the agent.
+    ///
+    /// # Errors
+    /// Where the agent is gone.
+    pub fn enter(&mut self, phase: Phase) -> Result<()> {
+        self.phase = phase;
+        Ok(self.client.phase(phase)?)
+    }
+
+    /// The step that it is at: the one in work while it trains, else the one just done.
+    pub fn current_step(&self) -> u64 {
+        self.step + u64::from(self.phase == Phase::Train)
+    }
+
     /// Writes the checkpoint of the step just done, together with all ranks.
     ///
     /// # Errors

@@ -2,11 +2,13 @@
 
 use crate::error::{Result, TrainError};
 use crate::metrics::Metrics;
+use crate::rank::longest_sequence;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
 use crate::validation::validate;
 use rank_protocol::message::{Phase, StepReport};
 use run_config::batch_plan::step_batch;
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
 /// How a rank's training ended well.
@@ -29,7 +31,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         _ => None,
     };
     while rank.step < last {
-        rank.client.phase(Phase::Train)?;
+        rank.enter(Phase::Train)?;
         let started = Instant::now();
         let result = train_step(rank)?;
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
@@ -49,7 +51,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             return Ok(Outcome::Preempted);
         }
     }
-    rank.client.phase(Phase::Exit)?;
+    rank.enter(Phase::Exit)?;
     Ok(Outcome::Finished)
 }
 
@@ -57,13 +59,13 @@ fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-fn validated(rank: &Rank) -> Result<Option<f64>> {
+fn validated(rank: &mut Rank) -> Result<Option<f64>> {
     let validation = &rank.config.validation;
     let held_out = rank.config.data.validation_fraction > 0.0;
     if validation.every_steps == 0 || validation.steps == 0 || !held_out {
         return Ok(None);
     }
-    rank.client.phase(Phase::Validate)?;
+    rank.enter(Phase::Validate)?;
     validate(rank).map(Some)
 }
 
@@ -89,16 +91,19 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
         rank.skipped_in_a_row = 0;
         return Ok(());
     }
+    let samples = batch_samples(rank);
     rank.skipped_steps += 1;
     rank.skipped_in_a_row += 1;
-    tracing::warn!(
-        step = rank.step,
-        loss = result.loss,
-        grad_norm = result.grad_norm,
-        samples = ?result.sample_ids,
-        "step {} skipped: loss or gradient is not finite",
-        rank.step
-    );
+    if rank.comm.rank() == 0 {
+        tracing::warn!(
+            step = rank.step,
+            loss = result.loss,
+            grad_norm = result.grad_norm,
+            ?samples,
+            "step {} skipped: loss or gradient is not finite",
+            rank.step
+        );
+    }
     let (in_a_row, limit) = (rank.skipped_in_a_row, rank.config.training.max_skipped_steps);
     if in_a_row < limit {
         return Ok(());
@@ -109,12 +114,19 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
         limit,
         loss: result.loss,
         grad_norm: result.grad_norm,
-        sample_ids: result.sample_ids.clone(),
+        samples,
     })
 }
 
-fn save(rank: &Rank, learning_rate: f64) -> Result<()> {
-    rank.client.phase(Phase::Save)?;
+/// Ids of the samples of which the step just done read at least a part, over all ranks.
+fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
+    let batch = step_batch(&rank.config.training.batch_stages, rank.step);
+    let sample_len = longest_sequence(&rank.config).max(1) as u64;
+    batch.first_token / sample_len..=(batch.end_token() - 1) / sample_len
+}
+
+fn save(rank: &mut Rank, learning_rate: f64) -> Result<()> {
+    rank.enter(Phase::Save)?;
     let saved = rank.save(learning_rate)?;
     if rank.comm.rank() == 0 {
         rank.client.checkpoint_committed(rank.step)?;

@@ -8,7 +8,7 @@ use model::{Inputs, targets};
 use optim::{clip_coefficient, gradient_norm, learning_rate};
 use parallel::all_reduce_scalars;
 
-/// What came of a step; the same on every rank but for the waiting and the samples.
+/// What came of a step; the same on every rank but for the waiting.
 pub struct StepResult {
     /// Mean loss per target token over all ranks.
     pub loss: f64,
@@ -22,8 +22,6 @@ pub struct StepResult {
     pub skipped: bool,
     /// Whether some rank was told to stop.
     pub stop: bool,
-    /// Samples that this rank read.
-    pub sample_ids: Vec<u64>,
 }
 
 /// Does step `rank.step + 1`.
@@ -65,7 +63,6 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
         data_wait_s: batches.iter().map(|batch| batch.wait_s).sum(),
         skipped,
         stop: sums[1] > 0.0,
-        sample_ids: batches.into_iter().flat_map(|batch| batch.sample_ids).collect(),
     })
 }
 

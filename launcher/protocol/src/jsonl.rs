@@ -59,9 +59,11 @@ impl Appender {
             source,
         })?;
         line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .map_err(|source| JsonlError::Io { path: self.path.clone(), source })
+        self.file.write_all(&line).map_err(|source| {
+            // A disk that is full takes a part of a line: the next must not be added to it.
+            let _ = cut_torn_tail(&self.file);
+            JsonlError::Io { path: self.path.clone(), source }
+        })
     }
 }
 

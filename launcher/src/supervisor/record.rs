@@ -79,6 +79,7 @@ pub struct Recorder {
     /// The status as it will next be written.
     pub status: Status,
     written: Option<Instant>,
+    has_told_error: bool,
     mean_step_s: Option<f64>,
 }
 
@@ -108,7 +109,14 @@ impl Recorder {
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
         }
-        Self { run, events: events.ok(), status, written: None, mean_step_s: None }
+        Self {
+            run,
+            events: events.ok(),
+            status,
+            written: None,
+            has_told_error: false,
+            mean_step_s: None,
+        }
     }
 
     /// Writes an event; `fields` is an object.
@@ -208,9 +216,13 @@ impl Recorder {
         let written = serde_json::to_vec_pretty(&self.status)
             .map_err(std::io::Error::from)
             .and_then(|bytes| write_whole(&path, &bytes));
-        if let Err(error) = written {
+        if let Err(error) = &written
+            && !self.has_told_error
+        {
+            // The status is written again and again; the reason stays the same.
             tracing::warn!("cannot write {}: {error}", path.display());
         }
+        self.has_told_error = written.is_err();
         self.written = Some(Instant::now());
     }
 }

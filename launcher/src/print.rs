@@ -1,0 +1,23 @@
+//! Standard output that may go away, as in `phalanx status | head -1`.
+
+use rank_protocol::exit_code;
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write};
+
+/// Prints a line, as `println!` does, which panics where nobody listens any more.
+macro_rules! out {
+    ($($arg:tt)*) => { $crate::print::line(format_args!($($arg)*)) };
+}
+pub(crate) use out;
+
+/// Prints a line. Where nobody listens any more, what is left to say is of no use: the process ends.
+pub fn line(text: Arguments<'_>) {
+    let mut stdout = std::io::stdout().lock();
+    if let Err(error) = writeln!(stdout, "{text}") {
+        if error.kind() == ErrorKind::BrokenPipe {
+            std::process::exit(exit_code::DONE);
+        }
+        let _ = writeln!(std::io::stderr(), "error: cannot write to standard output: {error}");
+        std::process::exit(exit_code::FAILED);
+    }
+}
