@@ -1,6 +1,7 @@
 //! What can end a rank, and how the launcher should take it.
 
 use checkpoint::CheckpointError;
+use checkpoint_format::FormatError;
 use collectives::CommError;
 use data_pipeline::DataError;
 use model::ModelError;
@@ -101,6 +102,10 @@ impl TrainError {
             TrainError::Checkpoint(
                 CheckpointError::OtherModel { .. } | CheckpointError::NoOptimizerState { .. },
             ) => FailureClass::Config,
+            // Another rank failed, and says why.
+            TrainError::Checkpoint(CheckpointError::Format(FormatError::NotCommitted {
+                ..
+            })) => FailureClass::Transient,
             TrainError::Data(_)
             | TrainError::Checkpoint(_)
             | TrainError::Metrics(_)
