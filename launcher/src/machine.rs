@@ -54,8 +54,13 @@ pub fn resolve(path: &Path, set: &[String], is_new_split: bool) -> Result<Resolv
     };
     let cores = num_cores();
     let threads = cluster.threads_per_rank.unwrap_or((cores / ranks.max(1)).max(1));
-    overrides.push(format!("cluster.ranks_per_node={ranks}"));
-    overrides.push(format!("cluster.threads_per_rank={threads}"));
+    // What the file gives keeps its place in messages.
+    if cluster.ranks_per_node.is_none() {
+        overrides.push(format!("cluster.ranks_per_node={ranks}"));
+    }
+    if cluster.threads_per_rank.is_none() {
+        overrides.push(format!("cluster.threads_per_rank={threads}"));
+    }
     let loaded = RunConfig::load(path, &overrides)?;
     Ok(Resolved { loaded, world_size: ranks, threads })
 }
@@ -70,14 +75,6 @@ fn refuse_other_clusters(kind: ClusterKind, nodes: usize) -> Result<(), UserErro
         return Err(UserError::usage(message));
     }
     Ok(())
-}
-
-/// Says where more is asked of this machine than it has.
-pub fn warning(resolved: &Resolved) -> Option<String> {
-    let (ranks, cores) = (resolved.world_size, num_cores());
-    (ranks > cores).then(|| {
-        format!("{ranks} ranks share {cores} cores: they will wait for each other at every step")
-    })
 }
 
 /// The trainer's binary: beside the launcher's own, or where `$PHALANX_TRAINER` says.

@@ -217,9 +217,6 @@ fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
     for note in &resolved.loaded.notes {
         eprintln!("{note}");
     }
-    if let Some(warning) = machine::warning(resolved) {
-        eprintln!("warning: {warning}");
-    }
     let config = &resolved.loaded.config;
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),

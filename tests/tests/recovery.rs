@@ -132,6 +132,41 @@ fn other_numbers_of_ranks_go_on_with_the_same_data() {
     assert_close(&sandbox, "straight", "test", 40, 1e-5);
 }
 
+/// 10 steps, and 10 more after a resume, give the same bits as 20 in one go.
+fn check_resume(sets: &[&str]) {
+    let sandbox = sandbox();
+    let sets = [sets, &["schedule.kind=constant"]].concat();
+    sandbox.train("straight", &sets);
+    sandbox.train("test", &[&sets[..], &["training.steps=10"]].concat());
+    sandbox.expect(0, &["resume", "test", "--set", "training.steps=20"]);
+    assert_bit_equal(&sandbox, "straight", "test", 20);
+    sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+}
+
+#[test]
+fn a_resume_is_bit_equal_in_bf16_with_its_master_weights() {
+    check_resume(&["precision.compute=bf16"]);
+}
+
+#[test]
+fn a_resume_is_bit_equal_in_fp64_with_tied_embeddings() {
+    check_resume(&["precision.compute=fp64", "model.tied_embeddings=true"]);
+}
+
+#[test]
+fn a_resume_is_bit_equal_in_the_middle_of_a_ramp() {
+    let ramp = "training.global_batch=[{from_tokens: 0, global_batch: 4, sequence_length: 16}, \
+                {from_tokens: 448, global_batch: 6, sequence_length: 32}]";
+    check_resume(&[ramp]);
+}
+
+#[test]
+fn a_resume_is_bit_equal_with_two_packed_sources() {
+    let sources = "data.sources=[{name: a, path: shards/*.parquet, weight: 0.7}, \
+                   {name: b, path: shards, weight: 0.3}]";
+    check_resume(&[sources, "data.packing=best_fit"]);
+}
+
 /// After this damage to the newest checkpoint, it is reported and the one before it is used.
 fn check_damage(sandbox: &Sandbox, damage: impl Fn(&Path), reason: &str) {
     let before = resumed_from(sandbox).len();
