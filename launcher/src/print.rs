@@ -4,13 +4,13 @@ use rank_protocol::exit_code;
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
-/// Prints a line, as `println!` does, which panics where nobody listens any more.
+/// Prints a line. Unlike `println!` it does not panic where nobody listens any more.
 macro_rules! out {
     ($($arg:tt)*) => { $crate::print::line(format_args!($($arg)*)) };
 }
 pub(crate) use out;
 
-/// Prints a line. Where nobody listens any more, what is left to say is of no use: the process ends.
+/// Prints a line; ends the process where nobody listens any more.
 pub fn line(text: Arguments<'_>) {
     let mut stdout = std::io::stdout().lock();
     if let Err(error) = writeln!(stdout, "{text}") {

@@ -1,5 +1,4 @@
 //! What is done with a trained run: it writes, its checkpoints travel, people look at it.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::losses::metrics;
 use end_to_end::sandbox::Sandbox;
