@@ -4,6 +4,7 @@
 //! The boundaries of documents are carried as lengths; they are never guessed from a special token.
 
 use crate::shards::split::{HoldOut, Split};
+use std::ops::Range;
 
 /// The target of a position without one; the loss leaves it out.
 pub const NO_TARGET: i32 = -100;
@@ -105,30 +106,32 @@ pub struct Filling {
     pub pad_id: i32,
 }
 
-/// One row of a micro-batch, to be filled.
+/// The rows of a micro-batch, to which the next one is appended.
 #[derive(Debug)]
-pub struct RowSlices<'a> {
+pub struct RowSink<'a> {
+    /// Tokens of a row.
+    pub len: usize,
     /// Token ids.
-    pub tokens: &'a mut [i32],
+    pub tokens: &'a mut Vec<i32>,
     /// Target ids or [`NO_TARGET`].
-    pub targets: &'a mut [i32],
+    pub targets: &'a mut Vec<i32>,
     /// Positions for the rotary embedding.
-    pub positions: &'a mut [i32],
+    pub positions: &'a mut Vec<i32>,
     /// Document of each token, from 0.
-    pub documents: &'a mut [i32],
+    pub documents: &'a mut Vec<i32>,
 }
 
 impl Filling {
-    /// Fills a row with the tokens from `offset` on of a sample made of `segments`; `after` is the
+    /// Appends a row with the tokens from `offset` on of a sample made of `segments`; `after` is the
     /// token that follows the sample in the stream. Returns the number of targets.
     pub fn fill(
         &self,
         segments: &[Segment<'_>],
         offset: usize,
         after: Option<i32>,
-        row: &mut RowSlices<'_>,
+        row: &mut RowSink<'_>,
     ) -> u64 {
-        let len = row.tokens.len();
+        let len = row.len;
         let (mut at, mut skipped, mut document, mut missing) = (0, 0, 0, 0);
         for (index, segment) in segments.iter().enumerate() {
             let from = (offset - skipped).min(segment.ids.len());
@@ -138,35 +141,35 @@ impl Filling {
                 continue;
             }
             let (end, stop) = (from + take, at + take);
-            row.tokens[at..stop].copy_from_slice(&segment.ids[from..end]);
-            row.targets[at..stop - 1].copy_from_slice(&segment.ids[from + 1..end]);
+            row.tokens.extend_from_slice(&segment.ids[from..end]);
+            row.targets.extend_from_slice(&segment.ids[from + 1..end]);
             let following = segments.get(index + 1).and_then(|next| next.ids.first().copied());
             let last = match segment.ids.get(end).copied().or(segment.next) {
                 Some(id) => id,
                 None if self.document_mask => NO_TARGET,
                 None => following.or(after).unwrap_or(NO_TARGET),
             };
-            row.targets[stop - 1] = last;
+            row.targets.push(last);
             missing += u64::from(last == NO_TARGET);
-            self.number(row, at, stop, document);
+            self.number(row, at..stop, document);
             document += 1;
             at = stop;
             if at == len {
                 break;
             }
         }
-        row.tokens[at..].fill(self.pad_id);
-        row.targets[at..].fill(NO_TARGET);
-        self.number(row, at, len, document);
+        row.tokens.extend(std::iter::repeat_n(self.pad_id, len - at));
+        row.targets.extend(std::iter::repeat_n(NO_TARGET, len - at));
+        self.number(row, at..len, document);
         at as u64 - missing
     }
 
-    /// Numbers the positions `at..stop`, which belong to one document.
-    fn number(&self, row: &mut RowSlices<'_>, at: usize, stop: usize, document: i32) {
-        let first = if self.document_mask { 0 } else { at as i32 };
-        for (position, place) in row.positions[at..stop].iter_mut().enumerate() {
-            *place = first + position as i32;
-        }
-        row.documents[at..stop].fill(if self.document_mask { document } else { 0 });
+    /// Numbers the positions at `places` of the row, which belong to one document.
+    fn number(&self, row: &mut RowSink<'_>, places: Range<usize>, document: i32) {
+        let (first, document) =
+            if self.document_mask { (0, document) } else { (places.start as i32, 0) };
+        let count = places.len();
+        row.positions.extend(first..first + count as i32);
+        row.documents.extend(std::iter::repeat_n(document, count));
     }
 }

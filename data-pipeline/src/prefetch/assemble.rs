@@ -8,7 +8,7 @@ use super::{BatchSource, MicroBatch};
 use crate::error::{DataError, Result};
 use crate::order::mixture::MixtureCursor;
 use crate::order::{EpochOrder, SampleUnit};
-use crate::packing::{RowSlices, Segment};
+use crate::packing::{RowSink, Segment};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -74,30 +74,30 @@ impl Assembler {
     fn fill(&mut self, mut batch: MicroBatch) -> Result<MicroBatch> {
         let len = batch.sequence_length;
         let size = batch.batch * len;
-        batch.tokens = vec![0; size];
-        batch.targets = vec![0; size];
-        batch.position_ids = vec![0; size];
-        batch.document_ids = vec![0; size];
+        batch.tokens = Vec::with_capacity(size);
+        batch.targets = Vec::with_capacity(size);
+        batch.position_ids = Vec::with_capacity(size);
+        batch.document_ids = Vec::with_capacity(size);
         batch.sample_ids = Vec::with_capacity(batch.batch);
         let sample_len = self.dataset.sample_len;
         for row in 0..batch.batch {
             let token = batch.first_token + (row * len) as u64;
-            let range = row * len..(row + 1) * len;
-            let mut slices = RowSlices {
-                tokens: &mut batch.tokens[range.clone()],
-                targets: &mut batch.targets[range.clone()],
-                positions: &mut batch.position_ids[range.clone()],
-                documents: &mut batch.document_ids[range],
+            let mut sink = RowSink {
+                len,
+                tokens: &mut batch.tokens,
+                targets: &mut batch.targets,
+                positions: &mut batch.position_ids,
+                documents: &mut batch.document_ids,
             };
             let sample = token / sample_len;
             let offset = (token % sample_len) as usize;
-            batch.num_target_tokens += self.fill_row(sample, offset, &mut slices)?;
+            batch.num_target_tokens += self.fill_row(sample, offset, &mut sink)?;
             batch.sample_ids.push(sample);
         }
         Ok(batch)
     }
 
-    fn fill_row(&mut self, sample: u64, offset: usize, row: &mut RowSlices<'_>) -> Result<u64> {
+    fn fill_row(&mut self, sample: u64, offset: usize, row: &mut RowSink<'_>) -> Result<u64> {
         let dataset = self.dataset.clone();
         let at = self.mixture.locate(sample);
         let source = &dataset.sources[at.source];

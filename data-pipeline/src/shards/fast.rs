@@ -21,23 +21,25 @@ pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(us
         })
     };
     let (ids, lengths) = (find(IDS_COLUMN)?, find(LENGTHS_COLUMN)?);
-    let plain = |column: &ColumnChunkMetaData| {
+    let usual = |column: &ColumnChunkMetaData| {
         column.column_type() == Type::INT32
-            && column.encodings().all(|e| matches!(e, Encoding::PLAIN | Encoding::RLE))
+            && column
+                .encodings()
+                .all(|encoding| matches!(encoding, Encoding::BYTE_STREAM_SPLIT | Encoding::RLE))
     };
     let (ids_column, lengths_column) = (group.column(ids), group.column(lengths));
     let ids_levels =
         (ids_column.column_descr().max_def_level(), ids_column.column_descr().max_rep_level());
-    let usable = plain(ids_column)
-        && plain(lengths_column)
+    let usable = usual(ids_column)
+        && usual(lengths_column)
         && ids_levels == (1, 1)
         && lengths_column.column_descr().max_def_level() == 0
         && lengths_column.column_descr().max_rep_level() == 0;
     usable.then_some((ids, lengths))
 }
 
-/// The values of one leaf column of a row group, PLAIN int32 without nulls, and the checksum of
-/// their bytes.
+/// The values of one leaf column of a row group, int32 without nulls, and the checksum of their
+/// bytes.
 pub fn read_values(
     range: &FileRange,
     metadata: &ParquetMetaData,
@@ -54,12 +56,12 @@ pub fn read_values(
     while let Some(page) = pages.get_next_page()? {
         let levels = level_bytes(&page, chunk)?;
         let bytes = page.buffer().get(levels..).unwrap_or_default();
-        let (words, rest) = bytes.as_chunks::<4>();
-        if !rest.is_empty() {
+        if !bytes.len().is_multiple_of(4) {
             return Err(ParquetError::General(format!("a page of {} bytes", bytes.len())));
         }
-        checksum.update(bytes);
-        values.extend(words.iter().map(|word| i32::from_le_bytes(*word)));
+        let first = values.len();
+        join_streams(bytes, &mut values);
+        add_to_checksum(&values[first..], &mut checksum);
     }
     Ok((values, checksum.digest()))
 }
@@ -67,21 +69,35 @@ pub fn read_values(
 /// The checksum that [`read_values`] finds, of values that are to be written.
 pub fn checksum(values: &[i32]) -> u64 {
     let mut checksum = Xxh3::new();
+    add_to_checksum(values, &mut checksum);
+    checksum.digest()
+}
+
+fn add_to_checksum(values: &[i32], checksum: &mut Xxh3) {
     let mut bytes = [0; 4096];
     for part in values.chunks(bytes.len() / 4) {
-        for (word, value) in bytes.chunks_exact_mut(4).zip(part) {
-            word.copy_from_slice(&value.to_le_bytes());
+        for (word, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(part) {
+            *word = value.to_le_bytes();
         }
         checksum.update(&bytes[..part.len() * 4]);
     }
-    checksum.digest()
+}
+
+/// Appends the values whose first bytes stand first, then all second bytes, and so on
+/// (BYTE_STREAM_SPLIT of the parquet format).
+fn join_streams(bytes: &[u8], values: &mut Vec<i32>) {
+    let count = bytes.len() / 4;
+    let (low, high) = bytes.split_at(2 * count);
+    let ((first, second), (third, fourth)) = (low.split_at(count), high.split_at(count));
+    let words = first.iter().zip(second).zip(third.iter().zip(fourth));
+    values.extend(words.map(|((&a, &b), (&c, &d))| i32::from_le_bytes([a, b, c, d])));
 }
 
 /// Bytes of repetition and definition levels in front of a page's values.
 fn level_bytes(page: &Page, chunk: &ColumnChunkMetaData) -> Result<usize> {
-    let unsupported = || ParquetError::General("a page that is not PLAIN".into());
+    let unsupported = || ParquetError::General("a page in another encoding".into());
     match page {
-        Page::DataPage { buf, encoding: Encoding::PLAIN, .. } => {
+        Page::DataPage { buf, encoding: Encoding::BYTE_STREAM_SPLIT, .. } => {
             let mut at = 0;
             let descr = chunk.column_descr();
             for level in [descr.max_rep_level(), descr.max_def_level()] {
@@ -94,7 +110,7 @@ fn level_bytes(page: &Page, chunk: &ColumnChunkMetaData) -> Result<usize> {
             Ok(at)
         }
         Page::DataPageV2 {
-            encoding: Encoding::PLAIN,
+            encoding: Encoding::BYTE_STREAM_SPLIT,
             def_levels_byte_len,
             rep_levels_byte_len,
             ..

@@ -1,4 +1,6 @@
-//! Writes one shard: PLAIN and zstd(3), pages of 1 MiB, an offset index, facts in the footer.
+//! Writes one shard: BYTE_STREAM_SPLIT and zstd(3), pages of 1 MiB, an offset index, facts in the
+//! footer. Split streams, because two of the four bytes of an id are nearly always zero and the
+//! other two then need few matches: smaller and faster to read than PLAIN (`ops/benches`).
 //!
 //! A shard appears under its name only when it is whole: it is written beside it, synced, renamed,
 //! and the folder is synced.
@@ -57,7 +59,7 @@ impl ShardWriter {
         let level = ZstdLevel::try_new(ZSTD_LEVEL).unwrap_or_default();
         let properties = WriterProperties::builder()
             .set_dictionary_enabled(false)
-            .set_encoding(Encoding::PLAIN)
+            .set_encoding(Encoding::BYTE_STREAM_SPLIT)
             .set_compression(Compression::ZSTD(level))
             .set_data_page_size_limit(PAGE_BYTES)
             .set_data_page_row_count_limit(usize::MAX)
