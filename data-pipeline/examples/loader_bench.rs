@@ -4,8 +4,9 @@
 //!     [--json]
 //!
 //! Shards of other programs are first written in Phalanx's own layout (`list<int32 not null>` with
-//! `n_tokens`, BYTE_STREAM_SPLIT, zstd 3) into a temporary folder, outside of the measurement; `--as-is` reads
-//! them as they are. A core is a second of this process's CPU time, of all its threads.
+//! `n_tokens`, BYTE_STREAM_SPLIT, zstd 3) into a temporary folder, outside of the measurement;
+//! `--as-is` reads them as they are. A core is a second of this process's CPU time, of all its
+//! threads.
 
 use data_pipeline::shards::ShardWriter;
 use data_pipeline::shards::decode::{DecodeRequest, GroupLayout};
@@ -52,7 +53,7 @@ fn main() -> Outcome<()> {
         "wait_s": shuffled.wait_s,
         "tokens": steps * sequence * batch,
         "bits_per_token": file_bytes as f64 * 8.0 / total as f64,
-        "layout": if as_is { "as is" } else { "list<int32 not null> + n_tokens, BYTE_STREAM_SPLIT, zstd 3" },
+        "layout": if as_is { "as is" } else { "list<int32 not null>, BYTE_STREAM_SPLIT, zstd 3" },
     });
     println!("{report}");
     Ok(())

@@ -122,8 +122,8 @@ pub struct RowSink<'a> {
 }
 
 impl Filling {
-    /// Appends a row with the tokens from `offset` on of a sample made of `segments`; `after` is the
-    /// token that follows the sample in the stream. Returns the number of targets.
+    /// Appends a row with the tokens from `offset` on of a sample made of `segments`; `after` is
+    /// the token that follows the sample in the stream. Returns the number of targets.
     pub fn fill(
         &self,
         segments: &[Segment<'_>],

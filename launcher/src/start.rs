@@ -10,7 +10,7 @@ use crate::view::View;
 use checkpoint_format::scan::scan;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
-use run_config::RunConfig;
+use run_config::{DeviceKind, RunConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -218,6 +218,10 @@ fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
         eprintln!("{note}");
     }
     let config = &resolved.loaded.config;
+    if config.cluster.device == DeviceKind::Cuda {
+        let refusal = "cluster.device is cuda: this version trains on CPUs only";
+        return Err(UserError::usage(refusal).hint("`--set cluster.device=cpu`"));
+    }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),

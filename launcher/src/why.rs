@@ -41,13 +41,21 @@ pub fn run(args: WhyArgs) -> Result<i32, UserError> {
         out!("{detail:#}");
         return Ok(exit_code::DONE);
     }
-    out!("{}", describe(cause, &detail));
+    let described = describe(cause, &detail);
+    out!("{described}");
     out!("details: {}", path.display());
     if let Some(log) = detail["log"].as_str() {
         out!("log: {}", run.root().join(log).display());
     }
-    if let Some(reason) = end.and_then(|end| end["reason"].as_str()) {
-        out!("the run then ended: {reason}");
+    let reason = end.and_then(|end| end["reason"].as_str());
+    let told = |reason: &&str| described.lines().any(|line| reason.contains(line.trim()));
+    match reason {
+        // What the rank said is above; the rest of the reason is what the launcher made of it.
+        Some(reason) if told(&reason) => {
+            out!("the run then ended: {}", reason.rsplit("; ").next().unwrap_or(reason))
+        }
+        Some(reason) => out!("the run then ended: {reason}"),
+        None => {}
     }
     Ok(exit_code::DONE)
 }
