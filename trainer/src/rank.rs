@@ -1,7 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::error::{Result, TrainError};
-use crate::setup::{check_libtorch, connect, initialize, read_config, trainee};
+use crate::setup::{Groups, check_libtorch, connect, initialize, read_config, trainee};
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use optim::AdamW;
@@ -13,10 +13,13 @@ use rank_protocol::run_dir::RunDir;
 use run_config::RunConfig;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::Instant;
 
 /// Runs this process as a rank; returns its exit code.
 pub fn run() -> i32 {
-    tracing_subscriber::fmt().json().with_writer(std::io::stderr).init();
+    // The launcher keeps all of it in the rank's log, and shows people from INFO on.
+    let log = tracing_subscriber::fmt().json().with_max_level(tracing::Level::DEBUG);
+    log.with_writer(std::io::stderr).init();
     let client = match RankClient::from_env() {
         Ok(client) => client,
         Err(error) => {
@@ -66,7 +69,7 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     }
     let outcome = outcome?;
     // Nobody leaves while another may still be reading from it.
-    rank.comm.barrier()?.wait()?;
+    rank.storage.barrier()?.wait()?;
     if outcome == Outcome::Finished {
         client.finished(rank.step)?;
     }
@@ -74,11 +77,12 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
 }
 
 fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
+    let started = Instant::now();
     let assignment = client.assignment();
     torch_shim::tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
-    let comm = connect(client)?;
+    let Groups { data: comm, storage } = connect(client)?;
     let trainee = trainee(&config, longest_sequence(&config))?;
     let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
@@ -99,11 +103,21 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
         }
     }
     let data_parallel = DataParallel::new(&trainee.params, comm.clone(), BUCKET_BYTES)?;
+    // From here on ranks wait for each other's steps, and no longer for their reading.
+    storage.barrier()?.wait()?;
+    tracing::debug!(
+        seconds = started.elapsed().as_secs_f64(),
+        threads = assignment.threads,
+        "rank {} of {} is ready for step {first_step}",
+        comm.rank(),
+        comm.size()
+    );
     Ok(Rank {
         config,
         client: client.clone(),
         run_dir,
         comm,
+        storage,
         trainee,
         optimizer,
         data_parallel,

@@ -13,6 +13,7 @@ use rank_protocol::libtorch;
 use run_config::{DeviceKind, InitFrom, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use torch_shim::gloo::Store;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Device;
@@ -112,17 +113,36 @@ pub fn initialize(config: &RunConfig, params: &ParameterSet, runs: &Path) -> Res
     Ok(checkpoint::load_weights(source.as_ref(), params)?)
 }
 
-/// The group of all data-parallel ranks, over Gloo; an abort by the agent ends every wait in it.
+/// Longest wait for a rank that reads or writes a checkpoint, or checks its data.
+const STORAGE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// The groups of a rank.
+pub struct Groups {
+    /// All data-parallel ranks, for the steps.
+    pub data: Arc<dyn Communicator>,
+    /// All ranks, to wait for each other's storage, which may take much longer than a step.
+    pub storage: Arc<dyn Communicator>,
+}
+
+/// The groups, over Gloo; an abort by the agent ends every wait in them.
 ///
 /// # Errors
 /// Where the ranks do not find each other.
-pub fn connect(client: &RankClient) -> Result<Arc<dyn Communicator>> {
+pub fn connect(client: &RankClient) -> Result<Groups> {
+    let generation = client.assignment().generation;
+    let storage = GroupOptions::new("storage", generation);
+    Ok(Groups {
+        data: connect_group(client, &GroupOptions::new("data", generation))?,
+        storage: connect_group(client, &GroupOptions { timeout: STORAGE_TIMEOUT, ..storage })?,
+    })
+}
+
+fn connect_group(client: &RankClient, options: &GroupOptions) -> Result<Arc<dyn Communicator>> {
     let place = client.assignment();
     let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
     let store = store.with_prefix(&place.run_id);
-    let options = GroupOptions::new("data", place.generation);
     let (rank, size) = (place.rank, place.world_size);
-    let group = collectives::gloo::connect(&store, rank, size, "127.0.0.1", &options)?;
+    let group = collectives::gloo::connect(&store, rank, size, "127.0.0.1", options)?;
     let group: Arc<dyn Communicator> = Arc::new(group);
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {

@@ -27,6 +27,8 @@ pub struct Rank {
     pub run_dir: RunDir,
     /// The data-parallel group.
     pub comm: Arc<dyn Communicator>,
+    /// All ranks, to wait for each other's storage.
+    pub storage: Arc<dyn Communicator>,
     /// The model.
     pub trainee: Trainee,
     /// The optimizer.
@@ -138,7 +140,7 @@ impl Rank {
             keep_every_steps: config.checkpoint.keep_every_steps,
         };
         let mut barrier = || {
-            let met = self.comm.barrier().and_then(|work| work.wait());
+            let met = self.storage.barrier().and_then(|work| work.wait());
             met.map_err(|error| error.to_string())
         };
         Ok(checkpoint::save(&request, &mut barrier)?)

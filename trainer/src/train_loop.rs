@@ -130,7 +130,11 @@ fn save(rank: &mut Rank, learning_rate: f64) -> Result<()> {
     let saved = rank.save(learning_rate)?;
     if rank.comm.rank() == 0 {
         rank.client.checkpoint_committed(rank.step)?;
-        tracing::debug!(step = rank.step, ?saved, "checkpoint committed");
+    }
+    let (bytes, seconds) = (saved.bytes, saved.seconds);
+    tracing::debug!(bytes, seconds, "checkpoint of step {} committed", rank.step);
+    if let Some(error) = saved.retention_error {
+        tracing::warn!("an old checkpoint could not be removed: {error}");
     }
     Ok(())
 }

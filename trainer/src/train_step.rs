@@ -31,16 +31,19 @@ pub struct StepResult {
 pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
     let step = rank.step + 1;
     let batches = read(rank)?;
-    // The loss divides by the global number of targets; a stop must be agreed on, too.
+    // The loss divides by the global number of targets.
     let local_targets: u64 = batches.iter().map(|batch| batch.num_target_tokens).sum();
-    let stop = f64::from(u8::from(rank.client.stop_requested()));
-    let mut sums = [local_targets as f64, stop];
-    all_reduce_scalars(rank.comm.as_ref(), &mut sums, ReduceOp::Sum)?;
-    let scale = 1.0 / sums[0].max(1.0);
+    let mut num_targets = [local_targets as f64];
+    all_reduce_scalars(rank.comm.as_ref(), &mut num_targets, ReduceOp::Sum)?;
+    let scale = 1.0 / num_targets[0].max(1.0);
 
     rank.trainee.params.zero_grad()?;
-    let mut loss = [forward_backward(rank, &batches, scale)?];
-    all_reduce_scalars(rank.comm.as_ref(), &mut loss, ReduceOp::Sum)?;
+    let loss = forward_backward(rank, &batches, scale)?;
+    // All must agree to stop after this step, so the wish is read as late as it can be.
+    let stop = f64::from(u8::from(rank.client.stop_requested()));
+    let mut sums = [loss, stop];
+    all_reduce_scalars(rank.comm.as_ref(), &mut sums, ReduceOp::Sum)?;
+    let loss = sums[0];
 
     let grad_norm = gradient_norm(&rank.trainee.params)?;
     let config = &rank.config;
@@ -50,14 +53,14 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
         step,
         config.training.steps,
     );
-    let skipped = !(loss[0].is_finite() && grad_norm.is_finite());
+    let skipped = !(loss.is_finite() && grad_norm.is_finite());
     if !skipped {
         let coefficient = clip_coefficient(grad_norm, config.training.clip_norm);
         rank.optimizer.step(&rank.trainee.params, learning_rate, coefficient)?;
     }
     rank.step = step;
     Ok(StepResult {
-        loss: loss[0],
+        loss,
         grad_norm,
         learning_rate,
         data_wait_s: batches.iter().map(|batch| batch.wait_s).sum(),

@@ -37,8 +37,9 @@ pub struct TensorDiff {
     pub elements: u64,
     /// Flat index of the first of them.
     pub first_element: Option<u64>,
-    /// Largest absolute difference, `inf` where one is not a number.
-    pub max_abs_difference: f64,
+    /// Largest absolute difference, `inf` where one is not a number; `None` where shape or type
+    /// differ.
+    pub max_abs_difference: Option<f64>,
 }
 
 impl Diff {
@@ -84,7 +85,7 @@ fn diff_tensor(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Option<Tens
             in_b.dtype.name()
         );
         let name = name.to_string();
-        let max_abs_difference = f64::INFINITY;
+        let max_abs_difference = None;
         let (elements, first_element) = (0, None);
         return Ok(Some(TensorDiff { name, what, elements, first_element, max_abs_difference }));
     }
@@ -115,7 +116,7 @@ fn diff_tensor(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Option<Tens
         what: format!("{elements} elements differ, first at {first}, by at most {max:e}"),
         elements,
         first_element: Some(first),
-        max_abs_difference: max,
+        max_abs_difference: Some(max),
     }))
 }
 

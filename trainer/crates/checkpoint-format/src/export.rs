@@ -17,6 +17,11 @@ const PIECE: u64 = 8 << 20;
 /// Exports have no failpoints.
 const NO_POINTS: Points = Points { write: "", fsync: "" };
 
+/// Names of the token that begins a text, in the order in which they are looked for.
+const BOS_NAMES: [&str; 3] = ["<|begin_of_text|>", "<s>", "<|startoftext|>"];
+/// Names of the token that ends a text.
+const EOS_NAMES: [&str; 3] = ["<|end_of_text|>", "</s>", "<|endoftext|>"];
+
 /// How to export.
 #[derive(Clone, Debug)]
 pub struct ExportOptions {
@@ -52,8 +57,9 @@ struct Weight {
     entry: HeaderEntry,
 }
 
-/// Writes the weights, `config.json`, `generation_config.json` and `tokenizer.json` to `out`, which
-/// must not exist or be empty. The folder is made beside its name and renamed when complete.
+/// Writes the weights, `config.json`, `generation_config.json`, and, with a tokenizer,
+/// `tokenizer.json` and `tokenizer_config.json` to `out`, which must not exist or be empty. The
+/// folder is made beside its name and renamed when complete.
 ///
 /// # Errors
 /// [`FormatError::Refused`] where `out` has files in it; whatever the source or the disk says.
@@ -103,7 +109,8 @@ fn write_folder(
     let tensors = weights.len();
     let dtype = weights.first().map_or(Dtype::F32, |weight| weight.entry.dtype);
     let files = write_weights(source, folder, weights, options.max_shard_bytes)?;
-    let extras = extras(options, dtype)?;
+    let tokenizer = options.tokenizer.as_deref().map(AddedTokens::read).transpose()?;
+    let extras = extras(options, dtype, tokenizer.as_ref());
     let write = |name: &str, text: &str| {
         disk::write_file(&folder.join(name), text.as_bytes(), NO_POINTS).map(|_| ())
     };
@@ -118,9 +125,11 @@ fn write_folder(
         several => generation["eos_token_id"] = json!(several),
     }
     write("generation_config.json", &format!("{generation:#}\n"))?;
-    if let Some(tokenizer) = &options.tokenizer {
-        std::fs::copy(tokenizer, folder.join("tokenizer.json"))
-            .map_err(|error| FormatError::io("copy", tokenizer, error))?;
+    if let (Some(path), Some(tokenizer)) = (&options.tokenizer, &tokenizer) {
+        std::fs::copy(path, folder.join("tokenizer.json"))
+            .map_err(|error| FormatError::io("copy", path, error))?;
+        let config = tokenizer.config(&extras);
+        write("tokenizer_config.json", &format!("{config:#}\n"))?;
     }
     Ok(Exported { tensors, files: files.len(), bytes: files.iter().sum() })
 }
@@ -182,27 +191,61 @@ fn write_shard(source: &dyn WeightSource, path: &Path, shard: &[Weight]) -> Resu
     Ok(file.finish()?.0)
 }
 
-/// Token ids of the tokenizer's own begin and end of text.
-fn extras(options: &ExportOptions, dtype: Dtype) -> Result<HfExtras> {
-    let mut extras = HfExtras {
+/// What transformers is told of a model beside its dimensions: the ids of begin and end of text are
+/// the tokenizer's own, where it has them.
+fn extras(options: &ExportOptions, dtype: Dtype, tokenizer: Option<&AddedTokens>) -> HfExtras {
+    let find = |names| tokenizer.and_then(|tokenizer| tokenizer.first_of(names));
+    HfExtras {
         max_positions: options.max_positions,
         dtype: dtype.torch_name().to_string(),
-        bos_token_id: options.bos_token_id,
-        eos_token_ids: options.eos_token_ids.clone(),
-    };
-    let Some(path) = &options.tokenizer else { return Ok(extras) };
-    let text = std::fs::read(path).map_err(|error| FormatError::io("read", path, error))?;
-    let tokenizer: Value = serde_json::from_slice(&text)
-        .map_err(|error| FormatError::refused(path, format!("not a tokenizer.json: {error}")))?;
-    let id_of = |content: &str| {
-        let added = tokenizer["added_tokens"].as_array()?;
-        let token = added.iter().find(|token| token["content"] == content)?;
-        token["id"].as_u64().and_then(|id| u32::try_from(id).ok())
-    };
-    let (begin, end) = (id_of("<|begin_of_text|>"), id_of("<|end_of_text|>"));
-    extras.bos_token_id = begin.or_else(|| id_of("<s>")).or(extras.bos_token_id);
-    if let Some(end) = end.or_else(|| id_of("</s>")) {
-        extras.eos_token_ids = vec![end];
+        bos_token_id: find(BOS_NAMES).or(options.bos_token_id),
+        eos_token_ids: match find(EOS_NAMES) {
+            Some(end) => vec![end],
+            None => options.eos_token_ids.clone(),
+        },
     }
-    Ok(extras)
+}
+
+/// The added tokens of a `tokenizer.json`: their text and id.
+struct AddedTokens(Vec<(String, u32)>);
+
+impl AddedTokens {
+    fn read(path: &Path) -> Result<AddedTokens> {
+        let text = std::fs::read(path).map_err(|error| FormatError::io("read", path, error))?;
+        let tokenizer: Value = serde_json::from_slice(&text).map_err(|error| {
+            FormatError::refused(path, format!("not a tokenizer.json: {error}"))
+        })?;
+        let added = tokenizer["added_tokens"].as_array().into_iter().flatten();
+        let tokens = added.filter_map(|token| {
+            let id = u32::try_from(token["id"].as_u64()?).ok()?;
+            Some((token["content"].as_str()?.to_string(), id))
+        });
+        Ok(AddedTokens(tokens.collect()))
+    }
+
+    /// Id of the first of `names` that there is.
+    fn first_of(&self, names: [&str; 3]) -> Option<u32> {
+        names.iter().find_map(|name| self.0.iter().find(|(text, _)| text == name)).map(|(_, id)| *id)
+    }
+
+    fn text_of(&self, id: u32) -> Option<&str> {
+        self.0.iter().find(|(_, known)| *known == id).map(|(text, _)| text.as_str())
+    }
+
+    /// `tokenizer_config.json`. Without it transformers takes its Llama tokenizer by the model's
+    /// type, which adds tokens of its own, with ids that the model has no embedding for.
+    fn config(&self, extras: &HfExtras) -> Value {
+        let mut config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": extras.max_positions,
+            "clean_up_tokenization_spaces": false,
+        });
+        let end = extras.eos_token_ids.first().copied();
+        for (key, id) in [("bos_token", extras.bos_token_id), ("eos_token", end)] {
+            if let Some(text) = id.and_then(|id| self.text_of(id)) {
+                config[key] = json!(text);
+            }
+        }
+        config
+    }
 }

@@ -57,7 +57,7 @@ pub fn generate(
     }
     let choices = RandomStream::new(sampling.seed, "generate");
     let blocks = &model.stage().blocks;
-    let capacity = room.min(prompt.len() + sampling.max_new_tokens);
+    let capacity = room.min(prompt.len().saturating_add(sampling.max_new_tokens));
     let mut cache = sampling.use_cache.then(|| KvCache::new(blocks.start, blocks.len(), capacity));
     let mut tokens = prompt.to_vec();
     let mut num_cached = 0;
