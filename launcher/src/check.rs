@@ -1,5 +1,6 @@
 //! `phalanx check`: validates a config and prints the resolved plan, as a table or as JSON.
 
+use crate::print::err;
 use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
 use rank_protocol::exit_code;
@@ -19,7 +20,7 @@ pub fn check(config: &Path, overrides: &[String], json: bool) -> i32 {
         Ok(plan) if json => (format!("{:#}\n", plan.json()), exit_code::DONE),
         Ok(plan) => (plan.table(), exit_code::DONE),
         Err(errors) => {
-            let _ = writeln!(std::io::stderr(), "error: {errors}");
+            err!("error: {errors}");
             let text = if json { format!("{:#}\n", problems(errors)) } else { String::new() };
             (text, exit_code::CONFIG)
         }

@@ -1,7 +1,7 @@
 //! `phalanx checkpoint`: list, verify, compare, export and import, without torch.
 
 use crate::error::UserError;
-use crate::print::out;
+use crate::print::{err, out};
 use crate::runs;
 use crate::supervisor::restore::is_current;
 use checkpoint_format::diff::diff;
@@ -125,7 +125,7 @@ pub fn run(command: CheckpointCommand) -> i32 {
         CheckpointCommand::Import { format, dir, out } => import_to(format, &dir, &out),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("{error}");
+        err!("{error}");
         error.code
     })
 }
@@ -225,9 +225,10 @@ fn compare(a: &str, b: &str, is_json: bool) -> Outcome {
     out!("{} and {} differ", a.path().display(), b.path().display());
     if let Some(first) = found.different.first() {
         out!("first: {}: {}", first.name, first.what);
-        let max = found.different.iter().map(|tensor| tensor.max_abs_difference);
-        let max = max.fold(0.0, f64::max);
-        out!("{} of {} tensors differ, by at most {max:e}", found.different.len(), found.compared);
+        let max = found.different.iter().filter_map(|tensor| tensor.max_abs_difference);
+        let most =
+            max.reduce(f64::max).map_or(String::new(), |max| format!(", by at most {max:e}"));
+        out!("{} of {} tensors differ{most}", found.different.len(), found.compared);
     }
     for (names, path) in [(&found.only_in_a, a.path()), (&found.only_in_b, b.path())] {
         if let Some(name) = names.first() {
@@ -284,7 +285,7 @@ fn export(
         out.display()
     );
     if options.tokenizer.is_none() {
-        eprintln!("note: no tokenizer.json was found beside the run; --tokenizer names one");
+        err!("note: no tokenizer.json was found beside the run; --tokenizer names one");
     }
     Ok(exit_code::DONE)
 }

@@ -1,6 +1,7 @@
 //! What a user can type. Each verb is a module with its arguments and a `run`.
 
 use crate::error::UserError;
+use crate::print::err;
 use crate::{cancel, check, checkpoint, data, logs, machine, start, status, why};
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
@@ -86,7 +87,7 @@ pub fn main() -> i32 {
         Verb::Generate(args) => generate(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("{error}");
+        err!("{error}");
         error.code
     })
 }

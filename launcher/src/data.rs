@@ -1,6 +1,6 @@
 //! `phalanx data`: text to shards, and a look at them.
 
-use crate::print::out;
+use crate::print::{err, out};
 use clap::{Args, Subcommand};
 use data_pipeline::prepare::inspect::{self, ShardReport};
 use data_pipeline::prepare::{self, DocumentOptions, TokenizeOptions, Tokenizer, TrainOptions};
@@ -148,7 +148,7 @@ pub fn run(command: DataCommand) -> i32 {
         DataCommand::Verify(args) => verify(args),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        err!("error: {error}");
         exit_code_of(&error)
     })
 }
@@ -170,7 +170,7 @@ fn train(args: TrainArgs) -> Result<i32> {
     if args.json {
         return print_json(&made);
     }
-    eprintln!(
+    err!(
         "{}: {} ids ({} merges), learned from {} documents of {:.1} MiB",
         made.tokenizer.display(),
         made.vocab_size,
@@ -179,7 +179,7 @@ fn train(args: TrainArgs) -> Result<i32> {
         mebibytes(made.bytes)
     );
     if made.reserved > 0 {
-        eprintln!(
+        err!(
             "warning: the text gave too few merges; {} reserved special tokens fill the vocabulary",
             made.reserved
         );
@@ -207,7 +207,7 @@ fn tokenize(args: TokenizeArgs) -> Result<i32> {
         0 => String::new(),
         count => format!(", {count} of them from before"),
     };
-    eprintln!(
+    err!(
         "{}: {} documents, {} tokens in {} shards{before}, {:.1} MiB, {:.1} s",
         made.output.display(),
         made.documents,

@@ -5,6 +5,8 @@
 //! the ranks; [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files;
 //! [`check`], [`data`] and [`checkpoint`] need no run at all.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; `print` does not
+
 pub mod cancel;
 pub mod check;
 pub mod checkpoint;

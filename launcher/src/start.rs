@@ -2,6 +2,7 @@
 
 use crate::error::UserError;
 use crate::machine::{self, Resolved};
+use crate::print::err;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::record::write_whole;
 use crate::supervisor::restore::{Branch, is_current};
@@ -24,9 +25,6 @@ pub struct Options {
     /// Print each step's report as a JSON line on standard output, and nothing else there.
     #[arg(long)]
     pub json: bool,
-    /// Profile a range of steps, both ends included.
-    #[arg(long, value_name = "steps=A..B", value_parser = profile_steps)]
-    pub profile: Option<(u64, u64)>,
 }
 
 /// Arguments of `phalanx run`.
@@ -53,15 +51,6 @@ pub struct ResumeArgs {
     /// Shared options.
     #[command(flatten)]
     pub options: Options,
-}
-
-fn profile_steps(text: &str) -> Result<(u64, u64), String> {
-    let range = text.strip_prefix("steps=").and_then(|range| range.split_once(".."));
-    let ends = range.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    match ends {
-        Some((first, last)) if 1 <= first && first <= last => Ok((first, last)),
-        _ => Err("expected steps=A..B with 1 <= A <= B".into()),
-    }
 }
 
 /// Begins a new run; returns the exit code.
@@ -111,7 +100,7 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
     if let (Some(step), None) = (start.committed, args.step)
         && step >= config.training.steps
     {
-        eprintln!("run {} has finished: step {step} of {}", config.name, config.training.steps);
+        err!("run {} has finished: step {step} of {}", config.name, config.training.steps);
         return Ok(exit_code::DONE);
     }
     let prepared = prepare(&resolved)?;
@@ -139,7 +128,7 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
     if code == exit_code::CONFIG && !changes.is_empty() && !has_stepped_since(&run, generation) {
         // What was refused must not stand in the way of the next resume.
         write_config(&run, &before)?;
-        eprintln!("run {}: its config is as it was before this resume", before.name);
+        err!("run {}: its config is as it was before this resume", before.name);
     }
     Ok(code)
 }
@@ -215,7 +204,7 @@ struct Prepared {
 
 fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
     for note in &resolved.loaded.notes {
-        eprintln!("{note}");
+        err!("{note}");
     }
     let config = &resolved.loaded.config;
     if config.cluster.device == DeviceKind::Cuda {
@@ -258,7 +247,6 @@ fn go(
         branches,
         first_step: start.first_step,
         restarts: history.restarts,
-        profile_steps: options.profile,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)

@@ -1,6 +1,7 @@
 //! What a person watches while a run goes on: a progress bar on a terminal, plain lines otherwise,
 //! and with `--json` the step reports alone on standard output.
 
+use crate::print::err;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rank_protocol::{StepReport, env};
 use std::io::{IsTerminal, Write};
@@ -68,7 +69,7 @@ impl View {
         let is_notable = report.validation_loss.is_some() || report.skipped;
         if is_due || is_notable || report.step == steps {
             self.shown = Some(Instant::now());
-            eprintln!("step {}/{steps} {text}", report.step);
+            err!("step {}/{steps} {text}", report.step);
         }
     }
 
@@ -124,12 +125,14 @@ impl<'a> MakeWriter<'a> for AboveTheBar {
 
 impl Write for AboveTheBar {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.suspend(|| std::io::stderr().write_all(bytes))?;
+        // An error would be printed on standard error, with a panic where that is gone.
+        let _ = self.0.suspend(|| std::io::stderr().write_all(bytes));
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        let _ = std::io::stderr().flush();
+        Ok(())
     }
 }
 

@@ -26,7 +26,6 @@ fn mistakes_are_refused_with_64() {
     check_refused(&sandbox, &["run"], &["CONFIG"]);
     check_refused(&sandbox, &["run", "absent.yaml"], &["absent.yaml"]);
     check_refused(&sandbox, &["run", "config.yaml", "--set", "nme=x"], &["nme", "name"]);
-    check_refused(&sandbox, &["run", "config.yaml", "--profile", "3..1"], &["steps=A..B"]);
     check_refused(&sandbox, &["status", "absent"], &["no run \"absent\""]);
     check_refused(&sandbox, &["resume", "absent"], &["no run \"absent\""]);
     let kind = ["run", "config.yaml", "--set", "cluster.kind=slurm"];

@@ -94,8 +94,6 @@ pub struct Assignment {
     pub run_dir: PathBuf,
     /// Step of the checkpoint to continue from; `None`: start from the initial weights.
     pub resume_step: Option<u64>,
-    /// Range of steps to profile, both ends included.
-    pub profile_steps: Option<(u64, u64)>,
 }
 
 /// What a rank does; a deadline belongs to each.

@@ -47,8 +47,6 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
-    /// Range of steps to profile.
-    pub profile_steps: Option<(u64, u64)>,
 }
 
 struct Executor {
@@ -407,7 +405,6 @@ impl Executor {
             threads: self.plan.threads,
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
-            profile_steps: self.plan.profile_steps,
         }
     }
 
