@@ -145,11 +145,11 @@ impl DurableFile {
     /// # Errors
     /// [`FormatError::Write`].
     pub fn create(path: &Path, total: u64, points: Points) -> Result<DurableFile> {
-        let file = File::create_new(path).map_err(|source| FormatError::Write {
+        let file = File::create_new(path).map_err(|error| FormatError::Write {
             path: path.to_path_buf(),
             bytes: 0,
             total,
-            source,
+            error,
         })?;
         let (path, checksum) = (path.to_path_buf(), Checksum::default());
         Ok(DurableFile { file, path, points, written: 0, total, checksum })
@@ -167,7 +167,7 @@ impl DurableFile {
                 None => self.file.write_all(piece),
                 Some(fault) => self.torn_write(piece, fault),
             };
-            result.map_err(|source| self.error(source))?;
+            result.map_err(|error| self.error(error))?;
             self.written += piece.len() as u64;
         }
         self.checksum = self.checksum.then(checksum, bytes.len() as u64);
@@ -189,13 +189,13 @@ impl DurableFile {
     /// [`FormatError::Write`].
     pub fn finish(self) -> Result<(u64, Checksum)> {
         let synced = failpoint::hit(self.points.fsync).and_then(|()| self.file.sync_all());
-        synced.map_err(|source| self.error(source))?;
+        synced.map_err(|error| self.error(error))?;
         Ok((self.written, self.checksum))
     }
 
-    fn error(&self, source: std::io::Error) -> FormatError {
+    fn error(&self, error: std::io::Error) -> FormatError {
         let (path, bytes, total) = (self.path.clone(), self.written, self.total);
-        FormatError::Write { path, bytes, total, source }
+        FormatError::Write { path, bytes, total, error }
     }
 }
 

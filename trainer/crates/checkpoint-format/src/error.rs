@@ -2,21 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-/// An error of the checkpoint format.
+/// An error of the checkpoint format. A cause stands in the message and is no `source()` too, which
+/// would print it twice.
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
     /// The operating system refused something other than a write.
-    #[error("cannot {action} {path}: {source}")]
+    #[error("cannot {action} {path}: {error}")]
     Io {
         /// What was tried ("open", "rename", …).
         action: &'static str,
         /// On what.
         path: PathBuf,
         /// Why not.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// A write or a flush to disk failed.
-    #[error("cannot write {path} (at byte {bytes} of {total}): {source}{}", space_hint(.source))]
+    #[error("cannot write {path} (at byte {bytes} of {total}): {error}{}", space_hint(.error))]
     Write {
         /// The file.
         path: PathBuf,
@@ -25,7 +26,7 @@ pub enum FormatError {
         /// Bytes it was to have.
         total: u64,
         /// Why not.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// Too little room before anything was written.
     #[error(
@@ -95,8 +96,8 @@ pub enum FormatError {
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, FormatError>;
 
-fn space_hint(source: &std::io::Error) -> &'static str {
-    match source.kind() {
+fn space_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             "; free some space, or lower checkpoint.keep_last"
         }
@@ -106,8 +107,8 @@ fn space_hint(source: &std::io::Error) -> &'static str {
 
 impl FormatError {
     /// An [`FormatError::Io`].
-    pub fn io(action: &'static str, path: &Path, source: std::io::Error) -> FormatError {
-        FormatError::Io { action, path: path.to_path_buf(), source }
+    pub fn io(action: &'static str, path: &Path, error: std::io::Error) -> FormatError {
+        FormatError::Io { action, path: path.to_path_buf(), error }
     }
 
     /// A [`FormatError::Damaged`].
@@ -124,8 +125,8 @@ impl FormatError {
     pub fn is_out_of_space(&self) -> bool {
         match self {
             FormatError::NoSpace { .. } => true,
-            FormatError::Write { source, .. } | FormatError::Io { source, .. } => matches!(
-                source.kind(),
+            FormatError::Write { error, .. } | FormatError::Io { error, .. } => matches!(
+                error.kind(),
                 std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
             ),
             _ => false,

@@ -225,7 +225,10 @@ impl AddedTokens {
 
     /// Id of the first of `names` that there is.
     fn first_of(&self, names: [&str; 3]) -> Option<u32> {
-        names.iter().find_map(|name| self.0.iter().find(|(text, _)| text == name)).map(|(_, id)| *id)
+        names
+            .iter()
+            .find_map(|name| self.0.iter().find(|(text, _)| text == name))
+            .map(|(_, id)| *id)
     }
 
     fn text_of(&self, id: u32) -> Option<&str> {
@@ -239,6 +242,8 @@ impl AddedTokens {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": extras.max_positions,
             "clean_up_tokenization_spaces": false,
+            // Without it token types come too, which a Llama's `generate` refuses.
+            "model_input_names": ["input_ids", "attention_mask"],
         });
         let end = extras.eos_token_ids.first().copied();
         for (key, id) in [("bos_token", extras.bos_token_id), ("eos_token", end)] {

@@ -185,6 +185,45 @@ fn types_are_converted_on_request() {
 }
 
 #[test]
+fn transformers_is_told_which_tokenizer_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = HfSource::open(&fixture("hf")).unwrap();
+    let tokenizer = folder.path().join("t.json");
+    let export = |name: &str, added: &str| {
+        std::fs::write(&tokenizer, format!("{{\"added_tokens\": [{added}]}}")).unwrap();
+        let options = ExportOptions {
+            tokenizer: Some(tokenizer.clone()),
+            bos_token_id: Some(9),
+            ..options(&source)
+        };
+        let out = folder.path().join(name);
+        export_hf(&source, &out, &options).unwrap();
+        let read = |name: &str| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(out.join(name)).unwrap()).unwrap()
+        };
+        assert!(out.join("tokenizer.json").is_file());
+        (read("tokenizer_config.json"), read("generation_config.json"), read("config.json"))
+    };
+    let (config, generation, model) = export(
+        "own",
+        r#"{"id": 30, "content": "<|begin_of_text|>"}, {"id": 31, "content": "<|end_of_text|>"}"#,
+    );
+    let expected = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 128,
+        "clean_up_tokenization_spaces": false,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
+    });
+    assert_eq!(config, expected);
+    for ids in [generation, model] {
+        assert_eq!((&ids["bos_token_id"], &ids["eos_token_id"]), (&30.into(), &31.into()));
+    }
+    let (config, generation, _) = export("other", r#"{"id": 9, "content": "[BEGIN]"}"#);
+    assert_eq!((&config["bos_token"], config.get("eos_token")), (&"[BEGIN]".into(), None));
+    assert_eq!(generation["bos_token_id"], 9);
+}
+
+#[test]
 fn an_export_or_import_never_overwrites() {
     let folder = tempfile::tempdir().unwrap();
     let source = HfSource::open(&fixture("hf")).unwrap();

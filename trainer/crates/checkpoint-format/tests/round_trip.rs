@@ -6,7 +6,7 @@ mod common;
 
 use checkpoint_format::diff::diff;
 use checkpoint_format::scan::{newest_committed, newest_verified, scan};
-use checkpoint_format::{Checkpoint, FormatError, TensorBox};
+use checkpoint_format::{Checkpoint, Dtype, FormatError, TensorBox};
 use common::{How, assert_holds, entries, save, save_all, tensors};
 use proptest::prelude::*;
 
@@ -134,7 +134,14 @@ fn a_difference_is_found_and_measured() {
     assert_eq!(found.different.len(), 1);
     let different = &found.different[0];
     assert_eq!((different.name.as_str(), different.elements), ("odd", 1));
-    assert_eq!((different.first_element, different.max_abs_difference), (Some(8), 0.5));
+    assert_eq!((different.first_element, different.max_abs_difference), (Some(8), Some(0.5)));
+    let mut narrow = zero.clone();
+    let (shape, bytes) = (vec![1], vec![0; 4]);
+    narrow.insert("scalar".into(), (shape, Dtype::F32, bytes));
+    save(folder.path(), 3, &narrow);
+    let found = diff(&open("step-0000001"), &open("step-0000003")).unwrap();
+    assert!(found.different[0].what.contains("F32"), "{}", found.different[0].what);
+    assert_eq!(found.different[0].max_abs_difference, None);
 }
 
 proptest! {
