@@ -42,8 +42,7 @@ pub enum DataError {
         action: &'static str,
         /// File or folder.
         path: PathBuf,
-        /// The system's reason.
-        #[source]
+        /// The system's reason; it stands in the message, and as a source would be printed twice.
         error: io::Error,
     },
     /// A shard without a single token.

@@ -10,10 +10,12 @@ use arrow::datatypes::{DataType, Field, Int32Type, Int64Type, UInt32Type};
 use arrow::record_batch::RecordBatch;
 use common::{VOCAB, config, corpus, info, options, read};
 use data_pipeline::prefetch::{LocalFiles, RetryPolicy, Storage};
+use data_pipeline::prepare::inspect;
 use data_pipeline::shards::ShardWriter;
 use data_pipeline::{DataError, Loader, LoaderTuning, preflight};
 use futures::future::BoxFuture;
 use parquet::arrow::ArrowWriter;
+use parquet::file::properties::WriterProperties;
 use run_config::RunConfig;
 use std::ops::Range;
 use std::path::Path;
@@ -43,9 +45,13 @@ fn read_error(config: &RunConfig, tuning: LoaderTuning) -> String {
 }
 
 fn write(path: &Path, columns: Vec<(&str, ArrayRef)>) {
+    write_with(path, columns, None);
+}
+
+fn write_with(path: &Path, columns: Vec<(&str, ArrayRef)>, properties: Option<WriterProperties>) {
     let batch = RecordBatch::try_from_iter(columns).unwrap();
     let file = std::fs::File::create(path).unwrap();
-    let mut writer = ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), properties).unwrap();
     writer.write(&batch).unwrap();
     writer.close().unwrap();
 }
@@ -186,8 +192,57 @@ fn other_layouts_give_the_same_tokens() {
     let negative = ListArray::from_iter_primitive::<Int64Type, _, _>([Some(vec![Some(-1); 200])]);
     write(&folder.path().join("x.parquet"), vec![("tokens", Arc::new(negative))]);
     let config = config(&[(folder.path(), 1.0)], &["data.validation_fraction=0"]);
-    let error = read_error(&config, LoaderTuning::default());
-    assert!(error.contains("token id -1 is outside"), "{error}");
+    check(&config, &["token id -1 is outside the vocabulary of 1048576 (0 to 1048575)"]);
+    let wide = ListArray::from_iter_primitive::<Int64Type, _, _>([Some([7, 1 << 40].map(Some))]);
+    write(&folder.path().join("x.parquet"), vec![("tokens", Arc::new(wide))]);
+    check(&config, &["position 1: token id 1099511627776 is outside the vocabulary of 1048576"]);
+    let error = inspect::inspect(&folder.path().display().to_string()).unwrap_err().to_string();
+    assert!(error.contains("position 1: 1099511627776 is no token id"), "{error}");
+}
+
+#[test]
+fn shards_of_every_compression_are_read() {
+    use parquet::basic::{BrotliLevel, Compression, GzipLevel};
+    let rows = (0..40).map(|d| Some((d * 50..d * 50 + 50).map(Some)));
+    let column: ArrayRef = Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(rows));
+    for compression in [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::GZIP(GzipLevel::default()),
+        Compression::BROTLI(BrotliLevel::default()),
+        Compression::LZ4_RAW,
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let properties = WriterProperties::builder().set_compression(compression).build();
+        let columns = vec![("tokens", column.clone())];
+        write_with(&folder.path().join("x.parquet"), columns, Some(properties));
+        let overrides = ["data.shuffle=false", "data.validation_fraction=0"];
+        let batches = read(&config(&[(folder.path(), 1.0)], &overrides), options(1, 3));
+        let tokens: Vec<i32> = batches.into_iter().flat_map(|batch| batch.tokens).collect();
+        assert_eq!(tokens, (0..24 * 64).collect::<Vec<i32>>(), "{compression}");
+    }
+}
+
+#[test]
+fn lengths_that_are_not_those_of_the_lists_are_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    let verified = |lengths: ArrayRef| {
+        let rows = [3, 2].map(|count| Some((0..count).map(Some)));
+        let lists = ListArray::from_iter_primitive::<Int32Type, _, _>(rows);
+        write(&path, vec![("input_ids", Arc::new(lists)), ("n_tokens", lengths)]);
+        let shards = inspect::verify(&path.display().to_string(), None, None).unwrap();
+        shards.into_iter().next().unwrap().outcome.map(|report| report.tokens)
+    };
+    assert_eq!(verified(Arc::new(Int64Array::from(vec![3, 2]))).unwrap(), 5);
+    for (lengths, wrong) in [
+        (vec![Some(3), Some(-1)], "row 1 holds 2 tokens, but its `n_tokens` is -1"),
+        (vec![Some(2), Some(3)], "row 0 holds 3 tokens, but its `n_tokens` is 2"),
+        (vec![None, Some(2)], "row 0 holds 3 tokens, but its `n_tokens` is null"),
+    ] {
+        let error = verified(Arc::new(Int64Array::from(lengths))).unwrap_err().to_string();
+        assert!(error.contains(wrong), "{error}");
+    }
 }
 
 /// A store that is slow, and fails at some requests.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test may panic")]
 
 use data_pipeline::prepare::documents::{DocumentOptions, open};
+use data_pipeline::prepare::record::{Plan, Record};
 use data_pipeline::prepare::{
     TokenizeOptions, TokenizeSummary, Tokenizer, TrainOptions, chunk, inspect, tokenize,
     train_tokenizer,
@@ -102,6 +103,36 @@ fn training_fills_the_vocabulary_and_is_repeatable() {
 }
 
 #[test]
+fn vocabularies_that_the_text_cannot_fill_are_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = jsonl(folder.path(), "two.jsonl", &documents()[..2]);
+    let train = |vocab_size: usize, output: PathBuf| {
+        let inputs = vec![input.display().to_string()];
+        let (documents, min_frequency, max_bytes) = (DocumentOptions::default(), 2, None);
+        train_tokenizer(&TrainOptions {
+            inputs,
+            documents,
+            output,
+            vocab_size,
+            min_frequency,
+            max_bytes,
+        })
+    };
+    for (vocab_size, expected) in [
+        (100_000_000, "100000000 is too large: a model has at most 16777216"),
+        (5_000_000, "the text only has "),
+        (100, "100 is too small"),
+    ] {
+        let error = train(vocab_size, folder.path().join("t.json")).unwrap_err();
+        assert!(error.is_bad_input() && error.to_string().contains(expected), "{error}");
+    }
+    // A folder of that name cannot be replaced: what was written beside it goes.
+    std::fs::create_dir(folder.path().join("taken.json")).unwrap();
+    train(400, folder.path().join("taken.json")).unwrap_err();
+    assert!(!folder.path().join("taken.json.partial").exists());
+}
+
+#[test]
 fn shards_hold_the_documents_with_begin_and_end() {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = train(folder.path(), 320, "tokenizer.json");
@@ -155,6 +186,44 @@ fn an_interrupted_command_goes_on_and_ends_with_the_same_shards() {
 }
 
 #[test]
+fn no_shard_is_longer_than_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = train(folder.path(), 320, "tokenizer.json");
+    let (input, output) = (folder.path().join("train.jsonl"), folder.path().join("shards"));
+    let asked = options(&tokenizer, &output, &[&input]);
+    let made = tokenize(&TokenizeOptions { shard_tokens: 1000, ..asked }).unwrap();
+    let shards = inspect::inspect(&output.display().to_string()).unwrap();
+    let longest = shards.iter().map(|shard| shard.longest_document).max().unwrap();
+    let (last, whole) = shards.split_last().unwrap();
+    assert!(last.tokens <= 1000 && longest < 1000 && whole.len() > 20);
+    for shard in whole {
+        assert!((1001 - longest..=1000).contains(&shard.tokens), "{shard:?}");
+    }
+    assert_eq!(shards.iter().map(|shard| shard.documents).sum::<u64>(), made.documents);
+}
+
+#[test]
+fn two_commands_do_not_write_into_one_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = train(folder.path(), 320, "tokenizer.json");
+    let (input, output) = (folder.path().join("train.jsonl"), folder.path().join("shards"));
+    let plan = Plan {
+        writer: "test".into(),
+        tokenizer_sha256: String::new(),
+        inputs: Vec::new(),
+        settings: String::new(),
+    };
+    let first = Record::open(&output, &plan, false).unwrap();
+    let second = TokenizeOptions { overwrite: true, ..options(&tokenizer, &output, &[&input]) };
+    let error = tokenize(&second).unwrap_err();
+    assert!(error.is_bad_input());
+    let (error, pid) = (error.to_string(), std::process::id());
+    assert!(error.contains("shards`: process ") && error.contains(&pid.to_string()), "{error}");
+    drop(first);
+    tokenize(&second).unwrap();
+}
+
+#[test]
 fn another_command_does_not_touch_the_shards() {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = train(folder.path(), 320, "tokenizer.json");
@@ -197,8 +266,27 @@ fn documents_of_every_kind_of_file() {
     );
     assert!(error("a.txt", b"ab\xff").contains("not UTF-8 at byte 2"));
     assert!(error("a.parquet", b"no").contains("damaged or not parquet"));
-    let cut = compress(&[b'a'; 100_000]);
-    assert!(error("b.txt.zst", &cut[..cut.len() - 3]).contains("b.txt.zst"));
+    let gzip = |bytes: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    assert_eq!(read("a.jsonl.gz", &gzip(lines), None).unwrap(), ["one", "tw\u{f6}"]);
+    let members = [gzip(b"one "), gzip(b"two")].concat();
+    assert_eq!(read("a.txt.gz", &members, None).unwrap(), ["one two"]);
+    let text: Vec<u8> = (0..100_000u32).flat_map(|n| n.to_string().into_bytes()).collect();
+    for (name, whole) in [("b.txt.zst", compress(&text)), ("b.txt.gz", gzip(&text))] {
+        let cut = read(name, &whole[..whole.len() / 2], None).unwrap_err();
+        assert!(cut.is_bad_input());
+        let cut = cut.to_string();
+        assert!(cut.contains(name) && cut.contains("cut short or damaged: copy it again"), "{cut}");
+        assert!(error(name, b"").contains("is empty (0 bytes)"));
+    }
+    for name in ["a.txt.bz2", "a.tar", "a.tar.gz", "a.jsonl.xz"] {
+        assert!(error(name, b"x").contains("may be compressed as .zst or .gz"), "{name}");
+    }
+    let parquet = error("a.parquet", b"no");
+    assert!(parquet.contains("input `") && !parquet.contains("tokenize"), "{parquet}");
 }
 
 #[test]

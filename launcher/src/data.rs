@@ -25,7 +25,7 @@ pub enum DataCommand {
 /// Where documents come from.
 #[derive(Debug, Args)]
 pub struct InputArgs {
-    /// Files, folders or quoted globs: .txt, .jsonl, .parquet; text and JSON lines also as .zst.
+    /// Files, folders or quoted globs: .txt, .jsonl, .parquet; text and JSON lines also as .zst or .gz.
     #[arg(required = true)]
     inputs: Vec<String>,
     /// Field of a JSON object, or column of a parquet file, that holds the text.
@@ -79,7 +79,7 @@ pub struct TokenizeArgs {
     /// Folder of the shards.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Tokens of a shard, about.
+    /// Most tokens of a shard.
     #[arg(long, default_value_t = 512 << 20, value_name = "N",
           value_parser = clap::value_parser!(u64).range(1..))]
     shard_tokens: u64,

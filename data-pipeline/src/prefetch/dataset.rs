@@ -179,7 +179,11 @@ fn load_manifests(config: &RunConfig) -> Result<Vec<Arc<Manifest>>> {
         Packing::Concatenate => None,
         Packing::BestFit => Some(sample_len(config)),
     };
-    let params = ScanParams { validation_fraction: config.data.validation_fraction, bin_len };
+    let params = ScanParams {
+        validation_fraction: config.data.validation_fraction,
+        bin_len,
+        vocab_size: config.model.vocab_size,
+    };
     let mut tokenizer_sha256 = None;
     let mut manifests = Vec::with_capacity(config.data.sources.len());
     for source in &config.data.sources {

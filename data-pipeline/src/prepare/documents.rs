@@ -5,7 +5,7 @@
 //! - `.jsonl`, `.ndjson`, `.json` (one object a line): the string in the text field.
 //! - `.parquet`: the rows of the text column.
 //!
-//! Text and JSON lines may be compressed with zstd (`.zst`). Documents without text are left out.
+//! Text and JSON lines may be compressed with zstd (`.zst`) or gzip (`.gz`). Documents without text are left out.
 
 use crate::error::{DataError, Result};
 use arrow::array::{Array, AsArray};
@@ -50,7 +50,8 @@ impl InputFile {
     /// About how many bytes of text it holds, before decompression.
     pub fn text_bytes(&self) -> u64 {
         match kind(&self.path) {
-            (_, true) | (Kind::Parquet, _) => self.bytes * 3,
+            (Kind::Parquet, _) => self.bytes * 3,
+            (_, Some(_)) => self.bytes * 3,
             _ => self.bytes,
         }
     }
@@ -102,12 +103,22 @@ enum Kind {
     Parquet,
 }
 
-/// Kind of a file by its name, and whether it is compressed.
-fn kind(path: &Path) -> (Kind, bool) {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    Zstd,
+    Gzip,
+}
+
+/// Endings of files that hold text in a form that is not read.
+const UNSUPPORTED: [&str; 9] = ["bz2", "xz", "lz4", "br", "zip", "7z", "tar", "tgz", "rar"];
+
+/// Kind of a file by its name, and how it is compressed.
+fn kind(path: &Path) -> (Kind, Option<Compression>) {
     let name = path.to_string_lossy().to_ascii_lowercase();
-    let (name, compressed) = match name.strip_suffix(".zst") {
-        Some(name) => (name.to_string(), true),
-        None => (name, false),
+    let (name, compressed) = match name.rsplit_once('.') {
+        Some((name, "zst")) => (name.to_string(), Some(Compression::Zstd)),
+        Some((name, "gz")) => (name.to_string(), Some(Compression::Gzip)),
+        _ => (name, None),
     };
     let kind = match name.rsplit_once('.').map_or("", |(_, end)| end) {
         "jsonl" | "ndjson" | "json" => Kind::JsonLines,
@@ -123,18 +134,21 @@ pub type Documents = Box<dyn Iterator<Item = Result<String>> + Send>;
 /// Opens a file of documents.
 pub fn open(path: &Path, options: &DocumentOptions) -> Result<Documents> {
     let (kind, compressed) = kind(path);
+    refuse_unsupported(path, kind, compressed)?;
     if kind == Kind::Parquet {
         return Ok(Box::new(ParquetRows::open(path, options)?));
     }
     let file = File::open(path).map_err(|error| DataError::io("open", path, error))?;
-    let reader: Box<dyn BufRead + Send> = match compressed {
-        true => {
+    let reader: Box<dyn Read + Send> = match compressed {
+        Some(Compression::Zstd) => {
             let decoder = zstd::stream::read::Decoder::new(file)
                 .map_err(|error| DataError::io("decompress", path, error))?;
-            Box::new(BufReader::with_capacity(BUFFER_BYTES, decoder))
+            Box::new(decoder)
         }
-        false => Box::new(BufReader::with_capacity(BUFFER_BYTES, file)),
+        Some(Compression::Gzip) => Box::new(flate2::read::MultiGzDecoder::new(file)),
+        None => Box::new(file),
     };
+    let reader = Box::new(BufReader::with_capacity(BUFFER_BYTES, reader));
     let (path, reader) = (path.to_path_buf(), reader);
     Ok(match kind {
         Kind::JsonLines => {
@@ -149,6 +163,46 @@ pub fn open(path: &Path, options: &DocumentOptions) -> Result<Documents> {
     })
 }
 
+/// Refuses archives and compressions that would be read as text, and a compressed file of no bytes,
+/// which no compressor makes.
+fn refuse_unsupported(path: &Path, kind: Kind, compressed: Option<Compression>) -> Result<()> {
+    let fail = |detail: String| {
+        Err(DataError::Input { path: path.to_path_buf(), place: "whole file".into(), detail })
+    };
+    let outer = if compressed.is_some() { path.with_extension("") } else { path.to_path_buf() };
+    let end = outer.extension().map(|end| end.to_string_lossy().to_ascii_lowercase());
+    if let Some(end) = end.filter(|end| UNSUPPORTED.contains(&end.as_str())) {
+        return fail(format!(
+            "`.{end}` is not supported; text and JSON lines may be compressed as .zst or .gz: \
+             unpack it first"
+        ));
+    }
+    if compressed.is_none() {
+        return Ok(());
+    }
+    if kind == Kind::Parquet {
+        return fail("a parquet file is compressed inside: unpack it first".into());
+    }
+    let facts = path.metadata().map_err(|error| DataError::io("read", path, error))?;
+    if facts.len() == 0 {
+        return fail("is empty (0 bytes), not compressed text; copy it again, or delete it".into());
+    }
+    Ok(())
+}
+
+/// What reading a file failed with: the system's reason, or that of a decompressor, which has no
+/// number of the system.
+fn read_error(path: &Path, place: String, error: std::io::Error) -> DataError {
+    if kind(path).1.is_none() || error.raw_os_error().is_some() {
+        return DataError::io("read", path, error);
+    }
+    let detail = format!(
+        "cannot be decompressed: {error}; it is cut short or damaged: \
+                          copy it again, or compress it again"
+    );
+    DataError::Input { path: path.to_path_buf(), place, detail }
+}
+
 /// Reads up to and with `delimiter` (all that is left without one), within the bound of a document.
 fn read_until(
     reader: &mut dyn BufRead,
@@ -157,7 +211,7 @@ fn read_until(
     place: &dyn Fn() -> String,
 ) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let failed = |error| DataError::io("read", path, error);
+    let failed = |error| read_error(path, place(), error);
     loop {
         let count = match delimiter.and_then(|delimiter| delimiter.last()) {
             Some(&last) => reader.take(MAX_DOCUMENT_BYTES as u64).read_until(last, &mut bytes),
@@ -313,6 +367,18 @@ impl<'de> Visitor<'de> for TextField<'_> {
     }
 }
 
+/// What is wrong with a shard, said of an input, which nothing here made.
+fn input_error(error: DataError) -> DataError {
+    match error {
+        DataError::Damaged { path, bytes, detail } => DataError::Input {
+            path,
+            place: format!("{bytes} bytes"),
+            detail: format!("is damaged or not parquet: {detail}; copy it again"),
+        },
+        other => other,
+    }
+}
+
 struct ParquetRows {
     path: PathBuf,
     batches: ParquetRecordBatchReader,
@@ -321,7 +387,7 @@ struct ParquetRows {
 
 impl ParquetRows {
     fn open(path: &Path, options: &DocumentOptions) -> Result<Self> {
-        let footer = crate::shards::Footer::read(path)?;
+        let footer = crate::shards::Footer::read(path).map_err(input_error)?;
         let field = &options.text_field;
         let fail = |detail: String| DataError::Input {
             path: path.to_path_buf(),
@@ -353,7 +419,9 @@ impl ParquetRows {
                 place: "text column".into(),
                 detail,
             };
-            let batch = batch.map_err(|error| fail(error.to_string()))?;
+            let batch = batch.map_err(|error| {
+                fail(format!("cannot be read: {error}; the file may be damaged: copy it again"))
+            })?;
             let column = batch.column(0);
             let collect = |texts: &mut dyn Iterator<Item = Option<&str>>| -> Vec<String> {
                 texts.flatten().map(str::to_string).collect()

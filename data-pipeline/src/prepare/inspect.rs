@@ -2,6 +2,7 @@
 
 use super::tokenizer::Tokenizer;
 use crate::error::{DataError, Result};
+use crate::shards::ANY_VOCABULARY;
 use crate::shards::decode::{DecodeRequest, DecodedGroup, GroupLayout};
 use crate::shards::footer::Footer;
 use crate::shards::scan::{find_files, read_range};
@@ -71,7 +72,7 @@ pub fn verify(
     let files = find_files("shards", pattern)?;
     let check = |path: &PathBuf| Verified {
         path: path.clone(),
-        outcome: report(path, tokenizer, vocab_size),
+        outcome: report(path, tokenizer, vocab_size, Depth::Lengths),
     };
     Ok(files.par_iter().map(check).collect())
 }
@@ -79,7 +80,7 @@ pub fn verify(
 /// Describes the shards that `pattern` names.
 pub fn inspect(pattern: &str) -> Result<Vec<ShardReport>> {
     let files = find_files("shards", pattern)?;
-    files.par_iter().map(|path| report(path, None, Some(usize::MAX))).collect()
+    files.par_iter().map(|path| report(path, None, Some(ANY_VOCABULARY), Depth::Ids)).collect()
 }
 
 /// The first `count` documents of the first shard, up to `limit` ids each.
@@ -92,7 +93,7 @@ pub fn first_documents(
     let files = find_files("shards", pattern)?;
     let mut views = Vec::new();
     for path in files.iter().take_while(|_| count > 0) {
-        each_group(path, usize::MAX, |first_row, group| {
+        each_group(path, ANY_VOCABULARY, Depth::Ids, |first_row, group| {
             let mut start = 0;
             for (row, &length) in group.lengths.iter().enumerate() {
                 let document = &group.ids[start..start + length as usize];
@@ -116,10 +117,20 @@ pub fn first_documents(
     Ok(views)
 }
 
+/// How thoroughly a shard is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    /// Every id is checked.
+    Ids,
+    /// The lengths of the documents too, against the lists.
+    Lengths,
+}
+
 /// Calls `see` with the first row and the documents of each row group, until it says `false`.
 fn each_group(
     path: &Path,
     vocab_size: usize,
+    depth: Depth,
     mut see: impl FnMut(u64, &DecodedGroup) -> Result<bool>,
 ) -> Result<Footer> {
     let footer = Footer::read(path)?;
@@ -129,6 +140,12 @@ fn each_group(
         let range = read_range(path, bytes, footer.file_bytes)?;
         let request = DecodeRequest { path, footer: &footer, group, first_row, vocab_size };
         let decoded = request.decode(&range)?;
+        if depth == Depth::Lengths {
+            let columns = footer.metadata.row_group(group).columns().iter();
+            let ends = columns.map(|column| column.byte_range()).map(|(at, len)| (at, at + len));
+            let (start, end) = ends.fold((u64::MAX, 0), |(a, b), (s, e)| (a.min(s), b.max(e)));
+            request.check_lengths(&read_range(path, start.min(end)..end, footer.file_bytes)?)?;
+        }
         if !see(first_row, &decoded)? {
             break;
         }
@@ -141,6 +158,7 @@ fn report(
     path: &Path,
     tokenizer: Option<&Tokenizer>,
     vocab_size: Option<usize>,
+    depth: Depth,
 ) -> Result<ShardReport> {
     let info = Footer::read(path)?.info;
     if let (Some(tokenizer), Some(info)) = (tokenizer, &info)
@@ -156,7 +174,7 @@ fn report(
     let named = info.as_ref().map(|info| info.vocab_size);
     let known = vocab_size.or(tokenizer.map(|tokenizer| tokenizer.vocab_size)).or(named);
     let (mut documents, mut tokens, mut longest, mut largest) = (0, 0, 0, None);
-    let footer = each_group(path, known.unwrap_or(usize::MAX), |_, group| {
+    let footer = each_group(path, known.unwrap_or(ANY_VOCABULARY), depth, |_, group| {
         documents += group.lengths.len() as u64;
         tokens += group.ids.len() as u64;
         longest = longest.max(group.lengths.iter().copied().max().map_or(0, u64::from));

@@ -5,11 +5,19 @@ use super::documents::InputFile;
 use super::train::write_atomically;
 use crate::error::{DataError, Result};
 use crate::shards::writer::ShardTotals;
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Folder of the record in the output folder.
 const FOLDER: &str = ".tokenize";
+/// File of that folder which the process that writes shards holds a lock on, with its id.
+const LOCK: &str = "lock";
+/// No process id is longer.
+const MAX_PID_BYTES: u64 = 20;
 
 /// All that decides what the shards hold. An output folder belongs to one plan.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,17 +58,30 @@ pub struct TaskRecord {
 #[derive(Clone, Debug)]
 pub struct Record {
     folder: PathBuf,
+    /// Held as long as the record is open.
+    _lock: Arc<File>,
 }
 
 impl Record {
     /// Opens the record of an output folder, or begins it. A folder with shards of another plan is
     /// refused, or cleared with `overwrite`.
     pub fn open(output: &Path, plan: &Plan, overwrite: bool) -> Result<Self> {
-        let record = Record { folder: output.join(FOLDER) };
+        let folder = output.join(FOLDER);
         let refuse = |detail: String| Err(DataError::Output { path: output.to_path_buf(), detail });
         if output.exists() && !output.is_dir() {
             return refuse("is a file; name a folder".into());
         }
+        let foreign = || {
+            refuse(
+                "holds parquet files already; name another folder, or give --overwrite to delete \
+                 them"
+                    .into(),
+            )
+        };
+        if !overwrite && !folder.exists() && shards_in(output).next().is_some() {
+            return foreign();
+        }
+        let record = Record { _lock: Arc::new(lock(output, &folder)?), folder };
         if overwrite {
             clear(output)?;
         }
@@ -74,13 +95,7 @@ impl Record {
                      --overwrite to delete its shards"
                 ));
             }
-            None if shards_in(output).next().is_some() => {
-                return refuse(
-                    "holds parquet files already; name another folder, or give --overwrite to \
-                     delete them"
-                        .into(),
-                );
-            }
+            None if shards_in(output).next().is_some() => return foreign(),
             None => record.write("plan.json", plan)?,
         }
         // What an interrupted run left half written has no name of its own yet.
@@ -140,14 +155,50 @@ fn shards_in(folder: &Path) -> impl Iterator<Item = PathBuf> {
     files_in(folder).filter(|path| path.extension().is_some_and(|end| end == "parquet"))
 }
 
-/// Deletes shards and the record of an output folder, and nothing else.
+/// Takes the folder for this process, until the file is closed: two that wrote the same shards would
+/// spoil them. Where the file system has no locks there is none.
+fn lock(output: &Path, folder: &Path) -> Result<File> {
+    let path = folder.join(LOCK);
+    let failed = |error| DataError::io("create", &path, error);
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let mut options = File::options();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    let mut file = options.open(&path).map_err(failed)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            let _ = (&file).take(MAX_PID_BYTES).read_to_string(&mut pid);
+            let owner = match pid.trim() {
+                "" => "another process".to_string(),
+                pid => format!("process {pid}"),
+            };
+            Err(DataError::Output {
+                path: output.to_path_buf(),
+                detail: format!(
+                    "{owner} is tokenizing into it; wait until it has ended, or name another folder"
+                ),
+            })
+        }
+        Err(error) => {
+            tracing::debug!(%error, "the output folder cannot be locked");
+            Ok(file)
+        }
+        Ok(()) => {
+            let noted = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+            noted.map_err(|error| DataError::io("write", &path, error))?;
+            Ok(file)
+        }
+    }
+}
+
+/// Deletes shards and the record of an output folder, and nothing else. The lock stays.
 fn clear(output: &Path) -> Result<()> {
     for path in shards_in(output) {
         std::fs::remove_file(&path).map_err(|error| DataError::io("delete", &path, error))?;
     }
     let folder = output.join(FOLDER);
-    if folder.is_dir() {
-        std::fs::remove_dir_all(&folder).map_err(|e| DataError::io("delete", &folder, e))?;
+    for path in files_in(&folder).filter(|path| !path.ends_with(LOCK)) {
+        std::fs::remove_file(&path).map_err(|error| DataError::io("delete", &path, error))?;
     }
     Ok(())
 }

@@ -43,7 +43,7 @@ pub struct TokenizeOptions {
     pub tokenizer: PathBuf,
     /// Folder of the shards.
     pub output: PathBuf,
-    /// Tokens of a shard, about.
+    /// Most tokens of a shard; only a document that is longer makes a longer one.
     pub shard_tokens: u64,
     /// Tokens of a row group, about; `None`: by the size of the inputs.
     pub row_group_tokens: Option<u64>,
@@ -242,12 +242,7 @@ impl Job<'_> {
                 if batch.is_empty() || self.failed.load(Ordering::Relaxed) {
                     break;
                 }
-                at.document += batch.len() as u64;
-                self.write_batch(task, &batch, &record, &mut writer)?;
-                let full = |w: &ShardWriter| w.totals().tokens >= self.options.shard_tokens;
-                if writer.as_ref().is_some_and(full) {
-                    self.finish_shard(task, &at, &mut record, &mut writer)?;
-                }
+                self.write_batch(task, &batch, &mut at, &mut record, &mut writer)?;
             }
             if self.failed.load(Ordering::Relaxed) {
                 return Ok(());
@@ -258,12 +253,14 @@ impl Job<'_> {
         self.finish_shard(task, &at, &mut record, &mut writer)
     }
 
-    /// Encodes a batch on all cores and appends it to the shard that is being written.
+    /// Encodes a batch on all cores and appends it to the shard that is being written; begins another
+    /// one in front of a document that would make it too long.
     fn write_batch(
         &self,
         task: usize,
         batch: &[String],
-        record: &TaskRecord,
+        at: &mut Position,
+        record: &mut TaskRecord,
         writer: &mut Option<ShardWriter>,
     ) -> Result<()> {
         let chunks: Vec<(usize, &str)> = batch
@@ -279,20 +276,26 @@ impl Job<'_> {
             let chunks = chunks.par_iter().with_min_len(CHUNKS_AT_A_TIME.min(chunks.len()));
             chunks.map(encode).collect::<Result<Vec<(usize, Vec<PipelineToken>)>>>()
         })?;
-        let writer = match writer {
-            Some(writer) => writer,
-            None => writer.insert(self.new_shard(task, record)?),
-        };
-        let before = writer.totals().tokens;
+        let mut tokens = 0;
         for parts in encoded.chunk_by(|(a, _), (b, _)| a == b) {
             let mut ids: Vec<u32> = Vec::new();
             ids.extend(self.info.bos_id);
             ids.extend(parts.iter().flat_map(|(_, part)| part.iter().map(|id| id.id())));
             ids.extend(self.info.eos_id);
-            writer.push(ids.into_iter())?;
+            tokens += ids.len() as u64;
+            let most = self.options.shard_tokens.saturating_sub(ids.len() as u64);
+            if writer.as_ref().is_some_and(|writer| writer.totals().tokens > most) {
+                self.finish_shard(task, at, record, writer)?;
+            }
+            let shard = match writer {
+                Some(shard) => shard,
+                None => writer.insert(self.new_shard(task, record)?),
+            };
+            shard.push(ids.into_iter())?;
+            at.document += 1;
         }
         let bytes = batch.iter().map(|text| text.len() as u64).sum();
-        self.progress.add(bytes, batch.len() as u64, writer.totals().tokens - before);
+        self.progress.add(bytes, batch.len() as u64, tokens);
         Ok(())
     }
 

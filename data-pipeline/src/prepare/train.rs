@@ -5,10 +5,9 @@ use super::progress::Progress;
 use super::{chunk, llama3};
 use crate::digest::file_sha256;
 use crate::error::{DataError, Result};
-use crate::shards::writer::{partial_path, publish};
+use crate::shards::writer::{partial_path, write_and_publish};
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use tokenizers::Trainer;
 use tokenizers::pipeline::{PipelineTokenizer, PreTokenizer, PreTokenizerScratch};
@@ -17,6 +16,11 @@ use tokenizers::trainers::bpe::BpeTrainer;
 
 /// Number of single bytes, which every vocabulary begins with.
 const NUM_BYTES: usize = 256;
+/// The largest vocabulary, as `model.vocab_size` has it.
+const MAX_VOCAB: usize = 1 << 24;
+/// The most special tokens without a meaning that fill a vocabulary up. Each costs time when the
+/// tokenizer is loaded, and an embedding that nothing trains.
+const MAX_RESERVED: usize = 1 << 18;
 /// The longest word that is learned from, in bytes; longer ones are noise and cost much.
 const MAX_WORD_BYTES: usize = 256;
 
@@ -58,17 +62,7 @@ pub struct TrainSummary {
 
 /// Trains a tokenizer and writes its file.
 pub fn train_tokenizer(options: &TrainOptions) -> Result<TrainSummary> {
-    let least = NUM_BYTES + llama3::SPECIAL_TOKENS.len();
-    if options.vocab_size < least {
-        return Err(DataError::Setting {
-            key: "--vocab-size".into(),
-            detail: format!(
-                "{} is too small: {NUM_BYTES} bytes and {} special tokens need {least}",
-                options.vocab_size,
-                llama3::SPECIAL_TOKENS.len()
-            ),
-        });
-    }
+    check_vocab_size(options.vocab_size)?;
     let inputs = find_inputs(&options.inputs)?;
     let total = inputs.iter().map(documents::InputFile::text_bytes).sum();
     let progress = Progress::new("learning", total);
@@ -98,12 +92,18 @@ pub fn train_tokenizer(options: &TrainOptions) -> Result<TrainSummary> {
             detail: "there is no text to learn from".into(),
         });
     }
+    // Each merge shortens a word, so that there are fewer than bytes; the trainer makes room for all.
+    let most = NUM_BYTES.saturating_add(usize::try_from(feed.bytes).unwrap_or(usize::MAX));
+    trainer.vocab_size = trainer.vocab_size.min(most);
     let (vocab, merges, _) = trainer.train_vocab().map_err(fail)?;
     let (num_merges, bytes, documents) = (merges.len(), feed.bytes, feed.documents);
     let base = vocab.len();
+    let reserved = options.vocab_size - llama3::SPECIAL_TOKENS.len() - base;
+    if reserved > MAX_RESERVED {
+        return Err(too_little_text(options, num_merges));
+    }
     let vocab: Map<String, Value> = vocab.into_iter().map(|(t, id)| (t, Value::from(id))).collect();
     let merges = merges.into_iter().map(|(left, right)| json!([left, right])).collect();
-    let reserved = options.vocab_size - llama3::SPECIAL_TOKENS.len() - base;
     let names = llama3::SPECIAL_TOKENS.iter().map(|name| name.to_string());
     let names = names.chain((0..reserved).map(llama3::reserved));
     let file = llama3::file(vocab, merges, names.zip(base as u32..));
@@ -117,6 +117,35 @@ pub fn train_tokenizer(options: &TrainOptions) -> Result<TrainSummary> {
         documents,
         bytes,
     })
+}
+
+fn check_vocab_size(vocab_size: usize) -> Result<()> {
+    let num_specials = llama3::SPECIAL_TOKENS.len();
+    let least = NUM_BYTES + num_specials;
+    let detail = if vocab_size < least {
+        format!(
+            "{vocab_size} is too small: {NUM_BYTES} bytes and {num_specials} special tokens need \
+             {least}"
+        )
+    } else if vocab_size > MAX_VOCAB {
+        format!("{vocab_size} is too large: a model has at most {MAX_VOCAB}")
+    } else {
+        return Ok(());
+    };
+    Err(DataError::Setting { key: "--vocab-size".into(), detail })
+}
+
+fn too_little_text(options: &TrainOptions, num_merges: usize) -> DataError {
+    let most = NUM_BYTES + num_merges + llama3::SPECIAL_TOKENS.len();
+    DataError::Setting {
+        key: "--vocab-size".into(),
+        detail: format!(
+            "{} is too large: the text only has {num_merges} possible merges, seen at least {} \
+             times, enough for {most} ids, and at most {MAX_RESERVED} more are filled up with \
+             reserved tokens; give more text, or --vocab-size {most}",
+            options.vocab_size, options.min_frequency
+        ),
+    }
 }
 
 /// The documents of all inputs, up to a number of bytes. The first error ends them and is kept.
@@ -212,9 +241,5 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(failed)?;
     }
-    let partial = partial_path(path);
-    std::fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .map_err(failed)?;
-    publish(&partial, path)
+    write_and_publish(&partial_path(path), path, bytes)
 }

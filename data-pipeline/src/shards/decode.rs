@@ -1,7 +1,7 @@
 //! Row groups in, documents out: any accepted column layout, every id checked.
 
 use super::footer::{FileRange, Footer, damaged};
-use super::{IDS_COLUMN_NAMES, fast};
+use super::{ANY_VOCABULARY, IDS_COLUMN_NAMES, LENGTHS_COLUMN, fast};
 use crate::error::{DataError, Result};
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait};
 use arrow::datatypes::{DataType, Int32Type, Int64Type, UInt16Type, UInt32Type, UInt64Type};
@@ -112,8 +112,43 @@ impl DecodeRequest<'_> {
     pub fn lengths(&self, range: &FileRange) -> Result<Vec<u32>> {
         match GroupLayout::of(self.path, self.footer, self.group)? {
             GroupLayout::Own { lengths, .. } => self.own_lengths(range, lengths),
-            GroupLayout::Foreign { root } => Ok(self.decode_foreign(range, root)?.lengths),
+            GroupLayout::Foreign { root } => {
+                let decoded = self.decode_foreign(range, root)?;
+                self.check_ids(&decoded)?;
+                Ok(decoded.lengths)
+            }
         }
+    }
+
+    /// Checks that the column of lengths, where there is one, holds those of the lists. Reading does
+    /// not: it goes by the lengths alone, or by the lists alone. `whole` has all of the row group.
+    pub fn check_lengths(&self, whole: &FileRange) -> Result<()> {
+        let schema = self.footer.metadata.file_metadata().schema_descr();
+        let fields = schema.root_schema().get_fields();
+        let find = |name: &str| fields.iter().position(|field| field.name() == name);
+        let (Some(lengths), Some(root)) =
+            (find(LENGTHS_COLUMN), IDS_COLUMN_NAMES.iter().find_map(|name| find(name)))
+        else {
+            return Ok(());
+        };
+        let mut noted = Vec::new();
+        self.read_column(whole, lengths, |column| {
+            let numbers = arrow::compute::cast(column, &DataType::Int64).map_err(|_| {
+                let found = column.data_type();
+                self.damaged(format!("`{LENGTHS_COLUMN}` has type {found}, not int32"))
+            })?;
+            noted.extend(numbers.as_primitive::<Int64Type>().iter());
+            Ok(())
+        })?;
+        let lists = self.decode_foreign(whole, root)?.lengths;
+        let wrong = lists.iter().zip(&noted).position(|(&l, &noted)| noted != Some(i64::from(l)));
+        let Some(row) = wrong else { return Ok(()) };
+        let noted = noted[row].map_or("null".into(), |noted| noted.to_string());
+        Err(self.damaged(format!(
+            "row {} holds {} tokens, but its `{LENGTHS_COLUMN}` is {noted}",
+            self.first_row + row as u64,
+            lists[row]
+        )))
     }
 
     fn own_lengths(&self, range: &FileRange, column: usize) -> Result<Vec<u32>> {
@@ -124,7 +159,13 @@ impl DecodeRequest<'_> {
         if lengths.len() != rows {
             return Err(self.damaged(format!("{} lengths for {rows} rows", lengths.len())));
         }
-        Ok(lengths.into_iter().map(|length| length.max(0) as u32).collect())
+        let row = |at: usize| self.first_row + at as u64;
+        let length = |(at, &length): (usize, &i32)| {
+            u32::try_from(length).map_err(|_| {
+                self.damaged(format!("the `{LENGTHS_COLUMN}` of row {} is {length}", row(at)))
+            })
+        };
+        lengths.iter().enumerate().map(length).collect()
     }
 
     fn decode_own(&self, range: &FileRange, ids: usize, lengths: usize) -> Result<DecodedGroup> {
@@ -147,6 +188,18 @@ impl DecodeRequest<'_> {
     }
 
     fn decode_foreign(&self, range: &FileRange, root: usize) -> Result<DecodedGroup> {
+        let mut decoded = DecodedGroup::default();
+        self.read_column(range, root, |column| self.append(column, &mut decoded))?;
+        Ok(decoded)
+    }
+
+    /// Calls `see` with the parts of one root column, in order.
+    fn read_column(
+        &self,
+        range: &FileRange,
+        root: usize,
+        mut see: impl FnMut(&ArrayRef) -> Result<()>,
+    ) -> Result<()> {
         let failed = |error: &dyn std::fmt::Display| self.damaged(error.to_string());
         let metadata = self.footer.metadata.clone();
         let mask =
@@ -160,12 +213,10 @@ impl DecodeRequest<'_> {
             .with_batch_size(BATCH_ROWS)
             .build()
             .map_err(|error| failed(&error))?;
-        let mut decoded = DecodedGroup::default();
         for batch in batches {
-            let batch = batch.map_err(|error| failed(&error))?;
-            self.append(batch.column(0), &mut decoded)?;
+            see(batch.map_err(|error| failed(&error))?.column(0))?;
         }
-        Ok(decoded)
+        Ok(())
     }
 
     /// Appends the rows of one array, whatever its type.
@@ -292,6 +343,10 @@ impl DecodeRequest<'_> {
     }
 
     fn out_of_range(&self, row: u64, position: u64, id: i64) -> DataError {
+        if self.vocab_size == ANY_VOCABULARY {
+            let detail = format!("row {row}, position {position}: {id} is no token id");
+            return self.damaged(detail);
+        }
         let path = self.path.to_path_buf();
         DataError::TokenOutOfRange { path, row, position, id, vocab_size: self.vocab_size }
     }

@@ -4,11 +4,10 @@
 use super::footer::Footer;
 use super::scan;
 use super::split::Split;
-use super::writer::{partial_path, publish};
+use super::writer::{partial_path, write_and_publish};
 use crate::error::{DataError, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
@@ -26,6 +25,8 @@ pub struct ScanParams {
     pub validation_fraction: f64,
     /// Tokens of a bin, where documents are packed by best fit.
     pub bin_len: Option<u64>,
+    /// Ids must be below this, where the scan reads them (in shards of other programs).
+    pub vocab_size: usize,
 }
 
 /// One shard.
@@ -226,10 +227,7 @@ impl Manifest {
         bytes.extend_from_slice(&xxh3_64(&bytes).to_le_bytes());
         // The ranks of one machine may write at the same time: each its own file, then a rename.
         let own = partial_path(&path.with_extension(std::process::id().to_string()));
-        std::fs::File::create(&own)
-            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
-            .map_err(failed)?;
-        publish(&own, path)
+        write_and_publish(&own, path, &bytes)
     }
 }
 
@@ -238,6 +236,7 @@ fn cache_key(files: &[PathBuf], params: &ScanParams) -> Result<u64> {
     let mut hash = Xxh3::new();
     hash.update(&params.validation_fraction.to_bits().to_le_bytes());
     hash.update(&params.bin_len.unwrap_or(0).to_le_bytes());
+    hash.update(&params.vocab_size.to_le_bytes());
     for path in files {
         let facts = path.metadata().map_err(|error| DataError::io("read", path, error))?;
         let modified =

@@ -13,6 +13,8 @@ pub use footer::{Footer, ShardInfo};
 pub use manifest::{Manifest, RowGroup, ShardFile};
 pub use writer::ShardWriter;
 
+/// A vocabulary of all ids that there can be: they have 31 bits.
+pub const ANY_VOCABULARY: usize = 1 << 31;
 /// Column of token ids, `list<int32 not null>`, one document a row.
 pub const IDS_COLUMN: &str = "input_ids";
 /// Column of the number of tokens of each document, `int32`.

@@ -89,10 +89,6 @@ fn scan_group(
 ) -> Result<RowGroup> {
     let layout = GroupLayout::of(path, footer, group)?;
     let bytes = layout.byte_range(&footer.metadata, group);
-    if bytes.end > footer.file_bytes {
-        let detail = format!("row group {group} ends at byte {}", bytes.end);
-        return Err(damaged(path, footer.file_bytes, detail));
-    }
     let needed = match layout {
         GroupLayout::Own { lengths, .. } => {
             let (start, len) = footer.metadata.row_group(group).column(lengths).byte_range();
@@ -101,7 +97,7 @@ fn scan_group(
         GroupLayout::Foreign { .. } => bytes.clone(),
     };
     let range = read_range(path, needed, footer.file_bytes)?;
-    let request = DecodeRequest { path, footer, group, first_row, vocab_size: usize::MAX };
+    let request = DecodeRequest { path, footer, group, first_row, vocab_size: params.vocab_size };
     let lengths = request.lengths(&range)?;
     let size = |split| {
         let lengths = packing::split_rows(&lengths, first_row, hold_out, split);
@@ -125,6 +121,10 @@ fn scan_group(
 
 /// Reads a range of a local file.
 pub fn read_range(path: &Path, range: std::ops::Range<u64>, file_bytes: u64) -> Result<FileRange> {
+    if range.end > file_bytes {
+        let detail = format!("a row group ends at byte {}", range.end);
+        return Err(damaged(path, file_bytes, detail));
+    }
     let mut bytes = vec![0; (range.end - range.start) as usize];
     std::fs::File::open(path)
         .and_then(|file| file.read_exact_at(&mut bytes, range.start))

@@ -17,6 +17,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -134,6 +135,19 @@ impl ShardWriter {
             .and_then(|()| self.writer.flush())
             .map_err(|error| write_error(&self.partial, error))
     }
+}
+
+/// Writes a file beside its place, syncs and renames it. What a failure leaves half written is
+/// deleted.
+pub(crate) fn write_and_publish(partial: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
+    let written = File::create(partial)
+        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .map_err(|error| DataError::io("write", path, error));
+    let published = written.and_then(|()| publish(partial, path));
+    if published.is_err() {
+        let _ = std::fs::remove_file(partial);
+    }
+    published
 }
 
 /// Renames a synced file into place and syncs the folder.
