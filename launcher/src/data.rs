@@ -25,7 +25,8 @@ pub enum DataCommand {
 /// Where documents come from.
 #[derive(Debug, Args)]
 pub struct InputArgs {
-    /// Files, folders or quoted globs: .txt, .jsonl, .parquet; text and JSON lines also as .zst or .gz.
+    /// Files, folders or quoted globs: .txt, .jsonl, .parquet; text and JSON lines also as .zst or
+    /// .gz.
     #[arg(required = true)]
     inputs: Vec<String>,
     /// Field of a JSON object, or column of a parquet file, that holds the text.
