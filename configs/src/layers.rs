@@ -132,7 +132,8 @@ pub(crate) fn apply_set(
     let Some((path, value)) = text.split_once('=') else {
         return Err(fault("", "there is no `=` in it".to_owned(), form));
     };
-    let path = path.trim();
+    // Messages print the items of a list as `key[0]`.
+    let path = &path.trim().replace('[', ".").replace(']', "");
     if path.split('.').any(str::is_empty) || path.split('.').count() > MAX_PARTS {
         return Err(fault("", format!("{} is no key path", quoted(path)), form));
     }

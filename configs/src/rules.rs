@@ -169,13 +169,16 @@ impl Rules<'_, '_> {
         let local = c.kind == ClusterKind::Local && c.device != DeviceKind::Cuda;
         let on_node = ranks / c.nodes.max(1);
         if local && on_node > cores {
-            let message = format!("{on_node} ranks on {cores} cores: they will take turns");
+            let message =
+                format!("{on_node} ranks on {}: they will take turns", counted(cores, "core"));
             self.note(NoteLevel::Warning, "cluster.ranks_per_node", message);
         } else if let Some(threads) = c.threads_per_rank
             && local
             && threads * on_node > cores
         {
-            let message = format!("{on_node} ranks of {threads} threads on {cores} cores");
+            let (ranks, threads) = (counted(on_node, "rank"), counted(threads, "thread"));
+            let cores = counted(cores, "core");
+            let message = format!("{ranks} of {threads} on {cores}: they will take turns");
             self.note(NoteLevel::Warning, "cluster.threads_per_rank", message);
         }
     }
@@ -411,4 +414,9 @@ impl Rules<'_, '_> {
             self.note(NoteLevel::Warning, "checkpoint.keep_every_steps", message);
         }
     }
+}
+
+/// `1 core`, `2 cores`.
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

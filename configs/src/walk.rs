@@ -229,7 +229,7 @@ impl Walker {
             (None, None) if entry.key == "<<" => {
                 "merge keys are not taken: write the keys out".to_owned()
             }
-            (None, None) => "see REFERENCE.md for every key".to_owned(),
+            (None, None) => "see configs/REFERENCE.md for every key".to_owned(),
         };
         self.problems.push(Problem {
             kind: ProblemKind::UnknownKey,

@@ -360,6 +360,7 @@ fn notes() {
     let notes: Vec<String> =
         load(GOOD, &sets).unwrap().notes.iter().map(ToString::to_string).collect();
     let cores = std::thread::available_parallelism().unwrap().to_string();
-    let text = notes.join("\n").replace(&format!("on {cores} cores"), "on N cores");
+    let plural = if cores == "1" { "" } else { "s" };
+    let text = notes.join("\n").replace(&format!("on {cores} core{plural}"), "on N cores");
     insta::assert_snapshot!(text);
 }
