@@ -1,6 +1,7 @@
 //! What a user did that cannot be done, said once, with a hint and the exit code that follows.
 
 use rank_protocol::exit_code;
+use rank_protocol::jsonl::JsonlError;
 use std::fmt;
 
 /// An error for the user.
@@ -51,8 +52,15 @@ impl From<run_config::ConfigErrors> for UserError {
     }
 }
 
-impl From<rank_protocol::jsonl::JsonlError> for UserError {
-    fn from(error: rank_protocol::jsonl::JsonlError) -> Self {
-        Self::failed(error.to_string())
+impl From<JsonlError> for UserError {
+    fn from(error: JsonlError) -> Self {
+        let told = Self::failed(error.to_string());
+        match error {
+            JsonlError::Line { path, line, .. } if line > 0 => told.hint(format!(
+                "the line is damaged; the others count without it: sed -i {line}d {}",
+                path.display()
+            )),
+            _ => told,
+        }
     }
 }

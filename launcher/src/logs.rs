@@ -1,7 +1,8 @@
 //! `phalanx logs`: what the ranks of the newest generation wrote, in the order of time.
 
 use crate::error::UserError;
-use crate::runs::{self, holder};
+use crate::print::err;
+use crate::runs::{self, holder, name_of, newest_logs};
 use crate::supervisor::relay::text_of;
 use rank_protocol::{RunDir, exit_code};
 use serde_json::{Map, Value};
@@ -41,23 +42,23 @@ pub fn run(args: LogsArgs) -> Result<i32, UserError> {
     let mut offsets = BTreeMap::new();
     loop {
         let is_running = args.follow && holder(&run).is_some();
-        let generation = args.generation.or_else(|| newest_generation(&run));
+        let generation = args.generation.or_else(|| newest_logs(&run));
         let files = generation.map(|g| rank_files(&run, g, args.rank)).unwrap_or_default();
         if files.is_empty() && !is_running {
             let which = args.rank.map(|rank| format!(" of rank {rank}")).unwrap_or_default();
             return Err(UserError::usage(format!("run {} has no logs{which}", args.run)));
         }
-        if !print_news(&files, &mut offsets, args.json) || !is_running {
+        let is_read = print_news(&files, &mut offsets, args.json);
+        if !is_read || !is_running {
+            if is_read && offsets.values().all(|offset| *offset == 0) {
+                let yet = if holder(&run).is_some() { " yet" } else { "" };
+                let name = name_of(&run);
+                err!("the ranks of {name} wrote nothing{yet}");
+            }
             return Ok(exit_code::DONE);
         }
         std::thread::sleep(LOOK_EVERY);
     }
-}
-
-fn newest_generation(run: &RunDir) -> Option<u64> {
-    let folder = run.root().join("logs");
-    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter_map(|e| e.file_name().to_str()?.strip_prefix("gen-")?.parse().ok()).max()
 }
 
 fn rank_files(run: &RunDir, generation: u64, only: Option<usize>) -> Vec<(usize, PathBuf)> {

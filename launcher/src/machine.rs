@@ -24,6 +24,8 @@ pub struct Resolved {
     pub world_size: usize,
     /// CPU threads of each.
     pub threads: usize,
+    /// Whether these are what `auto` came to.
+    pub has_auto_threads: bool,
 }
 
 /// Cores that this process may use.
@@ -38,13 +40,9 @@ pub fn num_gpus() -> usize {
 }
 
 /// Loads the config at `path` and resolves `ranks_per_node` and `threads_per_rank`, once: what they
-/// came to is part of the config from then on. `is_new_split`: forget the threads that the file
-/// holds, because the number of ranks is about to change.
-pub fn resolve(path: &Path, set: &[String], is_new_split: bool) -> Result<Resolved, UserError> {
+/// came to is part of the config from then on.
+pub fn resolve(path: &Path, set: &[String]) -> Result<Resolved, UserError> {
     let mut overrides = set.to_vec();
-    if is_new_split && !set.iter().any(|set| set.starts_with("cluster.threads_per_rank=")) {
-        overrides.push("cluster.threads_per_rank=auto".into());
-    }
     let cluster = RunConfig::load(path, &overrides)?.config.cluster;
     refuse_other_clusters(cluster.kind, cluster.nodes)?;
     let ranks = match (cluster.ranks_per_node, cluster.device) {
@@ -62,7 +60,8 @@ pub fn resolve(path: &Path, set: &[String], is_new_split: bool) -> Result<Resolv
         overrides.push(format!("cluster.threads_per_rank={threads}"));
     }
     let loaded = RunConfig::load(path, &overrides)?;
-    Ok(Resolved { loaded, world_size: ranks, threads })
+    let has_auto_threads = cluster.threads_per_rank.is_none();
+    Ok(Resolved { loaded, world_size: ranks, threads, has_auto_threads })
 }
 
 fn refuse_other_clusters(kind: ClusterKind, nodes: usize) -> Result<(), UserError> {

@@ -1,8 +1,9 @@
 //! Run directories: where they are, who holds them, and what happened in them so far.
 
 use crate::error::UserError;
+use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
-use rank_protocol::{RunDir, env, jsonl};
+use rank_protocol::{RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use std::fs::{File, OpenOptions};
@@ -12,6 +13,9 @@ use std::time::{Duration, Instant};
 
 /// A look at the lock takes it for a moment; whoever wants it tries for longer than that.
 const LOCK_PATIENCE: Duration = Duration::from_millis(300);
+
+/// Names of runs that a message lists at most.
+const MAX_LISTED: usize = 5;
 
 /// The folder that holds runs by name.
 pub fn runs_dir() -> PathBuf {
@@ -31,12 +35,21 @@ pub fn find(run: &str) -> Result<RunDir, UserError> {
         let names: Vec<String> = list().iter().map(name_of).collect();
         return Err(match names.is_empty() {
             true => error.hint(format!("set {} if your runs are elsewhere", env::RUNS)),
-            false => error.hint(format!("there are: {}", names.join(", "))),
+            false => error.hint(format!("there are: {}", some_of(&names))),
         });
     };
     std::path::absolute(path)
         .map(RunDir::new)
         .map_err(|error| UserError::failed(format!("{}: {error}", path.display())))
+}
+
+/// The first names, and how many more there are.
+fn some_of(names: &[String]) -> String {
+    let shown = names[..names.len().min(MAX_LISTED)].join(", ");
+    match names.len().saturating_sub(MAX_LISTED) {
+        0 => shown,
+        more => format!("{shown}, …and {more} more"),
+    }
 }
 
 /// All runs in [`runs_dir`], by name.
@@ -56,8 +69,9 @@ pub fn name_of(run: &RunDir) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// Makes the directory of a new run.
-pub fn create(name: &str) -> Result<RunDir, UserError> {
+/// Makes the directory of a new run and takes its lock. A folder that a start left behind before
+/// it was a run serves as well.
+pub fn create(name: &str) -> Result<(RunDir, RunLock), UserError> {
     let mut components = Path::new(name).components();
     if !matches!((components.next(), components.next()), (Some(Component::Normal(_)), None)) {
         return Err(UserError::usage(format!("name: {name:?} is no plain folder name")));
@@ -69,15 +83,41 @@ pub fn create(name: &str) -> Result<RunDir, UserError> {
     let root = parent.join(name);
     let root = std::path::absolute(&root).map_err(|error| cannot(&root, error))?;
     std::fs::create_dir_all(&parent).map_err(|error| cannot(&parent, error))?;
-    match std::fs::create_dir(&root) {
-        Ok(()) => Ok(RunDir::new(root)),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            let error =
-                UserError::usage(format!("a run named {name:?} exists: {}", root.display()));
-            Err(error.hint(format!("`phalanx resume {name}`, or --set name=… for a new one")))
-        }
-        Err(error) => Err(cannot(&root, error)),
+    let run = RunDir::new(root);
+    match std::fs::create_dir(run.root()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => refuse_used(&run)?,
+        Err(error) => return Err(cannot(run.root(), error)),
     }
+    let lock = RunLock::take(&run)?;
+    // Another launcher may have used it between the look and the lock.
+    refuse_used(&run)?;
+    Ok((run, lock))
+}
+
+/// Refuses a folder that is a run, or holds what no start leaves behind.
+fn refuse_used(run: &RunDir) -> Result<(), UserError> {
+    let left_by_a_start = [run.lock(), temporary(&run.config())];
+    let entries = std::fs::read_dir(run.root())
+        .map_err(|error| UserError::failed(format!("{}: {error}", run.root().display())))?;
+    if entries.flatten().all(|entry| left_by_a_start.contains(&entry.path())) {
+        return Ok(());
+    }
+    let (name, root) = (name_of(run), run.root().display());
+    Err(match run.config().is_file() {
+        true => UserError::usage(format!("a run named {name:?} exists: {root}"))
+            .hint(format!("`phalanx resume {name}`, or --set name=… for a new one")),
+        false => UserError::usage(format!("{root} exists and is no run: it has no config.yaml"))
+            .hint("move it away, or --set name=… for another name"),
+    })
+}
+
+/// Takes away a folder that did not become a run, so that its name stays free. The caller holds its
+/// lock.
+pub fn discard(run: &RunDir) {
+    let _ = std::fs::remove_file(run.lock());
+    // One that holds anything else stays.
+    let _ = std::fs::remove_dir(run.root());
 }
 
 /// The sole right to work on a run; given up when dropped or when the process ends.
@@ -105,10 +145,16 @@ impl RunLock {
             std::thread::sleep(Duration::from_millis(20));
         }
         let pid = std::process::id().to_string();
-        file.set_len(0)
+        let written = file
+            .set_len(0)
             .and_then(|()| file.rewind())
-            .and_then(|()| file.write_all(pid.as_bytes()))
-            .map_err(cannot)?;
+            .and_then(|()| file.write_all(pid.as_bytes()));
+        if let Err(error) = written {
+            if !run.config().is_file() {
+                discard(run);
+            }
+            return Err(cannot(error));
+        }
         Ok(Self { _file: file })
     }
 }
@@ -146,19 +192,47 @@ pub struct History {
     pub branches: Vec<Branch>,
     /// Restarts after a failure.
     pub restarts: u64,
+    /// Whether `cluster.threads_per_rank` was `auto`, for the number of ranks it has now.
+    pub has_auto_threads: bool,
+    /// Steps of the whole run, as the last launcher knew them.
+    pub steps: u64,
+    /// When the last launcher started.
+    pub started: String,
+    /// Exit code and reason of the last launcher, where it came to its end.
+    pub end: Option<(i32, String)>,
 }
 
-/// Reads a run's past.
+/// The highest generation that has a folder of logs.
+pub fn newest_logs(run: &RunDir) -> Option<u64> {
+    let entries = std::fs::read_dir(run.logs()).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.strip_prefix("gen-")?.parse().ok()).max()
+}
+
+/// Reads a run's past. A generation counts that left any trace, also where events were lost: with
+/// a lower number than an earlier one, ranks may not save.
 pub fn history(run: &RunDir) -> Result<History, UserError> {
     let events: Vec<Value> = jsonl::read(&run.events())?;
-    let mut history = History::default();
+    let fence = checkpoint_format::fence::newest_generation(&run.checkpoints())
+        .map_err(|error| UserError::failed(error.to_string()))?;
+    let last_generation = fence.max(newest_logs(run).unwrap_or(0));
+    let mut history = History { last_generation, ..History::default() };
     for event in &events {
+        let text = |name: &str| event.get(name).and_then(Value::as_str).map(str::to_owned);
         let number = |name: &str| event.get(name).and_then(Value::as_u64);
         history.last_generation = history.last_generation.max(number("generation").unwrap_or(0));
-        if let Some(run_id) = event.get("run_id").and_then(Value::as_str) {
-            history.run_id = Some(run_id.to_owned());
+        history.run_id = text("run_id").or(history.run_id);
+        if let Some(code) = event.get("exit_code").and_then(Value::as_i64) {
+            let code = i32::try_from(code).unwrap_or(exit_code::FAILED);
+            history.end = Some((code, text("reason").unwrap_or_default()));
         }
         match event.get("kind").and_then(Value::as_str) {
+            Some("run_started" | "run_resumed") => {
+                history.end = None;
+                history.steps = number("steps").unwrap_or(0);
+                history.started = text("time").unwrap_or_default();
+                history.has_auto_threads =
+                    event.get("has_auto_threads").and_then(Value::as_bool) == Some(true);
+            }
             Some("checkpoint_committed") => {
                 history.committed = history.committed.max(number("step"));
             }
@@ -176,4 +250,21 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
         }
     }
     Ok(history)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(count: usize, expected: &str) {
+        let names: Vec<String> = (1..=count).map(|n| n.to_string()).collect();
+        assert_eq!(some_of(&names), expected);
+    }
+
+    #[test]
+    fn few_names_are_listed() {
+        check(1, "1");
+        check(5, "1, 2, 3, 4, 5");
+        check(6, "1, 2, 3, 4, 5, …and 1 more");
+    }
 }

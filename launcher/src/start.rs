@@ -55,17 +55,13 @@ pub struct ResumeArgs {
 
 /// Begins a new run; returns the exit code.
 pub fn run(args: RunArgs) -> Result<i32, UserError> {
-    let resolved = machine::resolve(&args.config, &args.options.set, false)?;
+    let resolved = machine::resolve(&args.config, &args.options.set)?;
     let prepared = prepare(&resolved)?;
     let config = &resolved.loaded.config;
     crate::init_from::check(&config.model, &runs::runs_dir())?;
-    let run = runs::create(&config.name)?;
-    let lock = RunLock::take(&run)?;
-    write_config(&run, config).inspect_err(|_| {
-        // Without its config it is no run; its name shall stay free.
-        let _ = std::fs::remove_file(run.lock());
-        let _ = std::fs::remove_dir(run.root());
-    })?;
+    let (run, lock) = runs::create(&config.name)?;
+    // Without its config it is no run.
+    write_config(&run, config).inspect_err(|_| runs::discard(&run))?;
     let run_id = new_run_id(&config.name);
     let begun = vec![(
         "run_started",
@@ -75,6 +71,7 @@ pub fn run(args: RunArgs) -> Result<i32, UserError> {
             "pid": std::process::id(),
             "steps": config.training.steps,
             "world_size": resolved.world_size,
+            "has_auto_threads": resolved.has_auto_threads,
             "config_hash": config.hash(),
         }),
     )];
@@ -89,18 +86,15 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
     let history = runs::history(&run)?;
     let set = &args.options.set;
     let before = RunConfig::load(&run.config(), &[])?.config;
-    let is_new_split = set.iter().any(|set| set.starts_with("cluster.ranks_per_node="));
-    let resolved = machine::resolve(&run.config(), set, is_new_split)?;
+    let resolved = resolve_again(&run, &before, &history, set)?;
     let config = &resolved.loaded.config;
     if config.name != before.name {
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
     let start = choose_start(&run, &history, &args)?;
-    if let (Some(step), None) = (start.committed, args.step)
-        && step >= config.training.steps
-    {
-        err!("run {} has finished: step {step} of {}", config.name, config.training.steps);
+    let changes = differences(&before, config);
+    if has_finished(config, &start, &args, !changes.is_empty())? {
         return Ok(exit_code::DONE);
     }
     let prepared = prepare(&resolved)?;
@@ -111,6 +105,7 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
             "pid": std::process::id(),
             "steps": config.training.steps,
             "world_size": resolved.world_size,
+            "has_auto_threads": resolved.has_auto_threads,
             "config_hash": config.hash(),
         }),
     )];
@@ -118,7 +113,6 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
         let fields = json!({ "step": branch.step, "first_generation": branch.generation });
         begun.push(("went_back", fields));
     }
-    let changes = differences(&before, config);
     if !changes.is_empty() {
         write_config(&run, config)?;
         begun.push(("config_changed", json!({ "changes": changes })));
@@ -131,6 +125,50 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
         err!("run {}: its config is as it was before this resume", before.name);
     }
     Ok(code)
+}
+
+/// Resolves a run's config with `set`. What `threads_per_rank: auto` came to holds for as many
+/// ranks as it was resolved for: for another number it is resolved again, unless `set` gives it.
+fn resolve_again(
+    run: &RunDir,
+    before: &RunConfig,
+    history: &History,
+    set: &[String],
+) -> Result<Resolved, UserError> {
+    let path = run.config();
+    let kept = machine::resolve(&path, set)?;
+    let is_new_split = Some(kept.world_size) != before.cluster.ranks_per_node;
+    if history.has_auto_threads && is_new_split {
+        // The later override counts.
+        let auto = ["cluster.threads_per_rank=auto".to_owned()];
+        return machine::resolve(&path, &[&auto[..], set].concat());
+    }
+    let is_same = kept.loaded.config.cluster.threads_per_rank == before.cluster.threads_per_rank;
+    Ok(Resolved { has_auto_threads: history.has_auto_threads && is_same, ..kept })
+}
+
+/// Whether nothing is left to do, which is said; refuses fewer steps than are done.
+fn has_finished(
+    config: &RunConfig,
+    start: &Start,
+    args: &ResumeArgs,
+    has_changes: bool,
+) -> Result<bool, UserError> {
+    let (name, steps) = (&config.name, config.training.steps);
+    let Some(step) = start.committed.filter(|step| *step >= steps) else { return Ok(false) };
+    if step > steps {
+        let error = UserError::usage(format!(
+            "training.steps: {steps} is less than the {step} steps that run {name} has done and \
+             saved"
+        ));
+        let hint = format!("--step N goes back to an earlier checkpoint; more than {step} go on");
+        return Err(error.hint(hint));
+    }
+    if args.step.is_none() {
+        let dropped = if has_changes { "; nothing is left for --set to change" } else { "" };
+        err!("run {name} has finished: step {step} of {steps}{dropped}");
+    }
+    Ok(args.step.is_none())
 }
 
 /// Whether the run has done a step after this generation.

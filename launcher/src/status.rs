@@ -1,12 +1,13 @@
 //! `phalanx status`: what a run does, from the files it keeps and its lock.
 
 use crate::error::UserError;
-use crate::print::out;
+use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
-use crate::supervisor::record::Status;
+use crate::supervisor::record::{Status, ended};
 use crate::view::thousands;
+use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Arguments of `phalanx status`.
 #[derive(Clone, Debug, clap::Args)]
@@ -28,7 +29,9 @@ pub fn run(args: StatusArgs) -> Result<i32, UserError> {
         }
         return Ok(exit_code::DONE);
     }
-    let all: Vec<Status> = runs::list().iter().filter_map(|run| read(run).ok()).collect();
+    let told = |error: UserError| err!("{error}");
+    let read = |run: &RunDir| read(run).map_err(told).ok();
+    let all: Vec<Status> = runs::list().iter().filter_map(read).collect();
     if args.json {
         out!("{}", to_json(&all)?);
     } else if all.is_empty() {
@@ -49,9 +52,11 @@ pub fn run(args: StatusArgs) -> Result<i32, UserError> {
 pub fn read(run: &RunDir) -> Result<Status, UserError> {
     let path = run.status();
     let mut status = match std::fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice::<Status>(&bytes)
-            .map_err(|error| UserError::failed(format!("{}: {error}", path.display())))?,
-        Err(_) => Status { name: name_of(run), state: "starting".into(), ..Status::default() },
+        Ok(bytes) => serde_json::from_slice::<Status>(&bytes).map_err(|error| {
+            let error = UserError::failed(format!("{} is damaged: {error}", path.display()));
+            error.hint("remove it: what it says follows from events.jsonl and metrics.jsonl")
+        })?,
+        Err(_) => from_history(run)?,
     };
     if status.exit_code.is_none() && holder(run).is_none() {
         status.state = "lost".into();
@@ -60,6 +65,32 @@ pub fn read(run: &RunDir) -> Result<Status, UserError> {
         status.ranks.clear();
     }
     Ok(status)
+}
+
+/// What a run does, as far as its events and metrics say.
+fn from_history(run: &RunDir) -> Result<Status, UserError> {
+    let history = runs::history(run)?;
+    let metrics = read_metrics(&run.metrics())?;
+    let last = metrics.last().cloned().unwrap_or_default();
+    let state = history.end.as_ref().map_or("starting", |(code, _)| ended(*code).0);
+    Ok(Status {
+        name: name_of(run),
+        run_id: history.run_id.unwrap_or_default(),
+        state: state.into(),
+        generation: history.last_generation,
+        step: last.step,
+        steps: history.steps,
+        loss: Some(last.loss).filter(|loss| loss.is_finite() && last.step > 0),
+        validation_loss: metrics.iter().rev().find_map(|report| report.validation_loss),
+        skipped: metrics.iter().filter(|report| report.skipped).count(),
+        tokens: last.tokens,
+        last_checkpoint: history.committed,
+        restarts: history.restarts,
+        started: history.started,
+        exit_code: history.end.as_ref().map(|(code, _)| *code),
+        reason: history.end.map(|(_, reason)| reason),
+        ..Status::default()
+    })
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> Result<String, UserError> {
@@ -74,9 +105,19 @@ fn describe(status: &Status) -> String {
     if let Some(reason) = &status.reason {
         lines.push(("reason", reason.clone()));
     }
-    if let Some(loss) = status.loss {
+    let last_step = status.last_step_at.as_deref().and_then(crate::time::parse);
+    if let (Some(at), None) = (last_step, status.exit_code) {
+        let age = SystemTime::now().duration_since(at).unwrap_or_default();
+        lines.push(("last step", format!("{} ago", crate::time::short(age))));
+    }
+    if status.step > 0 {
+        let loss = status.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let validation = status.validation_loss.map(|loss| format!(" (validation {loss:.4})"));
-        lines.push(("loss", format!("{loss:.4}{}", validation.unwrap_or_default())));
+        lines.push(("loss", format!("{loss}{}", validation.unwrap_or_default())));
+    }
+    if status.skipped > 0 {
+        let why = "an update with a loss or gradient that is not finite";
+        lines.push(("skipped", format!("{} steps: {why}", status.skipped)));
     }
     lines.push(("tokens", thousands(status.tokens as f64)));
     if let Some(speed) = status.tokens_per_second {
@@ -90,7 +131,9 @@ fn describe(status: &Status) -> String {
         status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
     lines.push(("checkpoint", checkpoint));
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
-    lines.push(("updated", status.updated.clone()));
+    if !status.updated.is_empty() {
+        lines.push(("updated", status.updated.clone()));
+    }
     for rank in &status.ranks {
         let step = rank.step.map_or(String::new(), |step| format!(" step {step}"));
         let what = format!("pid {} {} ({}){step}", rank.pid, rank.state, rank.phase);

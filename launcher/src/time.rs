@@ -36,6 +36,30 @@ fn civil(days: u64) -> (u64, u64, u64) {
     (era * 400 + year_of_era + u64::from(month <= 2), month, day)
 }
 
+/// The time that [`rfc3339`] wrote as `text`.
+pub fn parse(text: &str) -> Option<SystemTime> {
+    let number = |range: std::ops::Range<usize>| text.get(range)?.parse::<u64>().ok();
+    let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
+    let (hours, minutes, seconds) = (number(11..13)?, number(14..16)?, number(17..19)?);
+    let millis = number(20..23)?;
+    let is_date = year >= 1970 && (1..=12).contains(&month) && (1..=31).contains(&day);
+    if !is_date || text.get(23..) != Some("Z") {
+        return None;
+    }
+    let seconds = days(year, month, day) * 86_400 + hours * 3600 + minutes * 60 + seconds;
+    Some(UNIX_EPOCH + Duration::from_millis(seconds * 1000 + millis))
+}
+
+/// Days since 1970-01-01 of a date; the inverse of [`civil`].
+fn days(year: u64, month: u64, day: u64) -> u64 {
+    let year = year - u64::from(month <= 2);
+    let (era, year_of_era) = (year / 400, year % 400);
+    let shifted_month = if month > 2 { month - 3 } else { month + 9 };
+    let day_of_year = (153 * shifted_month + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * 146_097 + day_of_era - 719_468
+}
+
 /// A span of time, short: `45 s`, `3:07`, `2:03:07`, `4 d 02:03`.
 pub fn short(span: Duration) -> String {
     let seconds = span.as_secs();
@@ -53,7 +77,9 @@ mod tests {
     use super::*;
 
     fn check(seconds: u64, expected: &str) {
-        assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), expected);
+        let time = UNIX_EPOCH + Duration::from_secs(seconds);
+        assert_eq!(rfc3339(time), expected);
+        assert_eq!(parse(expected), Some(time));
     }
 
     #[test]
@@ -64,6 +90,13 @@ mod tests {
         check(1_709_251_199, "2024-02-29T23:59:59.000Z");
         check(1_767_225_599, "2025-12-31T23:59:59.000Z");
         check(4_107_542_400, "2100-03-01T00:00:00.000Z");
+    }
+
+    #[test]
+    fn other_texts_are_no_times() {
+        for text in ["", "1970-01-01", "1970-13-01T00:00:00.000Z", "1970-01-01T00:00:00.000"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
     }
 
     #[test]

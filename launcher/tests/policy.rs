@@ -73,7 +73,9 @@ fn short(action: &Action) -> String {
         Action::Kill { .. } => "kill".into(),
         Action::RecordFailure(cause) => format!("rank {} failed", cause.rank),
         Action::RecordFirstCause(cause) => format!("first cause: rank {}", cause.rank),
-        Action::RecordStop { by } => format!("stop by {by}"),
+        Action::RecordStop { by, now: false } => format!("stop by {by}"),
+        Action::RecordStop { by, now: true } => format!("stop at once by {by}"),
+        Action::RecordStall(stall) => stall.describe(),
         Action::Finish { code, .. } => format!("finish {code}"),
     }
 }
@@ -101,6 +103,22 @@ fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
     assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
     assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
     assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+}
+
+#[test]
+fn a_stall_is_told_once_and_does_not_hide_a_late_stop() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Step { rank: 0, step: 1 });
+    assert!(run.after(59.9).is_empty());
+    let told = run.after(0.1);
+    assert_eq!(
+        told,
+        ["stalled: no rank has moved for 60 s, since step 1 (behind the others: rank 1)"]
+    );
+    assert!(run.after(1000.0).is_empty());
+    run.event(Event::Stop { by: "SIGINT".into() });
+    assert!(run.after(599.0).is_empty());
+    assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
 }
 
 #[test]
@@ -207,7 +225,7 @@ fn a_second_stop_kills() {
     let mut run = Run::begin(2, None);
     run.event(Event::Stop { by: "SIGINT".into() });
     let now = run.event(Event::StopNow { by: "SIGINT".into() });
-    assert_eq!(now, ["stop by SIGINT", "kill"]);
+    assert_eq!(now, ["stop at once by SIGINT", "kill"]);
     run.killed(0);
     assert_eq!(run.killed(1), ["finish 130"]);
 }
@@ -226,7 +244,7 @@ fn a_stop_between_two_generations_ends_with_what_is_saved() {
 fn a_stop_that_takes_too_long_is_a_hang() {
     let mut run = Run::begin(2, None);
     run.event(Event::Stop { by: "SIGINT".into() });
-    assert!(run.after(599.0).is_empty());
+    assert!(run.after(599.0)[0].starts_with("stalled"), "which ends nothing");
     assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
     run.killed(0);
     assert_eq!(run.killed(1), ["first cause: rank 0", "finish 1"]);

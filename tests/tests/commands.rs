@@ -1,4 +1,5 @@
 //! What users type: mistakes, resumes at other steps and configs, damaged checkpoints, logs.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::sandbox::Sandbox;
 use rank_protocol::jsonl::read_metrics;
@@ -164,4 +165,104 @@ fn the_launcher_links_no_torch_and_generate_becomes_the_trainer() {
     let (stdout, _) =
         sandbox.expect(0, &["generate", "test", "--prompt", "Once", "--top-p", "0.9"]);
     assert_eq!(stdout, "generate test --prompt Once --top-p 0.9\n");
+}
+
+#[test]
+fn what_cannot_be_done_any_more_is_refused() {
+    let sandbox = sandbox();
+    sandbox.expect(0, &["run", "config.yaml"]);
+    let fewer = ["resume", "test", "--set", "training.steps=10"];
+    check_refused(&sandbox, &fewer, &["training.steps: 10", "20 steps that run test"]);
+    let other = ["resume", "test", "--set", "cluster.ranks_per_node=4"];
+    let (_, stderr) = sandbox.expect(0, &other);
+    assert!(stderr.contains("has finished: step 20 of 20; nothing is left for --set"), "{stderr}");
+    let (_, stderr) = sandbox.expect(0, &["logs", "test"]);
+    assert!(stderr.contains("the ranks of test wrote nothing\n"), "{stderr}");
+    for name in ["a", "b", "c", "d", "e"] {
+        let folder = sandbox.run_dir_of(name).root().to_owned();
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::copy(sandbox.run_dir().config(), folder.join("config.yaml")).unwrap();
+    }
+    check_refused(&sandbox, &["why", "x"], &["there are: a, b, c, d, e, …and 1 more"]);
+}
+
+#[test]
+fn damaged_and_lost_files_of_a_run_are_named_or_made_up_for() {
+    let sandbox = sandbox();
+    sandbox.expect(0, &["run", "config.yaml"]);
+    let run = sandbox.run_dir();
+    let shown = || sandbox.expect(0, &["status", "test"]).0;
+    std::fs::write(run.status(), "{").unwrap();
+    let (_, stderr) = sandbox.expect(1, &["status", "test"]);
+    assert!(stderr.contains("status.json is damaged") && stderr.contains("hint: remove it"));
+    assert!(sandbox.expect(0, &["status"]).1.contains("status.json is damaged"));
+    std::fs::remove_file(run.status()).unwrap();
+    let status = shown();
+    for expected in ["test: finished", "20 of 20", "loss        0.5000", "step 20\n"] {
+        assert!(status.contains(expected), "{status:?} lacks {expected:?}");
+    }
+    let events = std::fs::read_to_string(run.events()).unwrap();
+    std::fs::write(run.events(), format!("nonsense\n{events}")).unwrap();
+    let path = run.events().display().to_string();
+    for verb in ["resume", "why"] {
+        let (_, stderr) = sandbox.expect(1, &[verb, "test"]);
+        for expected in [&format!("{path} line 1"), &format!("sed -i 1d {path}")] {
+            assert!(stderr.contains(expected), "{stderr:?} lacks {expected:?}");
+        }
+    }
+    // Without any event, the checkpoints say which generation is next.
+    std::fs::remove_file(run.events()).unwrap();
+    sandbox.expect(0, &["resume", "test", "--set", "training.steps=30"]);
+    assert_eq!(sandbox.events_of("generation_started")[0]["generation"], 2);
+}
+
+#[test]
+fn a_folder_that_did_not_become_a_run_keeps_no_name() {
+    let sandbox = sandbox();
+    let run = sandbox.run_dir();
+    std::fs::create_dir_all(run.root()).unwrap();
+    std::fs::write(run.root().join("notes"), "").unwrap();
+    check_refused(&sandbox, &["run", "config.yaml"], &["is no run", "move it away"]);
+    std::fs::remove_file(run.root().join("notes")).unwrap();
+    std::fs::write(run.lock(), "12").unwrap();
+    std::fs::write(run.root().join("config.yaml.new"), "na").unwrap();
+    sandbox.expect(0, &["run", "config.yaml"]);
+    sandbox.assert_nothing_left();
+}
+
+/// A run of 2 ranks with `before` goes on with `after`, and then each rank has so many threads.
+fn check_threads(before: &str, after: &[&str], expected: usize) {
+    let sandbox = sandbox();
+    sandbox.expect(0, &["run", "config.yaml", "--set", before]);
+    let more = ["resume", "test", "--set", "training.steps=25"];
+    sandbox.expect(0, &[&more[..], after].concat());
+    let loaded = run_config::RunConfig::load(&sandbox.run_dir().config(), &[]).unwrap();
+    assert_eq!(loaded.config.cluster.threads_per_rank, Some(expected), "{before}, {after:?}");
+}
+
+#[test]
+fn threads_are_resolved_again_for_other_ranks_where_they_were_auto() {
+    let cores = launcher::machine::num_cores();
+    let (auto, given) = ("cluster.threads_per_rank=auto", "cluster.threads_per_rank=3");
+    let whole = "cluster={kind: local, ranks_per_node: 1, device: cpu}";
+    check_threads(auto, &["--set", "cluster.ranks_per_node=1"], cores);
+    check_threads(auto, &["--set", whole], cores);
+    check_threads(auto, &["--set", "cluster.ranks_per_node=1", "--set", given], 3);
+    check_threads(given, &["--set", "cluster.ranks_per_node=1"], 3);
+}
+
+#[test]
+fn a_run_whose_steps_were_all_skipped_shows_so() {
+    let sandbox = sandbox().env("FAKE_SKIPS", 1);
+    sandbox.expect(0, &["run", "config.yaml"]);
+    let status = sandbox.expect(0, &["status", "test"]).0;
+    assert!(status.contains("loss        -\n"), "{status}");
+    assert!(status.contains("skipped     20 steps"), "{status}");
+}
+
+#[test]
+fn an_item_of_a_list_is_set_by_the_name_that_messages_give_it() {
+    let sandbox = sandbox();
+    let set = "data.sources[0].path=nowhere/*.parquet";
+    check_refused(&sandbox, &["run", "config.yaml", "--set", set], &["nowhere/*.parquet"]);
 }

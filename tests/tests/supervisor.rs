@@ -166,6 +166,40 @@ fn an_interrupt_saves_and_ends_with_75_and_resume_goes_on() {
 }
 
 #[test]
+fn a_hangup_saves_and_ends_with_75() {
+    if rank_protocol::signals::ignores_hangup() {
+        return; // Under `nohup` a hangup is nothing, to the launcher neither.
+    }
+    let sandbox = sandbox().env("FAKE_STEP_MS", 30);
+    let running = sandbox.start(&RUN);
+    let status = sandbox.wait_for_step(3);
+    signal(rank_pid(&status, 1), Signal::HUP);
+    sandbox.wait_for(|status| status["state"] == "stopping");
+    running.expect(75);
+    assert_eq!(sandbox.events_of("stop_requested")[0]["by"], "SIGHUP to rank 1");
+    let running = sandbox.start(&["resume", "test", "--set", "training.steps=1000"]);
+    sandbox.wait_for(|status| status["generation"] == 2 && !status["last_step_at"].is_null());
+    let (status, _) = sandbox.expect(0, &["status", "test"]);
+    assert!(status.contains("last step   ") && status.contains(" s ago"), "{status}");
+    running.signal(Signal::HUP);
+    running.expect(75);
+    assert_eq!(sandbox.events_of("stop_requested")[1]["by"], "SIGHUP");
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_run_outlives_its_standard_error() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 20);
+    let script = "\"$0\" \"$@\" 2>&1 >/dev/null | head -1; exit ${PIPESTATUS[0]}";
+    let (first, _) = sandbox.start_by(&["bash", "-c", script], &RUN).expect(0);
+    assert_eq!(first.lines().count(), 1, "{first}");
+    assert_all_steps(&sandbox);
+    sandbox.assert_nothing_left();
+    let refused = sandbox.start_by(&["bash", "-c", "\"$0\" \"$@\" 2>/dev/full"], &RUN);
+    refused.expect(64);
+}
+
+#[test]
 fn sigterm_to_one_rank_stops_the_run() {
     let sandbox = sandbox().env("FAKE_STEP_MS", 30);
     let running = sandbox.start(&RUN);
@@ -226,7 +260,9 @@ fn cancel_now_does_not_wait() {
     let running = sandbox.start(&RUN);
     sandbox.wait_for(|_| !sandbox.events_of("fault_injected").is_empty());
     sandbox.expect(0, &["cancel", "test", "--now"]);
-    running.expect(130);
+    let (_, stderr) = running.expect(130);
+    assert!(stderr.contains("stopping at once") && !stderr.contains("finishing"), "{stderr}");
+    assert_eq!(sandbox.events_of("stop_requested")[0]["now"], true);
     sandbox.assert_nothing_left();
 }
 

@@ -77,8 +77,8 @@ pub struct RankClient {
 
 impl RankClient {
     /// Connects over the socket that the agent left as standard input, says hello, waits for the
-    /// assignment, and starts the control thread. SIGTERM, SIGINT and SIGUSR2 to this process then
-    /// ask the whole run to stop at a step boundary. Call it once, before any work.
+    /// assignment, and starts the control thread. SIGTERM, SIGINT, SIGHUP and SIGUSR2 to this
+    /// process then ask the whole run to stop at a step boundary. Call it once, before any work.
     pub fn from_env() -> Result<Self, ClientError> {
         let value = std::env::var(env::CONTROL).map_err(|_| ClientError::NotARank)?;
         if value != env::CONTROL_STDIN {
@@ -182,8 +182,12 @@ impl RankClient {
     }
 
     fn forward_signals(&self) -> Result<(), ClientError> {
-        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR2};
-        let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGUSR2])?;
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+        let mut taken = vec![SIGTERM, SIGINT, SIGUSR2];
+        if !crate::signals::ignores_hangup() {
+            taken.push(SIGHUP);
+        }
+        let mut signals = signal_hook::iterator::Signals::new(taken)?;
         let shared = Arc::clone(&self.shared);
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {

@@ -7,7 +7,8 @@
 //!
 //! The rank's side is the blocking [`client::RankClient`]; the agent's side is the launcher's
 //! supervisor. [`env`] and [`exit_code`] are the only registries of their kind; [`run_dir`] and
-//! [`jsonl`] say where a run's files are and how they are written.
+//! [`jsonl`] say where a run's files are and how they are written; [`signals`] is what both sides
+//! must know about theirs.
 
 pub mod client;
 pub mod env;
@@ -17,6 +18,7 @@ pub mod jsonl;
 pub mod libtorch;
 pub mod message;
 pub mod run_dir;
+pub mod signals;
 pub mod store;
 
 pub use client::{ClientError, RankClient, StoreClient};

@@ -59,9 +59,14 @@ impl RunDir {
         self.root.join("tensorboard")
     }
 
+    /// Folder of the logs of all generations.
+    pub fn logs(&self) -> PathBuf {
+        self.root.join("logs")
+    }
+
     /// Log of one rank in one generation, JSON lines.
     pub fn log(&self, generation: u64, rank: usize) -> PathBuf {
-        self.root.join(format!("logs/gen-{generation:04}/rank-{rank:05}.log"))
+        self.logs().join(format!("gen-{generation:04}/rank-{rank:05}.log"))
     }
 
     /// Folder of the error files of one generation.

@@ -1,6 +1,7 @@
 //! What the supervisor's policy is told and what it answers.
 
 use super::cause::{Cause, Exit};
+use super::stall::Stall;
 use rank_protocol::{FailureReport, Phase};
 use std::time::Duration;
 
@@ -152,7 +153,11 @@ pub enum Action {
     RecordStop {
         /// Who, in words.
         by: String,
+        /// Whether at once, with nothing saved.
+        now: bool,
     },
+    /// Nothing has moved for long.
+    RecordStall(Stall),
     /// All is over and every process is gone.
     Finish {
         /// Exit code.

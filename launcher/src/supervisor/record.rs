@@ -3,11 +3,12 @@
 //! A file that cannot be written does not end a run: training goes on, and the screen says so.
 
 use super::cause::Cause;
-use rank_protocol::jsonl::Appender;
-use rank_protocol::{RunDir, StepReport};
+use rank_protocol::jsonl::{Appender, read_metrics};
+use rank_protocol::{RunDir, StepReport, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Time between two writes of the status while nothing but steps happens.
@@ -29,6 +30,12 @@ pub struct Status {
     pub generation: u64,
     /// Last step done.
     pub step: u64,
+    /// When it was done; `None`: this launcher has done none yet.
+    #[serde(default)]
+    pub last_step_at: Option<String>,
+    /// Steps whose update was skipped, because the loss or a gradient was not finite.
+    #[serde(default)]
+    pub skipped: usize,
     /// Steps of the whole run.
     pub steps: u64,
     /// Loss of the last step.
@@ -72,6 +79,16 @@ pub struct RankStatus {
     pub step: Option<u64>,
 }
 
+/// The state and the kind of the last event of a launcher that ended with this exit code.
+pub fn ended(code: i32) -> (&'static str, &'static str) {
+    match code {
+        exit_code::DONE => ("finished", "run_finished"),
+        exit_code::PREEMPTED => ("preempted", "preempted"),
+        exit_code::INTERRUPTED => ("interrupted", "interrupted"),
+        _ => ("failed", "run_failed"),
+    }
+}
+
 /// Writes the files.
 pub struct Recorder {
     run: RunDir,
@@ -81,6 +98,7 @@ pub struct Recorder {
     written: Option<Instant>,
     has_told_error: bool,
     mean_step_s: Option<f64>,
+    skipped: BTreeSet<u64>,
 }
 
 #[derive(Serialize)]
@@ -109,6 +127,11 @@ impl Recorder {
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
         }
+        // Metrics that cannot be read are another's business.
+        let before = read_metrics(&run.metrics()).unwrap_or_default();
+        let skipped = before.iter().filter(|report| report.skipped).map(|report| report.step);
+        let skipped: BTreeSet<u64> = skipped.collect();
+        let status = Status { skipped: skipped.len(), ..status };
         Self {
             run,
             events: events.ok(),
@@ -116,6 +139,7 @@ impl Recorder {
             written: None,
             has_told_error: false,
             mean_step_s: None,
+            skipped,
         }
     }
 
@@ -188,6 +212,13 @@ impl Recorder {
         self.mean_step_s = mean.is_finite().then_some(mean);
         let status = &mut self.status;
         status.step = report.step;
+        status.last_step_at = Some(crate::time::now());
+        // What an earlier generation did from here on no longer counts.
+        self.skipped.split_off(&report.step);
+        if report.skipped {
+            self.skipped.insert(report.step);
+        }
+        status.skipped = self.skipped.len();
         status.loss = report.loss.is_finite().then_some(report.loss);
         status.validation_loss = report.validation_loss.or(status.validation_loss);
         status.tokens = report.tokens;
@@ -227,10 +258,16 @@ impl Recorder {
     }
 }
 
-/// Replaces a file at once, so that no reader sees a part; leaves no temporary file behind.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+/// What [`write_whole`] writes before it has the file's name.
+pub fn temporary(path: &Path) -> PathBuf {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
+    temporary.into()
+}
+
+/// Replaces a file at once, so that no reader sees a part; leaves no temporary file behind.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let temporary = temporary(path);
     let result = std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path));
     if result.is_err() {
         let _ = std::fs::remove_file(&temporary);

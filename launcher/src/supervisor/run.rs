@@ -2,7 +2,7 @@
 //! one loop on one thread.
 
 use super::rank::{Input, News, RankHandle, start};
-use super::record::{RankStatus, Recorder, Status};
+use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// Messages of all ranks that wait for the loop; a rank that says more waits.
@@ -86,6 +86,14 @@ pub fn supervise(
     })
 }
 
+/// The next signal, where it is listened to; never, otherwise.
+async fn received(signal: &mut Option<Signal>) -> Option<()> {
+    match signal {
+        Some(signal) => signal.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Executor {
     fn new(
         plan: Plan,
@@ -134,6 +142,11 @@ impl Executor {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut quit = signal(SignalKind::quit())?;
+        // A terminal that goes away stops the run, but for `nohup`.
+        let mut hangup = match rank_protocol::signals::ignores_hangup() {
+            false => Some(signal(SignalKind::hangup())?),
+            true => None,
+        };
         self.update_status();
         self.handle(Event::Begin { committed: self.plan.committed });
         let mut num_signals = 0;
@@ -144,6 +157,7 @@ impl Executor {
                 Some(search) = searches.recv() => { self.take_search(search); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
+                Some(_) = received(&mut hangup) => Some("SIGHUP"),
                 _ = quit.recv() => { num_signals += 1; Some("SIGQUIT") }
                 () = tokio::time::sleep_until(wake) => { self.wake(); None }
             };
@@ -302,10 +316,19 @@ impl Executor {
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
             }
-            Action::RecordStop { by } => {
-                tracing::info!("{by}: finishing the step and saving; again to stop at once");
-                self.recorder.event("stop_requested", json!({ "by": by }));
+            Action::RecordStop { by, now } => {
+                match now {
+                    true => tracing::info!("{by}: stopping at once; the step is not saved"),
+                    false => {
+                        tracing::info!("{by}: finishing the step and saving; again to stop at once")
+                    }
+                }
+                self.recorder.event("stop_requested", json!({ "by": by, "now": now }));
                 self.update_status();
+            }
+            Action::RecordStall(stall) => {
+                tracing::warn!("{}", stall.describe());
+                self.recorder.event("stalled", json!(stall));
             }
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
@@ -427,12 +450,7 @@ impl Executor {
 
     fn end(&mut self, code: i32, reason: String) -> i32 {
         self.view.end();
-        let (state, kind) = match code {
-            exit_code::DONE => ("finished", "run_finished"),
-            exit_code::PREEMPTED => ("preempted", "preempted"),
-            exit_code::INTERRUPTED => ("interrupted", "interrupted"),
-            _ => ("failed", "run_failed"),
-        };
+        let (state, kind) = ended(code);
         let fields = json!({
             "exit_code": code,
             "step": self.recorder.status.step,

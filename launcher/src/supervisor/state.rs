@@ -5,6 +5,7 @@
 
 use super::cause::{Cause, Exit, Signature};
 pub use super::policy::{Action, Event, Policy, RankState};
+use super::stall::Progress;
 use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
 use std::time::Instant;
 
@@ -47,6 +48,7 @@ pub struct State {
     stop: Option<(String, Instant)>,
     is_stopped_now: bool,
     exit_by: Option<Instant>,
+    progress: Option<Progress>,
     verdict: Option<(i32, String)>,
 }
 
@@ -66,6 +68,7 @@ impl State {
             stop: None,
             is_stopped_now: false,
             exit_by: None,
+            progress: None,
             verdict: None,
         }
     }
@@ -105,11 +108,17 @@ impl State {
             Stage::Settling { until } => Some(until),
             Stage::Ending { kill_at } => Some(kill_at),
             Stage::Working => {
-                let stop_by = self.stop.as_ref().map(|(_, since)| *since + self.policy.stop);
-                [stop_by, self.exit_by].into_iter().flatten().min()
+                let stalled = self.progress.as_ref().and_then(Progress::deadline);
+                [self.late_at(), stalled].into_iter().flatten().min()
             }
             Stage::Between | Stage::Killed | Stage::Over => None,
         }
+    }
+
+    /// When ranks that work count as late in coming to their end.
+    fn late_at(&self) -> Option<Instant> {
+        let stop_by = self.stop.as_ref().map(|(_, since)| *since + self.policy.stop);
+        [stop_by, self.exit_by].into_iter().flatten().min()
     }
 
     /// Takes an event in; returns what is to be done.
@@ -122,10 +131,10 @@ impl State {
                 self.committed = committed;
                 vec![Action::FindCheckpoint]
             }
-            Event::Found { step } => self.found(step),
+            Event::Found { step } => self.found(step, now),
             Event::Broken { code, reason } => self.broken(code, reason),
-            Event::Step { rank, step } => self.stepped(rank, step),
-            Event::Phase { rank, phase } => self.entered(rank, phase),
+            Event::Step { rank, step } => self.stepped(rank, step, now),
+            Event::Phase { rank, phase } => self.entered(rank, phase, now),
             Event::Committed { step } => {
                 self.committed = self.committed.max(Some(step));
                 Vec::new()
@@ -143,7 +152,7 @@ impl State {
         }
     }
 
-    fn found(&mut self, step: Option<u64>) -> Vec<Action> {
+    fn found(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
         if self.stage != Stage::Between {
             return Vec::new();
         }
@@ -161,6 +170,7 @@ impl State {
         self.committed_before = self.committed;
         self.causes.clear();
         self.exit_by = None;
+        self.progress = Some(Progress::new(now));
         let rank =
             Rank { state: RankState::Starting, phase: Phase::Init, step: None, report: None };
         self.ranks = vec![rank; self.policy.world_size];
@@ -180,7 +190,10 @@ impl State {
         actions
     }
 
-    fn stepped(&mut self, rank: usize, step: u64) -> Vec<Action> {
+    fn stepped(&mut self, rank: usize, step: u64, now: Instant) -> Vec<Action> {
+        if let Some(progress) = &mut self.progress {
+            progress.stepped(step, now);
+        }
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.step = Some(step);
             if rank.state == RankState::Starting {
@@ -190,7 +203,10 @@ impl State {
         Vec::new()
     }
 
-    fn entered(&mut self, rank: usize, phase: Phase) -> Vec<Action> {
+    fn entered(&mut self, rank: usize, phase: Phase, now: Instant) -> Vec<Action> {
+        if let Some(progress) = &mut self.progress {
+            progress.moved(now);
+        }
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.phase = phase;
         }
@@ -323,7 +339,7 @@ impl State {
             return Vec::new();
         }
         self.stop = Some((by.clone(), now));
-        let mut actions = vec![Action::RecordStop { by: by.clone() }];
+        let mut actions = vec![Action::RecordStop { by: by.clone(), now: false }];
         match self.stage {
             Stage::Working => actions.push(Action::AskToStop),
             // The next generation does not start; see `found` and `judge`.
@@ -349,7 +365,7 @@ impl State {
         }
         self.is_stopped_now = true;
         let reason = format!("stopped at once by {by}");
-        let mut actions = vec![Action::RecordStop { by }];
+        let mut actions = vec![Action::RecordStop { by, now: true }];
         self.verdict = Some((exit_code::INTERRUPTED, reason.clone()));
         if self.stage == Stage::Between {
             actions.extend(self.over(exit_code::INTERRUPTED, reason));
@@ -375,6 +391,7 @@ impl State {
                 let reason = format!("still there {seconds} s after SIGTERM");
                 vec![Action::Kill { reason }]
             }
+            Stage::Working if self.late_at().is_none_or(|at| now < at) => self.stalled(now),
             Stage::Working => {
                 let late = self.ranks.iter().position(|rank| !rank.state.has_exited());
                 let what = match self.exit_by.is_some_and(|by| now >= by) {
@@ -389,6 +406,12 @@ impl State {
             }
             Stage::Between | Stage::Killed | Stage::Over => Vec::new(),
         }
+    }
+
+    fn stalled(&mut self, now: Instant) -> Vec<Action> {
+        let steps: Vec<Option<u64>> = self.ranks.iter().map(|rank| rank.step).collect();
+        let stall = self.progress.as_mut().and_then(|progress| progress.stall(&steps, now));
+        stall.map(Action::RecordStall).into_iter().collect()
     }
 
     fn end(&mut self, reason: String, now: Instant) -> Vec<Action> {

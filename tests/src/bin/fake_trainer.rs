@@ -3,7 +3,7 @@
 //!
 //! `$FAKE_FAULTS` is a list, separated by `;`, of `KIND:RANK:STEP:GENERATION`, where STEP may be
 //! `g` (the number of the generation, so that no two failures are at one step) and GENERATION `*`.
-//! `$FAKE_STEP_MS` is the time of a step.
+//! `$FAKE_STEP_MS` is the time of a step; with `$FAKE_SKIPS` each is skipped as not finite.
 
 use checkpoint_format::{Dtype, Piece, Save, TensorBox, TrainState};
 use rank_protocol::jsonl::Appender;
@@ -88,13 +88,15 @@ impl Fake {
 
     fn step(&mut self, step: u64) -> Result<()> {
         std::thread::sleep(self.step_time);
+        let skipped = std::env::var_os("FAKE_SKIPS").is_some();
         let report = StepReport {
             step,
-            loss: 10.0 / step as f64,
+            loss: if skipped { f64::NAN } else { 10.0 / step as f64 },
             tokens: step * 100,
             tokens_per_second: 100.0 / self.step_time.as_secs_f64(),
             step_time_s: self.step_time.as_secs_f64(),
             generation: self.client.assignment().generation,
+            skipped,
             ..StepReport::default()
         };
         if let Some(metrics) = &mut self.metrics {
