@@ -5,7 +5,8 @@
 //! - `.jsonl`, `.ndjson`, `.json` (one object a line): the string in the text field.
 //! - `.parquet`: the rows of the text column.
 //!
-//! Text and JSON lines may be compressed with zstd (`.zst`) or gzip (`.gz`). Documents without text are left out.
+//! Text and JSON lines may be compressed with zstd (`.zst`) or gzip (`.gz`). Documents without text
+//! are left out.
 
 use crate::error::{DataError, Result};
 use arrow::array::{Array, AsArray};

@@ -155,8 +155,8 @@ fn shards_in(folder: &Path) -> impl Iterator<Item = PathBuf> {
     files_in(folder).filter(|path| path.extension().is_some_and(|end| end == "parquet"))
 }
 
-/// Takes the folder for this process, until the file is closed: two that wrote the same shards would
-/// spoil them. Where the file system has no locks there is none.
+/// Takes the folder for this process, until the file is closed: two that wrote the same shards
+/// would spoil them. Where the file system has no locks there is none.
 fn lock(output: &Path, folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let failed = |error| DataError::io("create", &path, error);

@@ -253,8 +253,8 @@ impl Job<'_> {
         self.finish_shard(task, &at, &mut record, &mut writer)
     }
 
-    /// Encodes a batch on all cores and appends it to the shard that is being written; begins another
-    /// one in front of a document that would make it too long.
+    /// Encodes a batch on all cores and appends it to the shard that is being written; begins
+    /// another one in front of a document that would make it too long.
     fn write_batch(
         &self,
         task: usize,

@@ -92,7 +92,8 @@ pub fn train_tokenizer(options: &TrainOptions) -> Result<TrainSummary> {
             detail: "there is no text to learn from".into(),
         });
     }
-    // Each merge shortens a word, so that there are fewer than bytes; the trainer makes room for all.
+    // Each merge shortens a word, so that there are fewer than bytes; the trainer makes room for
+    // as many as it is asked for.
     let most = NUM_BYTES.saturating_add(usize::try_from(feed.bytes).unwrap_or(usize::MAX));
     trainer.vocab_size = trainer.vocab_size.min(most);
     let (vocab, merges, _) = trainer.train_vocab().map_err(fail)?;

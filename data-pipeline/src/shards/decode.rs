@@ -120,8 +120,9 @@ impl DecodeRequest<'_> {
         }
     }
 
-    /// Checks that the column of lengths, where there is one, holds those of the lists. Reading does
-    /// not: it goes by the lengths alone, or by the lists alone. `whole` has all of the row group.
+    /// Checks that the column of lengths, where there is one, holds those of the lists. Reading
+    /// does not: it goes by the lengths alone, or by the lists alone. `whole` has all of the row
+    /// group.
     pub fn check_lengths(&self, whole: &FileRange) -> Result<()> {
         let schema = self.footer.metadata.file_metadata().schema_descr();
         let fields = schema.root_schema().get_fields();
