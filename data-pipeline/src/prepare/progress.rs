@@ -1,7 +1,7 @@
 //! How far a long command is: a bar on a terminal, a line now and then elsewhere.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -66,7 +66,9 @@ impl Progress {
             state.last_line = Instant::now();
             let elapsed_s = self.started.elapsed().as_secs_f64();
             let mib = 1024.0 * 1024.0;
-            eprintln!(
+            // Unlike `eprintln!` this goes on where nobody listens any more.
+            let _ = writeln!(
+                std::io::stderr(),
                 "{}: {:.1} of {:.1} MiB, {text}, {:.1} MiB/s",
                 self.verb,
                 state.done as f64 / mib,
