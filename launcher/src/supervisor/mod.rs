@@ -1,9 +1,9 @@
 //! Runs the ranks of a run: starts them, hears what they say, and decides what follows from it.
 //!
-//! [`state`] decides and is pure ([`policy`] holds its words, [`cause`] its failures, [`stall`] what
-//! it knows of progress); [`run`] carries out and is the sole owner of the state; [`rank`] holds the
-//! tasks of one process; [`unix`] is the fence around the operating system; [`relay`] passes on what
-//! ranks log; [`record`] writes the run's files; [`restore`] looks for checkpoints.
+//! [`state`] decides and is pure ([`policy`] holds its words, [`cause`] its failures, [`stall`]
+//! what it knows of progress); [`run`] carries out and is the sole owner of the state; [`rank`]
+//! holds the tasks of one process; [`unix`] is the fence around the operating system; [`relay`]
+//! passes on what ranks log; [`record`] writes the run's files; [`restore`] looks for checkpoints.
 
 pub mod cause;
 pub mod policy;
