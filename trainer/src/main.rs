@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
+use std::io::Write;
 use trainer::error::TrainError;
 use trainer::{bench, generate, rank};
 
@@ -41,7 +42,8 @@ fn main() {
     let told = |result: Result<(), TrainError>| match result {
         Ok(()) => exit_code::DONE,
         Err(error) => {
-            eprintln!("{}", error.lines().join("\n  because: "));
+            let text = error.lines().join("\n  because: ");
+            let _ = writeln!(std::io::stderr(), "{text}");
             error.exit_code()
         }
     };

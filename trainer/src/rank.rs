@@ -23,7 +23,7 @@ pub fn run() -> i32 {
     let client = match RankClient::from_env() {
         Ok(client) => client,
         Err(error) => {
-            eprintln!("{error}");
+            tracing::error!("{error}");
             return exit_code::CONFIG;
         }
     };
