@@ -54,10 +54,7 @@ fn keys_values_and_degrees() {
     check("training.global_batch=7", &["training.global_batch", "7"]);
     check("model.kv_heads=3", &["model.kv_heads", "3 does not divide the 4 heads"]);
     check("model.dim=30", &["model.heads", "4 heads do not divide dim 30"]);
-    // What only the trainer knows is refused by it, at once and once.
-    let device = ["run", "config.yaml", "--set", "cluster.device=cuda"];
-    check_ends(&sandbox, 64, &device, &["cluster.device is cuda", "not yet supported"]);
-    assert_eq!(sandbox.events_of("generation_started").len(), 1, "no restart");
+    check("cluster.device=cuda", &["cluster.device is cuda", "trains on CPUs only"]);
 }
 
 #[test]
@@ -146,21 +143,30 @@ fn shards_that_are_damaged_or_empty() {
 }
 
 #[test]
-fn a_token_id_over_the_vocabulary_is_found_while_training() {
+fn a_token_id_over_the_vocabulary_of_another_programs_shard() {
     let sandbox = sandbox();
     let path = shard(&sandbox);
     let mut documents: Vec<Vec<i32>> =
         (0..200).map(|i| (0..60).map(|j| (i + j) % 512).collect()).collect();
     documents[17][3] = 512;
     write_foreign_shard(&path, documents);
-    let args =
-        ["run", "config.yaml", "--set", "validation.every_steps=0", "--set", "training.steps=60"];
-    let expected =
-        ["row 17, position 3: token id 512 is outside the vocabulary of 512", "of no use"];
-    check_ends(&sandbox, 64, &args, &expected);
+    let expected = ["row 17, position 3: token id 512 is outside the vocabulary of 512"];
+    check_refused(&sandbox, &[], &expected);
+}
+
+#[test]
+fn a_damaged_page_is_found_while_training() {
+    let sandbox = sandbox();
+    let path = shard(&sandbox);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle_of_the_ids = bytes.len() / 4;
+    bytes[middle_of_the_ids] ^= 0x10;
+    std::fs::write(&path, bytes).unwrap();
+    let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+    check_ends(&sandbox, 64, &["run", "config.yaml"], &[&name, "row group 0", "of no use"]);
     assert_eq!(sandbox.events_of("generation_started").len(), 1, "no restart");
     let why = sandbox.expect(0, &["why", "test"]).0;
-    assert!(why.contains("token id 512"), "{why}");
+    assert!(why.contains(&name), "{why}");
 }
 
 #[test]
