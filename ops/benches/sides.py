@@ -101,10 +101,11 @@ data:
   sources: [{{name: text, path: "{self.work}/data-{m['vocab']}/shards/*.parquet"}}]
   sequence_length: {m['seq']}
   document_mask: false
+  validation_fraction: 0.0
 precision: {{compute: {dtype}}}
 training: {{steps: {steps}, global_batch: {m['global_batch']}, micro_batch: {m['global_batch'] // ranks}, clip_norm: null}}
 schedule: {{kind: constant, warmup_steps: 0}}
-validation: {{every_steps: 1000000, steps: 1}}
+validation: {{every_steps: 0}}
 checkpoint: {{every_steps: 1000000, keep_last: 1}}
 cluster: {{kind: local, ranks_per_node: {ranks}, threads_per_rank: {threads}, device: cpu}}
 metrics: {{tensorboard: false}}
