@@ -4,7 +4,7 @@
 //!     [--json]
 //!
 //! Shards of other programs are first written in Phalanx's own layout (`list<int32 not null>` with
-//! `n_tokens`, BYTE_STREAM_SPLIT, zstd 3) into a temporary folder, outside of the measurement;
+//! `n_tokens`, BYTE_STREAM_SPLIT, zstd 1) into a temporary folder, outside of the measurement;
 //! `--as-is` reads them as they are. A core is a second of this process's CPU time, of all its
 //! threads.
 
@@ -53,7 +53,7 @@ fn main() -> Outcome<()> {
         "wait_s": shuffled.wait_s,
         "tokens": steps * sequence * batch,
         "bits_per_token": file_bytes as f64 * 8.0 / total as f64,
-        "layout": if as_is { "as is" } else { "list<int32 not null>, BYTE_STREAM_SPLIT, zstd 3" },
+        "layout": if as_is { "as is" } else { "list<int32 not null>, BYTE_STREAM_SPLIT, zstd 1" },
     });
     println!("{report}");
     Ok(())
@@ -76,7 +76,7 @@ fn stream(
     let yaml = format!(
         "name: bench\nmodel: {{dim: 16, layers: 1, heads: 2, ffn_dim: 16, vocab_size: {VOCAB}}}\n\
          data: {{tokenizer: none.json, sources: [{{name: bench, path: \"{}\"}}], sequence_length: \
-         {sequence}, shuffle: {shuffle}, validation_fraction: 0.0, buffer_mib: 512}}\ntraining: \
+         {sequence}, shuffle: {shuffle}, validation_fraction: 0.0}}\ntraining: \
          {{steps: {steps}, global_batch: {batch}, micro_batch: {batch}}}\nschedule: \
          {{warmup_steps: 0}}\n",
         folder.display()

@@ -15,10 +15,12 @@ pub mod order;
 pub mod packing;
 pub mod prefetch;
 pub mod prepare;
+mod recycled;
 pub mod shards;
 
 pub use error::{DataError, Result};
 pub use prefetch::{
     DataCursor, DataSummary, Loader, LoaderOptions, LoaderTuning, MicroBatch, preflight,
 };
+pub use recycled::{Pool, Recycled};
 pub use shards::split::Split;

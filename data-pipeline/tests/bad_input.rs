@@ -185,7 +185,8 @@ fn other_layouts_give_the_same_tokens() {
         write(&folder.path().join("x.parquet"), vec![(name, column)]);
         let overrides = ["data.shuffle=false", "data.validation_fraction=0"];
         let batches = read(&config(&[(folder.path(), 1.0)], &overrides), options(1, 3));
-        let tokens: Vec<i32> = batches.into_iter().flat_map(|batch| batch.tokens).collect();
+        let tokens: Vec<i32> =
+            batches.into_iter().flat_map(|batch| batch.tokens.to_vec()).collect();
         assert_eq!(tokens, (0..24 * 64).collect::<Vec<i32>>(), "{name}");
     }
     let folder = tempfile::tempdir().unwrap();
@@ -218,7 +219,8 @@ fn shards_of_every_compression_are_read() {
         write_with(&folder.path().join("x.parquet"), columns, Some(properties));
         let overrides = ["data.shuffle=false", "data.validation_fraction=0"];
         let batches = read(&config(&[(folder.path(), 1.0)], &overrides), options(1, 3));
-        let tokens: Vec<i32> = batches.into_iter().flat_map(|batch| batch.tokens).collect();
+        let tokens: Vec<i32> =
+            batches.into_iter().flat_map(|batch| batch.tokens.to_vec()).collect();
         assert_eq!(tokens, (0..24 * 64).collect::<Vec<i32>>(), "{compression}");
     }
 }
@@ -260,7 +262,7 @@ impl Storage for Faulty {
     ) -> BoxFuture<'static, std::io::Result<bytes::Bytes>> {
         let (delay, request) = (self.delay, self.requests.fetch_add(1, Ordering::Relaxed) + 1);
         let fails = self.fail_every > 0 && request.is_multiple_of(self.fail_every);
-        let read = LocalFiles.read(path, range);
+        let read = LocalFiles::default().read(path, range);
         Box::pin(async move {
             tokio::time::sleep(delay).await;
             if fails { Err(std::io::Error::other("injected")) } else { read.await }

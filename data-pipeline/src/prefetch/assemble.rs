@@ -9,6 +9,7 @@ use crate::error::{DataError, Result};
 use crate::order::mixture::MixtureCursor;
 use crate::order::{EpochOrder, SampleUnit};
 use crate::packing::{RowSink, Segment};
+use crate::recycled::Pool;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,6 +43,8 @@ pub struct Assembler {
     readers: Vec<SourceReader>,
     runtime: Handle,
     reader: RangeReader,
+    /// Columns of micro-batches.
+    columns: Pool<i32>,
     stop: Arc<AtomicBool>,
 }
 
@@ -55,7 +58,7 @@ impl Assembler {
     ) -> Self {
         let mixture = dataset.mixture.cursor();
         let readers = dataset.sources.iter().map(|_| SourceReader::default()).collect();
-        Assembler { dataset, mixture, readers, runtime, reader, stop }
+        Assembler { dataset, mixture, readers, runtime, reader, columns: Pool::default(), stop }
     }
 
     /// Makes all micro-batches of `batches` and sends them. Ends at an error, or when nobody
@@ -74,10 +77,13 @@ impl Assembler {
     fn fill(&mut self, mut batch: MicroBatch) -> Result<MicroBatch> {
         let len = batch.sequence_length;
         let size = batch.batch * len;
-        batch.tokens = Vec::with_capacity(size);
-        batch.targets = Vec::with_capacity(size);
-        batch.position_ids = Vec::with_capacity(size);
-        batch.document_ids = Vec::with_capacity(size);
+        let column = || {
+            let mut column = self.columns.lend();
+            column.make_room(size);
+            column
+        };
+        (batch.tokens, batch.targets) = (column(), column());
+        (batch.position_ids, batch.document_ids) = (column(), column());
         batch.sample_ids = Vec::with_capacity(batch.batch);
         let sample_len = self.dataset.sample_len;
         for row in 0..batch.batch {

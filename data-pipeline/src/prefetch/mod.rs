@@ -18,6 +18,7 @@ pub use dataset::{DataSummary, Dataset, SourceSummary, preflight};
 pub use storage::{LocalFiles, RetryPolicy, Storage};
 
 use crate::error::{DataError, Result};
+use crate::recycled::{Pool, Recycled};
 use crate::shards::split::Split;
 use assemble::Assembler;
 use run_config::batch_plan::step_batch;
@@ -30,10 +31,11 @@ use std::time::{Duration, Instant};
 use storage::{Activity, RangeReader};
 use tokio::runtime::Runtime;
 
-/// Bytes of micro-batches that wait for the training thread, at the most.
-const READY_BYTES: usize = 32 << 20;
+/// Bytes of micro-batches that wait for the training thread, at the most: few, so that memory still
+/// in the cache is filled again. What bridges a slow read are the windows behind them.
+const READY_BYTES: usize = 2 << 20;
 /// Micro-batches that may wait, at the least and at the most.
-const READY_BATCHES: (usize, usize) = (2, 64);
+const READY_BATCHES: (usize, usize) = (2, 16);
 /// Bytes of a token in a micro-batch: four columns of 32 bits.
 const BYTES_PER_TOKEN: usize = 16;
 /// Threads that read and decode.
@@ -73,7 +75,7 @@ impl Default for LoaderTuning {
             backoff: Duration::from_millis(200),
         };
         let next_timeout = retry.longest() + Duration::from_secs(60);
-        LoaderTuning { storage: Arc::new(LocalFiles), retry, next_timeout }
+        LoaderTuning { storage: Arc::<LocalFiles>::default(), retry, next_timeout }
     }
 }
 
@@ -91,13 +93,13 @@ pub struct MicroBatch {
     /// Tokens of a row.
     pub sequence_length: usize,
     /// Token ids, `[batch, sequence_length]`.
-    pub tokens: Vec<i32>,
+    pub tokens: Recycled<i32>,
     /// The id to predict at each position, -100 where there is none.
-    pub targets: Vec<i32>,
+    pub targets: Recycled<i32>,
     /// Position of each token; with `data.document_mask` from 0 in each document.
-    pub position_ids: Vec<i32>,
+    pub position_ids: Recycled<i32>,
     /// Document of each token, from 0 in each row; all 0 without `data.document_mask`.
-    pub document_ids: Vec<i32>,
+    pub document_ids: Recycled<i32>,
     /// Positions with a target.
     pub num_target_tokens: u64,
     /// Global index of the sample of each row.
@@ -200,6 +202,7 @@ impl Loader {
             storage: tuning.storage,
             policy: tuning.retry,
             activity: activity.clone(),
+            decoded: Pool::default(),
         };
         let (start, stages) = (dataset.start.clone(), batches.stages.clone());
         let assembler = Assembler::new(dataset, runtime.handle().clone(), reader, stop.clone());

@@ -2,6 +2,7 @@
 //! and a bounded number of attempts.
 
 use crate::error::{DataError, Result};
+use crate::recycled::Pool;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
@@ -19,17 +20,22 @@ pub trait Storage: Send + Sync + 'static {
 }
 
 /// Local files.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LocalFiles;
+#[derive(Clone, Debug, Default)]
+pub struct LocalFiles {
+    buffers: Pool<u8>,
+}
 
 impl Storage for LocalFiles {
     fn read(&self, path: &Path, range: Range<u64>) -> BoxFuture<'static, io::Result<Bytes>> {
         let path = path.to_path_buf();
+        let mut bytes = self.buffers.lend();
         Box::pin(async move {
             let read = tokio::task::spawn_blocking(move || {
-                let mut bytes = vec![0; (range.end - range.start) as usize];
+                let size = (range.end - range.start) as usize;
+                bytes.make_room(size);
+                bytes.resize(size, 0);
                 std::fs::File::open(&path)?.read_exact_at(&mut bytes, range.start)?;
-                Ok(Bytes::from(bytes))
+                Ok(Bytes::from_owner(bytes))
             });
             read.await.map_err(io::Error::other)?
         })
@@ -102,6 +108,8 @@ pub struct RangeReader {
     pub policy: RetryPolicy,
     /// What is under way.
     pub activity: Activity,
+    /// Memory for what is decoded of a range.
+    pub decoded: Pool<i32>,
 }
 
 impl RangeReader {

@@ -27,7 +27,7 @@ struct Piece {
 }
 
 /// The documents of a window.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Window {
     groups: Vec<DecodedGroup>,
     pieces: Vec<Piece>,
@@ -80,7 +80,7 @@ impl Window {
         unit: SampleUnit,
         key: Option<u64>,
     ) -> Self {
-        let mut window = Window { groups: Vec::new(), pieces: Vec::new(), ends: Vec::new() };
+        let mut window = Window::default();
         for (at, (group, decoded)) in groups.into_iter().enumerate() {
             let path = &manifest.files[group.file as usize].path;
             let hold_out = HoldOut::new(path, dataset.validation_fraction);
@@ -185,6 +185,7 @@ async fn load_group(
     let what = format!("row group {}", group.index);
     let range = group.offset..group.offset + group.bytes;
     let bytes = reader.read(&path, range, &what).await?;
+    let ids = reader.decoded.lend();
     off_thread(move || {
         let range = FileRange { offset: group.offset, bytes, file_bytes: footer.file_bytes };
         let request = DecodeRequest {
@@ -194,7 +195,7 @@ async fn load_group(
             first_row: group.first_row,
             vocab_size,
         };
-        Ok((group, request.decode(&range)?))
+        Ok((group, request.decode_into(&range, ids)?))
     })
     .await
 }

@@ -3,6 +3,7 @@
 use super::footer::{FileRange, Footer, damaged};
 use super::{ANY_VOCABULARY, IDS_COLUMN_NAMES, LENGTHS_COLUMN, fast};
 use crate::error::{DataError, Result};
+use crate::recycled::Recycled;
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait};
 use arrow::datatypes::{DataType, Int32Type, Int64Type, UInt16Type, UInt32Type, UInt64Type};
 use parquet::arrow::ProjectionMask;
@@ -20,7 +21,7 @@ const BATCH_ROWS: usize = 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DecodedGroup {
     /// Token ids, document after document.
-    pub ids: Vec<i32>,
+    pub ids: Recycled<i32>,
     /// Tokens of each document; their sum is the length of `ids`.
     pub lengths: Vec<u32>,
 }
@@ -99,10 +100,15 @@ pub struct DecodeRequest<'a> {
 impl DecodeRequest<'_> {
     /// Decodes and checks the row group whose bytes are in `range`.
     pub fn decode(&self, range: &FileRange) -> Result<DecodedGroup> {
+        self.decode_into(range, Recycled::default())
+    }
+
+    /// As [`DecodeRequest::decode`], with the ids put in an empty buffer.
+    pub fn decode_into(&self, range: &FileRange, buffer: Recycled<i32>) -> Result<DecodedGroup> {
         let layout = GroupLayout::of(self.path, self.footer, self.group)?;
         let decoded = match layout {
-            GroupLayout::Own { ids, lengths } => self.decode_own(range, ids, lengths)?,
-            GroupLayout::Foreign { root } => self.decode_foreign(range, root)?,
+            GroupLayout::Own { ids, lengths } => self.decode_own(range, ids, lengths, buffer)?,
+            GroupLayout::Foreign { root } => self.decode_foreign(range, root, buffer)?,
         };
         self.check_ids(&decoded)?;
         Ok(decoded)
@@ -113,7 +119,7 @@ impl DecodeRequest<'_> {
         match GroupLayout::of(self.path, self.footer, self.group)? {
             GroupLayout::Own { lengths, .. } => self.own_lengths(range, lengths),
             GroupLayout::Foreign { root } => {
-                let decoded = self.decode_foreign(range, root)?;
+                let decoded = self.decode_foreign(range, root, Recycled::default())?;
                 self.check_ids(&decoded)?;
                 Ok(decoded.lengths)
             }
@@ -141,7 +147,7 @@ impl DecodeRequest<'_> {
             noted.extend(numbers.as_primitive::<Int64Type>().iter());
             Ok(())
         })?;
-        let lists = self.decode_foreign(whole, root)?.lengths;
+        let lists = self.decode_foreign(whole, root, Recycled::default())?.lengths;
         let wrong = lists.iter().zip(&noted).position(|(&l, &noted)| noted != Some(i64::from(l)));
         let Some(row) = wrong else { return Ok(()) };
         let noted = noted[row].map_or("null".into(), |noted| noted.to_string());
@@ -155,7 +161,8 @@ impl DecodeRequest<'_> {
     fn own_lengths(&self, range: &FileRange, column: usize) -> Result<Vec<u32>> {
         let metadata = &self.footer.metadata;
         let rows = metadata.row_group(self.group).num_rows() as usize;
-        let (lengths, _) = fast::read_values(range, metadata, self.group, column, rows)
+        let mut lengths = Vec::with_capacity(rows);
+        fast::read_values(range, metadata, self.group, column, &mut lengths)
             .map_err(|error| self.damaged(error.to_string()))?;
         if lengths.len() != rows {
             return Err(self.damaged(format!("{} lengths for {rows} rows", lengths.len())));
@@ -169,15 +176,22 @@ impl DecodeRequest<'_> {
         lengths.iter().enumerate().map(length).collect()
     }
 
-    fn decode_own(&self, range: &FileRange, ids: usize, lengths: usize) -> Result<DecodedGroup> {
+    fn decode_own(
+        &self,
+        range: &FileRange,
+        column: usize,
+        lengths: usize,
+        mut ids: Recycled<i32>,
+    ) -> Result<DecodedGroup> {
         let lengths = self.own_lengths(range, lengths)?;
         let tokens: u64 = lengths.iter().map(|&length| u64::from(length)).sum();
-        let limit = self.footer.metadata.row_group(self.group).column(ids).num_values() as u64;
+        let limit = self.footer.metadata.row_group(self.group).column(column).num_values() as u64;
         if tokens > limit {
             return Err(self.damaged(format!("{tokens} tokens claimed, {limit} stored")));
         }
         let metadata = &self.footer.metadata;
-        let (ids, checksum) = fast::read_values(range, metadata, self.group, ids, tokens as usize)
+        ids.make_room(tokens as usize);
+        let checksum = fast::read_values(range, metadata, self.group, column, &mut ids)
             .map_err(|error| self.damaged(error.to_string()))?;
         if self.footer.checksums.get(self.group).is_some_and(|&noted| noted != checksum) {
             return Err(self.damaged("its tokens are not those its checksum was made of".into()));
@@ -188,8 +202,13 @@ impl DecodeRequest<'_> {
         Ok(DecodedGroup { ids, lengths })
     }
 
-    fn decode_foreign(&self, range: &FileRange, root: usize) -> Result<DecodedGroup> {
-        let mut decoded = DecodedGroup::default();
+    fn decode_foreign(
+        &self,
+        range: &FileRange,
+        root: usize,
+        ids: Recycled<i32>,
+    ) -> Result<DecodedGroup> {
+        let mut decoded = DecodedGroup { ids, lengths: Vec::new() };
         self.read_column(range, root, |column| self.append(column, &mut decoded))?;
         Ok(decoded)
     }

@@ -38,20 +38,19 @@ pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(us
     usable.then_some((ids, lengths))
 }
 
-/// The values of one leaf column of a row group, int32 without nulls, and the checksum of their
-/// bytes.
+/// Appends the values of one leaf column of a row group, int32 without nulls; returns the checksum
+/// of their bytes.
 pub fn read_values(
     range: &FileRange,
     metadata: &ParquetMetaData,
     group: usize,
     column: usize,
-    capacity: usize,
-) -> Result<(Vec<i32>, u64)> {
+    values: &mut Vec<i32>,
+) -> Result<u64> {
     let group = metadata.row_group(group);
     let chunk = group.column(column);
     let rows = group.num_rows() as usize;
     let mut pages = SerializedPageReader::new(Arc::new(range.clone()), chunk, rows, None)?;
-    let mut values = Vec::with_capacity(capacity);
     let mut checksum = Xxh3::new();
     while let Some(page) = pages.get_next_page()? {
         let levels = level_bytes(&page, chunk)?;
@@ -60,10 +59,10 @@ pub fn read_values(
             return Err(ParquetError::General(format!("a page of {} bytes", bytes.len())));
         }
         let first = values.len();
-        join_streams(bytes, &mut values);
+        join_streams(bytes, values);
         add_to_checksum(&values[first..], &mut checksum);
     }
-    Ok((values, checksum.digest()))
+    Ok(checksum.digest())
 }
 
 /// The checksum that [`read_values`] finds, of values that are to be written.
