@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::rank::longest_sequence;
-use crate::setup::{initialize, read_config, trainee};
+use crate::setup::{initialize, prepare_libtorch, read_config, trainee};
 use model::{Inputs, targets};
 use optim::{AdamW, clip_coefficient, gradient_norm};
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ pub struct BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<()> {
     let config = read_config(&args.config)?;
     let threads = config.cluster.threads_per_rank.unwrap_or(1);
-    torch_shim::tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    prepare_libtorch(threads)?;
     let trainee = trainee(&config, longest_sequence(&config))?;
     initialize(&config, &trainee.params, Path::new("runs"))?;
     let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
@@ -78,6 +78,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let result = serde_json::json!({
         "tokens_per_s": tokens / median,
         "median_ms": median * 1e3,
+        "fastest_ms": times.first().map(|fastest| fastest * 1e3),
         "startup_s": startup_s,
         "peak_rss_mb": peak_rss_mb(),
     });

@@ -1,7 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::error::{Result, TrainError};
-use crate::setup::{Groups, check_libtorch, connect, initialize, read_config, trainee};
+use crate::setup::{Groups, check_libtorch, connect, initialize, prepare_libtorch, read_config, trainee};
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use optim::AdamW;
@@ -79,7 +79,7 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
 fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
     let started = Instant::now();
     let assignment = client.assignment();
-    torch_shim::tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
+    prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
     let Groups { data: comm, storage } = connect(client)?;

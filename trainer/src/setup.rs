@@ -18,6 +18,10 @@ use torch_shim::gloo::Store;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Device;
 
+/// Memory of dropped CPU tensors that is kept for the next ones, at the most: a micro-batch's
+/// activations of the models that one trains on a CPU.
+const UNUSED_CPU_BYTES: usize = 1 << 30;
+
 /// A model and its parameters.
 pub struct Trainee {
     /// The model; its weights are views of `params`.
@@ -49,6 +53,16 @@ pub fn check_libtorch() -> Result<()> {
         Some(prefix) => libtorch::check(prefix).map_err(TrainError::Config),
         None => Ok(()),
     }
+}
+
+/// Sets the number of threads libtorch computes with, and lets it keep the memory of CPU tensors
+/// from step to step.
+///
+/// # Errors
+/// Where libtorch refuses.
+pub fn prepare_libtorch(threads: usize) -> Result<()> {
+    torch_shim::tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
+    Ok(torch_shim::memory::keep_cpu_memory(UNUSED_CPU_BYTES)?)
 }
 
 /// The folder that holds `lib/libtorch_cpu.so`, of a list of mapped files.

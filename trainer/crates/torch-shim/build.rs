@@ -29,6 +29,7 @@ const SOURCES: &[&str] = &[
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",
     "csrc/reduce.cpp",
+    "csrc/cpu_memory.cpp",
 ];
 
 fn main() {

@@ -9,6 +9,7 @@ pub mod bytes;
 mod error;
 pub mod fused;
 pub mod gloo;
+pub mod memory;
 pub mod ops;
 pub mod params;
 pub mod reduce;

@@ -63,6 +63,8 @@ pub(crate) struct StoreCalls {
 }
 
 unsafe extern "C" {
+    pub(crate) fn phx_keep_cpu_memory(limit: usize) -> ErrorText;
+
     pub(crate) fn phx_combine(accumulator: RawTensor, x: RawTensor, how: i32) -> ErrorText;
     pub(crate) fn phx_divide(x: RawTensor, divisor: f64) -> ErrorText;
     pub(crate) fn phx_copy(to: RawTensor, from: RawTensor) -> ErrorText;

@@ -1,0 +1,106 @@
+// Keeps the memory of dropped CPU tensors for the next ones. A training step makes and drops the same tensors again and
+// again; malloc gives large ones back to the kernel each time, and then pays a page fault for every 4 KiB.
+#include <c10/core/CPUAllocator.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "common.h"
+
+namespace {
+
+constexpr size_t kSmallest = 64 << 10;   // smaller blocks malloc keeps itself
+constexpr size_t kLargest = 256 << 20;   // larger ones are rare, and cost more memory than time
+constexpr size_t kAlignment = 64;
+
+class KeepingAllocator final : public c10::Allocator {
+ public:
+  explicit KeepingAllocator(size_t limit) : limit_(limit) {}
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = bytes ? take(bytes) : nullptr;
+    return {block, block, &drop, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &drop; }
+
+  void copy_data(void* target, const void* source, std::size_t count) const override {
+    default_copy_data(target, source, count);
+  }
+
+  static KeepingAllocator* instance;
+
+ private:
+  static void drop(void* block) {
+    if (block) instance->give_back(block);
+  }
+
+  // Rounded up to an eighth of its power of two, so that like sizes share blocks and at most an eighth is wasted.
+  static size_t rounded(size_t bytes) {
+    size_t step = kSmallest / 8;
+    while (step * 16 <= bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+  }
+
+  void* take(size_t bytes) {
+    bool kept = bytes >= kSmallest && bytes <= kLargest;
+    size_t size = kept ? rounded(bytes) : bytes;
+    if (kept) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto& free = free_[size];
+      if (!free.empty()) {
+        void* block = free.back();
+        free.pop_back();
+        unused_ -= size;
+        return block;
+      }
+    }
+    void* block = nullptr;
+    TORCH_CHECK(posix_memalign(&block, kAlignment, size) == 0, "no memory: a tensor of ", bytes, " bytes does not fit");
+    if (kept) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      size_[block] = size;
+    }
+    return block;
+  }
+
+  void give_back(void* block) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto found = size_.find(block);
+      if (found != size_.end()) {
+        size_t size = found->second;
+        if (unused_ + size <= limit_) {
+          unused_ += size;
+          free_[size].push_back(block);
+          return;
+        }
+        size_.erase(found);
+      }
+    }
+    std::free(block);
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<void*, size_t> size_;
+  std::unordered_map<size_t, std::vector<void*>> free_;
+  size_t unused_ = 0, limit_;
+};
+
+KeepingAllocator* KeepingAllocator::instance = nullptr;
+
+}  // namespace
+
+extern "C" {
+
+char* phx_keep_cpu_memory(size_t limit) {
+  return phalanx::guarded([&] {
+    static std::once_flag once;
+    std::call_once(once, [&] {
+      KeepingAllocator::instance = new KeepingAllocator(limit);
+      c10::SetCPUAllocator(KeepingAllocator::instance, 255);
+    });
+  });
+}
+
+}  // extern "C"
