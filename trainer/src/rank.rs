@@ -1,7 +1,9 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::error::{Result, TrainError};
-use crate::setup::{Groups, check_libtorch, connect, initialize, prepare_libtorch, read_config, trainee};
+use crate::setup::{
+    Groups, check_libtorch, connect, initialize, prepare_libtorch, read_config, trainee,
+};
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use optim::AdamW;

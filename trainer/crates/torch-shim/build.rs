@@ -25,6 +25,7 @@ const SOURCES: &[&str] = &[
     "csrc/fused_linear.cpp",
     "csrc/fused_norm.cpp",
     "csrc/fused_block.cpp",
+    "csrc/fused_attention.cpp",
     "csrc/fused_head.cpp",
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",

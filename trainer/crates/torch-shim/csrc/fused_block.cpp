@@ -1,4 +1,4 @@
-// The operators of a block that hold no weight: rotary embedding, attention core, SwiGLU.
+// Operators of a block that hold no weight: rotary embedding and SwiGLU. Attention is in fused_attention.cpp.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -144,35 +144,6 @@ struct SwiGlu : torch::autograd::Function<SwiGlu> {
   }
 };
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
-  return at::scaled_dot_product_attention(q, k, v, {}, 0.0, true, std::nullopt, q.size(1) != k.size(1));
-}
-
-// q: [batch, heads, sequence, head_dim]. `lengths`: for each row in turn, its documents' lengths; `counts`: how many
-// each row has. No rows: one document a row.
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const int64_t* lengths, const int64_t* counts,
-                 size_t num_rows) {
-  Tensor out;
-  if (num_rows == 0) {
-    out = attend(q, k, v);
-  } else {
-    std::vector<Tensor> rows;
-    for (size_t row = 0; row < num_rows; row++) {
-      std::vector<Tensor> documents;
-      int64_t start = 0;
-      for (int64_t i = 0; i < counts[row]; i++) {
-        int64_t length = *lengths++;
-        auto cut = [&](const Tensor& x) { return x.narrow(0, row, 1).narrow(2, start, length); };
-        documents.push_back(attend(cut(q), cut(k), cut(v)));
-        start += length;
-      }
-      rows.push_back(documents.size() == 1 ? documents[0] : at::cat(documents, 2));
-    }
-    out = rows.size() == 1 ? rows[0] : at::cat(rows, 0);
-  }
-  return out.transpose(1, 2).flatten(2);
-}
-
 }  // namespace
 
 extern "C" {
@@ -187,11 +158,6 @@ char* phx_rope_qkv(Tensor* qkv, Tensor* cos, Tensor* sin, int64_t heads, int64_t
 
 char* phx_swiglu(Tensor* gate_up, Tensor** out) {
   return guarded([&] { *out = give(SwiGlu::apply(*gate_up)); });
-}
-
-char* phx_attention(Tensor* q, Tensor* k, Tensor* v, const int64_t* lengths, const int64_t* counts, size_t num_rows,
-                    Tensor** out) {
-  return guarded([&] { *out = give(attention(*q, *k, *v, lengths, counts, num_rows)); });
 }
 
 }  // extern "C"

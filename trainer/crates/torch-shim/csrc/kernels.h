@@ -11,6 +11,25 @@ struct Bf16 {
   uint16_t bits;
 };
 
+// Queries or keys that attention takes at a time, and what their width must be a multiple of.
+constexpr int64_t kAttentionBlock = 64;
+constexpr int64_t kAttentionWidth = 16;
+
+// One document of one key/value head, and of its first query head; the others follow at a distance of `head_dim`. A row a
+// token, rows `q_stride` and `kv_stride` elements apart.
+template <typename T>
+struct AttentionSpan {
+  const T *q, *k, *v;
+  int64_t q_stride, kv_stride, length, head_dim;
+  float scale;
+};
+
+// Floats that the attention kernels work in.
+inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
+  int64_t padded = (length + kAttentionBlock - 1) / kAttentionBlock * kAttentionBlock;
+  return 8 * padded * head_dim + kAttentionBlock * (2 * kAttentionBlock + head_dim + 2) + padded;
+}
+
 // The kernels for one storage type; arithmetic is FP32 throughout. `rows` rows of `width` elements, contiguous.
 template <typename T>
 struct Kernels {
@@ -28,6 +47,12 @@ struct Kernels {
   // The loss of each row of logits; with `gradient`, turns logits into scale * (softmax - target). -100: no target.
   void (*cross_entropy)(T* logits, const int64_t* targets, double* losses, int64_t rows, int64_t width, float scale,
                         bool gradient);
+  // Causal attention of one query head; `logsumexp` of each row is kept for backward.
+  void (*attention)(const AttentionSpan<T>& span, T* out, float* logsumexp, float* scratch);
+  // Gradients of `heads` query heads and of the key/value head they share. `out`, `d_out` and `dq` lie as q does; the
+  // heads' logsumexps are `logsumexp_stride` apart.
+  void (*attention_backward)(const AttentionSpan<T>& span, int64_t heads, const T* out, const T* d_out,
+                             const float* logsumexp, int64_t logsumexp_stride, T* dq, T* dk, T* dv, float* scratch);
 };
 
 // The best kernels for this processor.

@@ -216,8 +216,17 @@ void cross_entropy(T* logits, const int64_t* targets, double* losses, int64_t ro
   }
 }
 
+}  // namespace PHALANX_ISA
+}  // namespace phalanx
+
+#include "kernels_attention.h"
+
+namespace phalanx {
+namespace PHALANX_ISA {
+
 template <typename T>
-const Kernels<T> table = {norm<T>, norm_backward<T>, swiglu<T>, swiglu_backward<T>, rotate<T>, cross_entropy<T>};
+const Kernels<T> table = {norm<T>,   norm_backward<T>, swiglu<T>,    swiglu_backward<T>,
+                          rotate<T>, cross_entropy<T>, attention<T>, attention_backward<T>};
 
 }  // namespace PHALANX_ISA
 

@@ -181,26 +181,55 @@ fn rope_equals_its_reference() {
 
 #[test]
 fn attention_equals_its_reference() {
-    let documents = [
-        Documents::causal(),
-        Documents::from_lengths(vec![vec![33], vec![5, 1, 27]]),
-        Documents::from_ids(&[[0; 33], [7; 33]].concat(), 2, 33).unwrap(),
-    ];
     for kind in KINDS {
         for (heads, kv_heads) in [(4, 2), (3, 3), (4, 1)] {
-            for documents in &documents {
-                let q = leaf(&[2, heads, 33, 16], kind);
-                let (k, v) =
-                    (leaf(&[2, kv_heads, 33, 16], kind), leaf(&[2, kv_heads, 33, 16], kind));
-                compare(
-                    "attention",
-                    kind,
-                    &[q, k, v],
-                    None,
-                    |x| vec![fused::attention(&x[0], &x[1], &x[2], documents).unwrap()],
-                    |x, _| vec![reference::attention(&x[0], &x[1], &x[2], documents).unwrap()],
-                );
+            for head_dim in [16, 48] {
+                check_attention(kind, (heads, kv_heads), head_dim, 33, &[5, 1, 27]);
             }
+        }
+        // More than one block of queries and keys, whole and not.
+        check_attention(kind, (2, 1), 32, 128, &[64, 64]);
+        check_attention(kind, (2, 1), 32, 200, &[3, 130, 67]);
+        check_attention(kind, (2, 2), 20, 70, &[69, 1]);
+    }
+}
+
+/// With plain rows and with `lengths` in the second of two, as the projection lays heads out (a
+/// row a token) and as libtorch's own attention does.
+fn check_attention(
+    kind: Kind,
+    (heads, kv_heads): (i64, i64),
+    head_dim: i64,
+    sequence: i64,
+    lengths: &[i64],
+) {
+    let rows = vec![vec![sequence], lengths.to_vec()];
+    for documents in [Documents::causal(), Documents::from_lengths(rows)] {
+        for by_token in [true, false] {
+            let made = |heads| match by_token {
+                true => leaf(&[2, sequence, heads, head_dim], kind),
+                false => leaf(&[2, heads, sequence, head_dim], kind),
+            };
+            let head_first = |x: &Tensor| match by_token {
+                true => x.transpose(1, 2),
+                false => x.shallow_clone(),
+            };
+            let inputs = [made(heads), made(kv_heads), made(kv_heads)];
+            let split = |x: &[Tensor]| [head_first(&x[0]), head_first(&x[1]), head_first(&x[2])];
+            compare(
+                "attention",
+                kind,
+                &inputs,
+                None,
+                |x| {
+                    let [q, k, v] = split(x);
+                    vec![fused::attention(&q, &k, &v, &documents).unwrap()]
+                },
+                |x, _| {
+                    let [q, k, v] = split(x);
+                    vec![reference::attention(&q, &k, &v, &documents).unwrap()]
+                },
+            );
         }
     }
 }
