@@ -4,18 +4,22 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Buffers that are kept for the next user, at the most.
-const KEPT: usize = 64;
-
 /// A new buffer is larger than asked for by this part, so that it fits the next, similar one too.
 const SPARE: usize = 16;
 
-type Shelf<T> = Arc<Mutex<Vec<Vec<T>>>>;
+#[derive(Debug)]
+struct Shelf<T> {
+    /// Buffers that came back, the oldest first.
+    free: Vec<Vec<T>>,
+    /// Items that the buffers out and on the shelf have room for.
+    room: usize,
+    limit: usize,
+}
 
 /// Lends buffers, and keeps those that come back. Clones share the buffers.
 #[derive(Debug)]
 pub struct Pool<T> {
-    shelf: Shelf<T>,
+    shelf: Arc<Mutex<Shelf<T>>>,
 }
 
 impl<T> Clone for Pool<T> {
@@ -24,26 +28,37 @@ impl<T> Clone for Pool<T> {
     }
 }
 
-impl<T> Default for Pool<T> {
-    fn default() -> Self {
-        Pool { shelf: Shelf::default() }
-    }
-}
-
 impl<T> Pool<T> {
-    /// An empty buffer, which comes back when it is dropped.
-    pub fn lend(&self) -> Recycled<T> {
-        let items = self.shelf.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Recycled { items: items.unwrap_or_default(), home: Some(self.shelf.clone()) }
+    /// A pool that keeps no buffer while all of them, those in use included, have room for more
+    /// than `limit` items.
+    pub fn new(limit: usize) -> Self {
+        Pool { shelf: Arc::new(Mutex::new(Shelf { free: Vec::new(), room: 0, limit })) }
+    }
+
+    /// An empty buffer for `count` items, which comes back when it is dropped. Of those on the
+    /// shelf it is the smallest that fits, and never one of twice the size or more: small ones
+    /// would hold the memory of large ones otherwise.
+    pub fn lend(&self, count: usize) -> Recycled<T> {
+        let mut shelf = self.shelf.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |items: &Vec<T>| (count..count.max(1) * 2).contains(&items.capacity());
+        let fitting = (0..shelf.free.len()).filter(|&at| fits(&shelf.free[at]));
+        let items = match fitting.min_by_key(|&at| shelf.free[at].capacity()) {
+            Some(at) => shelf.free.swap_remove(at),
+            None => {
+                let items = Vec::with_capacity(count + count / SPARE);
+                shelf.room += items.capacity();
+                shelf.keep_within_limit();
+                items
+            }
+        };
+        Recycled { lent_room: items.capacity(), items, home: Some(self.shelf.clone()) }
     }
 }
 
-impl<T> Recycled<T> {
-    /// Makes room for `count` items in all. A buffer that is too small is empty, so nothing of it
-    /// is copied.
-    pub fn make_room(&mut self, count: usize) {
-        if self.items.capacity() < count && self.items.is_empty() {
-            self.items = Vec::with_capacity(count + count / SPARE);
+impl<T> Shelf<T> {
+    fn keep_within_limit(&mut self) {
+        while self.room > self.limit && !self.free.is_empty() {
+            self.room -= self.free.remove(0).capacity();
         }
     }
 }
@@ -52,18 +67,20 @@ impl<T> Recycled<T> {
 #[derive(Debug)]
 pub struct Recycled<T> {
     items: Vec<T>,
-    home: Option<Shelf<T>>,
+    /// Its room when it was lent: it may have grown since.
+    lent_room: usize,
+    home: Option<Arc<Mutex<Shelf<T>>>>,
 }
 
 impl<T> Default for Recycled<T> {
     fn default() -> Self {
-        Recycled { items: Vec::new(), home: None }
+        Recycled { items: Vec::new(), lent_room: 0, home: None }
     }
 }
 
 impl<T: Clone> Clone for Recycled<T> {
     fn clone(&self) -> Self {
-        Recycled { items: self.items.clone(), home: None }
+        Recycled { items: self.items.clone(), lent_room: 0, home: None }
     }
 }
 
@@ -101,9 +118,9 @@ impl<T> Drop for Recycled<T> {
         let mut items = std::mem::take(&mut self.items);
         items.clear();
         let mut shelf = home.lock().unwrap_or_else(PoisonError::into_inner);
-        if shelf.len() < KEPT {
-            shelf.push(items);
-        }
+        shelf.room = shelf.room - self.lent_room + items.capacity();
+        shelf.free.push(items);
+        shelf.keep_within_limit();
     }
 }
 
@@ -113,15 +130,32 @@ mod tests {
 
     #[test]
     fn a_buffer_comes_back_empty_with_its_memory() {
-        let pool = Pool::default();
-        let mut first = pool.lend();
+        let pool = Pool::new(10_000);
+        let mut first = pool.lend(1000);
         first.extend(0..1000);
         let (at, copy) = (first.as_ptr(), first.clone());
         drop(first);
-        let second = pool.lend();
+        let second = pool.lend(990);
         assert_eq!((second.len(), second.as_ptr()), (0, at));
-        assert!(second.capacity() >= 1000);
         drop(copy);
-        assert_eq!(pool.lend().capacity(), 0, "a copy belongs to no pool");
+        assert_ne!(pool.lend(1000).as_ptr(), at, "it is in use");
+    }
+
+    #[test]
+    fn small_and_many_buffers_do_not_hold_more_than_the_limit() {
+        let pool = Pool::<i32>::new(5000);
+        drop(pool.lend(2000));
+        assert!(pool.lend(10).capacity() < 20, "a large buffer is not for a few items");
+        let held: Vec<_> = (0..4).map(|_| pool.lend(1000)).collect();
+        let room = || pool.shelf.lock().unwrap().room;
+        assert!(room() <= 5000, "the large one made way: {}", room());
+        let more: Vec<_> = (0..4).map(|_| pool.lend(1000)).collect();
+        assert!(room() > 5000, "what is in use is lent all the same");
+        drop((held, more));
+        assert!((3000..=5000).contains(&room()), "{}", room());
+        let mut grown = pool.lend(1000);
+        grown.resize(6000, 0);
+        drop(grown);
+        assert!(room() <= 5000, "{}", room());
     }
 }

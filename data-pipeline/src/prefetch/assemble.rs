@@ -49,16 +49,17 @@ pub struct Assembler {
 }
 
 impl Assembler {
-    /// An assembler that reads through `reader` on `runtime` until `stop` is set.
+    /// An assembler that reads through `reader` on `runtime`, into `columns`, until `stop` is set.
     pub fn new(
         dataset: Arc<Dataset>,
         runtime: Handle,
         reader: RangeReader,
+        columns: Pool<i32>,
         stop: Arc<AtomicBool>,
     ) -> Self {
         let mixture = dataset.mixture.cursor();
         let readers = dataset.sources.iter().map(|_| SourceReader::default()).collect();
-        Assembler { dataset, mixture, readers, runtime, reader, columns: Pool::default(), stop }
+        Assembler { dataset, mixture, readers, runtime, reader, columns, stop }
     }
 
     /// Makes all micro-batches of `batches` and sends them. Ends at an error, or when nobody
@@ -77,11 +78,7 @@ impl Assembler {
     fn fill(&mut self, mut batch: MicroBatch) -> Result<MicroBatch> {
         let len = batch.sequence_length;
         let size = batch.batch * len;
-        let column = || {
-            let mut column = self.columns.lend();
-            column.make_room(size);
-            column
-        };
+        let column = || self.columns.lend(size);
         (batch.tokens, batch.targets) = (column(), column());
         (batch.position_ids, batch.document_ids) = (column(), column());
         batch.sample_ids = Vec::with_capacity(batch.batch);

@@ -202,10 +202,13 @@ impl Loader {
             storage: tuning.storage,
             policy: tuning.retry,
             activity: activity.clone(),
-            decoded: Pool::default(),
+            decoded: Pool::new((config.data.buffer_mib << 20) / size_of::<i32>()),
         };
         let (start, stages) = (dataset.start.clone(), batches.stages.clone());
-        let assembler = Assembler::new(dataset, runtime.handle().clone(), reader, stop.clone());
+        // Besides those that wait, one is being filled and one is in use.
+        let columns = Pool::new((depth + 2) * bytes / size_of::<i32>());
+        let handle = runtime.handle().clone();
+        let assembler = Assembler::new(dataset, handle, reader, columns, stop.clone());
         let thread = std::thread::Builder::new()
             .name("data-assemble".into())
             .spawn(move || assembler.run(batches, &sender))

@@ -13,6 +13,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Memory that is kept for the next reads, at the most.
+const KEPT_BYTES: usize = 32 << 20;
+
 /// Where ranges of shards are read from.
 pub trait Storage: Send + Sync + 'static {
     /// Reads `range` of the file `path`, whole or not at all.
@@ -20,19 +23,24 @@ pub trait Storage: Send + Sync + 'static {
 }
 
 /// Local files.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct LocalFiles {
     buffers: Pool<u8>,
+}
+
+impl Default for LocalFiles {
+    fn default() -> Self {
+        LocalFiles { buffers: Pool::new(KEPT_BYTES) }
+    }
 }
 
 impl Storage for LocalFiles {
     fn read(&self, path: &Path, range: Range<u64>) -> BoxFuture<'static, io::Result<Bytes>> {
         let path = path.to_path_buf();
-        let mut bytes = self.buffers.lend();
+        let size = (range.end - range.start) as usize;
+        let mut bytes = self.buffers.lend(size);
         Box::pin(async move {
             let read = tokio::task::spawn_blocking(move || {
-                let size = (range.end - range.start) as usize;
-                bytes.make_room(size);
                 bytes.resize(size, 0);
                 std::fs::File::open(&path)?.read_exact_at(&mut bytes, range.start)?;
                 Ok(Bytes::from_owner(bytes))

@@ -185,7 +185,7 @@ async fn load_group(
     let what = format!("row group {}", group.index);
     let range = group.offset..group.offset + group.bytes;
     let bytes = reader.read(&path, range, &what).await?;
-    let ids = reader.decoded.lend();
+    let ids = reader.decoded.lend(group.tokens as usize);
     off_thread(move || {
         let range = FileRange { offset: group.offset, bytes, file_bytes: footer.file_bytes };
         let request = DecodeRequest {

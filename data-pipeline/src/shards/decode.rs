@@ -190,7 +190,7 @@ impl DecodeRequest<'_> {
             return Err(self.damaged(format!("{tokens} tokens claimed, {limit} stored")));
         }
         let metadata = &self.footer.metadata;
-        ids.make_room(tokens as usize);
+        ids.reserve(tokens as usize);
         let checksum = fast::read_values(range, metadata, self.group, column, &mut ids)
             .map_err(|error| self.damaged(error.to_string()))?;
         if self.footer.checksums.get(self.group).is_some_and(|&noted| noted != checksum) {
