@@ -39,7 +39,7 @@ fn main() -> Outcome<()> {
     let scratch = tempfile::tempdir()?;
     let folder = if as_is { PathBuf::from(&data) } else { rewrite(&data, scratch.path())? };
     let (total, file_bytes, decode) = decode_all(&folder)?;
-    let tokens = number("--tokens", total.saturating_mul(3))?;
+    let tokens = number("--tokens", total.saturating_mul(6))?;
     let steps = (tokens / (sequence * batch)).max(1);
     let sequential = stream(&folder, sequence, batch, steps, false)?;
     let shuffled = stream(&folder, sequence, batch, steps, true)?;

@@ -6,9 +6,8 @@ use crate::recycled::Pool;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -41,9 +40,13 @@ impl Storage for LocalFiles {
         let mut bytes = self.buffers.lend(size);
         Box::pin(async move {
             let read = tokio::task::spawn_blocking(move || {
-                bytes.resize(size, 0);
-                std::fs::File::open(&path)?.read_exact_at(&mut bytes, range.start)?;
-                Ok(Bytes::from_owner(bytes))
+                let mut file = std::fs::File::open(&path)?;
+                file.seek(SeekFrom::Start(range.start))?;
+                // Unlike `read_exact`, this does not need the memory to be cleared first.
+                match file.take(size as u64).read_to_end(&mut bytes)? {
+                    read if read == size => Ok(Bytes::from_owner(bytes)),
+                    _ => Err(io::ErrorKind::UnexpectedEof.into()),
+                }
             });
             read.await.map_err(io::Error::other)?
         })

@@ -19,6 +19,10 @@ use std::sync::Arc;
 /// Row groups of a window that are read at a time.
 const READS_AT_A_TIME: usize = 2;
 
+/// Tokens between those of which the document is noted: a lookup then takes one memory access more
+/// than the document itself, whatever the number of documents.
+const MARK: u64 = 1024;
+
 /// A document, or a part of one, in a window.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
@@ -34,6 +38,8 @@ pub struct Window {
     /// One past the last unit of each document, or index past the last piece of each bin, from
     /// the start of the window.
     ends: Vec<u64>,
+    /// Index of the document that holds every [`MARK`]-th token, from the first on.
+    marks: Vec<u32>,
 }
 
 impl Window {
@@ -41,7 +47,9 @@ impl Window {
     /// Appends to `segments`; returns how many tokens there were.
     pub fn stream<'w>(&'w self, start: u64, len: u64, segments: &mut Vec<Segment<'w>>) -> u64 {
         let mut at = start;
-        let first = self.ends.partition_point(|&end| end <= start);
+        let mark =
+            self.marks.get((start / MARK) as usize).map_or(self.ends.len(), |&at| at as usize);
+        let first = mark + self.ends[mark..].iter().take_while(|&&end| end <= start).count();
         for (piece, &end) in self.pieces[first..].iter().zip(&self.ends[first..]) {
             if at >= start + len {
                 break;
@@ -115,10 +123,11 @@ impl Window {
             self.pieces = order.map(|at| self.pieces[at]).collect();
         }
         let mut end = 0;
-        self.ends.extend(self.pieces.iter().map(|piece| {
+        for (at, piece) in self.pieces.iter().enumerate() {
             end += u64::from(piece.part.len);
-            end
-        }));
+            self.ends.push(end);
+            self.marks.resize(end.div_ceil(MARK) as usize, at as u32);
+        }
     }
 }
 

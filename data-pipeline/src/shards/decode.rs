@@ -106,12 +106,10 @@ impl DecodeRequest<'_> {
     /// As [`DecodeRequest::decode`], with the ids put in an empty buffer.
     pub fn decode_into(&self, range: &FileRange, buffer: Recycled<i32>) -> Result<DecodedGroup> {
         let layout = GroupLayout::of(self.path, self.footer, self.group)?;
-        let decoded = match layout {
-            GroupLayout::Own { ids, lengths } => self.decode_own(range, ids, lengths, buffer)?,
-            GroupLayout::Foreign { root } => self.decode_foreign(range, root, buffer)?,
-        };
-        self.check_ids(&decoded)?;
-        Ok(decoded)
+        match layout {
+            GroupLayout::Own { ids, lengths } => self.decode_own(range, ids, lengths, buffer),
+            GroupLayout::Foreign { root } => self.decode_foreign(range, root, buffer),
+        }
     }
 
     /// The lengths of the documents alone, from the column of lengths where there is one.
@@ -119,9 +117,7 @@ impl DecodeRequest<'_> {
         match GroupLayout::of(self.path, self.footer, self.group)? {
             GroupLayout::Own { lengths, .. } => self.own_lengths(range, lengths),
             GroupLayout::Foreign { root } => {
-                let decoded = self.decode_foreign(range, root, Recycled::default())?;
-                self.check_ids(&decoded)?;
-                Ok(decoded.lengths)
+                Ok(self.decode_foreign(range, root, Recycled::default())?.lengths)
             }
         }
     }
@@ -191,15 +187,17 @@ impl DecodeRequest<'_> {
         }
         let metadata = &self.footer.metadata;
         ids.reserve(tokens as usize);
-        let checksum = fast::read_values(range, metadata, self.group, column, &mut ids)
+        let seen = fast::read_values(range, metadata, self.group, column, &mut ids)
             .map_err(|error| self.damaged(error.to_string()))?;
-        if self.footer.checksums.get(self.group).is_some_and(|&noted| noted != checksum) {
+        if self.footer.checksums.get(self.group).is_some_and(|&noted| noted != seen.checksum) {
             return Err(self.damaged("its tokens are not those its checksum was made of".into()));
         }
         if ids.len() as u64 != tokens {
             return Err(self.damaged(format!("{} ids, but {tokens} by `n_tokens`", ids.len())));
         }
-        Ok(DecodedGroup { ids, lengths })
+        let decoded = DecodedGroup { ids, lengths };
+        self.check_ids(&decoded, seen.largest)?;
+        Ok(decoded)
     }
 
     fn decode_foreign(
@@ -210,6 +208,8 @@ impl DecodeRequest<'_> {
     ) -> Result<DecodedGroup> {
         let mut decoded = DecodedGroup { ids, lengths: Vec::new() };
         self.read_column(range, root, |column| self.append(column, &mut decoded))?;
+        let largest = decoded.ids.iter().map(|&id| id as u32).max().unwrap_or(0);
+        self.check_ids(&decoded, largest)?;
         Ok(decoded)
     }
 
@@ -342,10 +342,9 @@ impl DecodeRequest<'_> {
         Ok(())
     }
 
-    /// Checks every id against the vocabulary. The maximum is one vectorized pass; the culprit is
+    /// Checks the ids, of which `largest` is the largest, against the vocabulary. The culprit is
     /// looked for only where there is one.
-    fn check_ids(&self, decoded: &DecodedGroup) -> Result<()> {
-        let largest = decoded.ids.iter().map(|&id| id as u32).max().unwrap_or(0);
+    fn check_ids(&self, decoded: &DecodedGroup, largest: u32) -> Result<()> {
         if (largest as usize) < self.vocab_size || decoded.ids.is_empty() {
             return Ok(());
         }

@@ -3,6 +3,7 @@
 
 use super::footer::{FileRange, ShardInfo};
 use super::{IDS_COLUMN, LENGTHS_COLUMN};
+use arrow::datatypes::ToByteSlice;
 use parquet::basic::{Encoding, Type};
 use parquet::column::page::{Page, PageReader};
 use parquet::errors::{ParquetError, Result};
@@ -38,58 +39,87 @@ pub fn columns(info: Option<&ShardInfo>, group: &RowGroupMetaData) -> Option<(us
     usable.then_some((ids, lengths))
 }
 
-/// Appends the values of one leaf column of a row group, int32 without nulls; returns the checksum
-/// of their bytes.
+/// The checksum is of little-endian words, and is taken of the values as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"), "Phalanx runs on little-endian machines");
+
+/// Values that are joined, summed and compared at a time: they stay in the first-level cache.
+const PART: usize = 2048;
+
+/// What is known of the values of a column once they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// XXH3 of their little-endian bytes.
+    pub checksum: u64,
+    /// The largest, negative ones taken as unsigned; 0 where there are none.
+    pub largest: u32,
+}
+
+/// Sees the values of a column go by, part after part.
+struct Watch {
+    checksum: Xxh3,
+    largest: u32,
+}
+
+impl Watch {
+    fn new() -> Self {
+        Watch { checksum: Xxh3::new(), largest: 0 }
+    }
+
+    fn see(&mut self, part: &[i32]) {
+        self.checksum.update(part.to_byte_slice());
+        self.largest = part.iter().fold(self.largest, |most, &value| most.max(value as u32));
+    }
+
+    fn seen(&self) -> Seen {
+        Seen { checksum: self.checksum.digest(), largest: self.largest }
+    }
+}
+
+/// Appends the values of one leaf column of a row group, int32 without nulls.
 pub fn read_values(
     range: &FileRange,
     metadata: &ParquetMetaData,
     group: usize,
     column: usize,
     values: &mut Vec<i32>,
-) -> Result<u64> {
+) -> Result<Seen> {
     let group = metadata.row_group(group);
     let chunk = group.column(column);
     let rows = group.num_rows() as usize;
     let mut pages = SerializedPageReader::new(Arc::new(range.clone()), chunk, rows, None)?;
-    let mut checksum = Xxh3::new();
+    let mut watch = Watch::new();
     while let Some(page) = pages.get_next_page()? {
         let levels = level_bytes(&page, chunk)?;
         let bytes = page.buffer().get(levels..).unwrap_or_default();
         if !bytes.len().is_multiple_of(4) {
             return Err(ParquetError::General(format!("a page of {} bytes", bytes.len())));
         }
-        let first = values.len();
-        join_streams(bytes, values);
-        add_to_checksum(&values[first..], &mut checksum);
+        join_streams(bytes, values, &mut watch);
     }
-    Ok(checksum.digest())
+    Ok(watch.seen())
 }
 
 /// The checksum that [`read_values`] finds, of values that are to be written.
 pub fn checksum(values: &[i32]) -> u64 {
-    let mut checksum = Xxh3::new();
-    add_to_checksum(values, &mut checksum);
-    checksum.digest()
-}
-
-fn add_to_checksum(values: &[i32], checksum: &mut Xxh3) {
-    let mut bytes = [0; 4096];
-    for part in values.chunks(bytes.len() / 4) {
-        for (word, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(part) {
-            *word = value.to_le_bytes();
-        }
-        checksum.update(&bytes[..part.len() * 4]);
-    }
+    let mut watch = Watch::new();
+    watch.see(values);
+    watch.seen().checksum
 }
 
 /// Appends the values whose first bytes stand first, then all second bytes, and so on
 /// (BYTE_STREAM_SPLIT of the parquet format).
-fn join_streams(bytes: &[u8], values: &mut Vec<i32>) {
+fn join_streams(bytes: &[u8], values: &mut Vec<i32>, watch: &mut Watch) {
     let count = bytes.len() / 4;
     let (low, high) = bytes.split_at(2 * count);
     let ((first, second), (third, fourth)) = (low.split_at(count), high.split_at(count));
-    let words = first.iter().zip(second).zip(third.iter().zip(fourth));
-    values.extend(words.map(|((&a, &b), (&c, &d))| i32::from_le_bytes([a, b, c, d])));
+    let low = first.chunks(PART).zip(second.chunks(PART));
+    let high = third.chunks(PART).zip(fourth.chunks(PART));
+    for ((first, second), (third, fourth)) in low.zip(high) {
+        let words = first.iter().zip(second).zip(third.iter().zip(fourth));
+        let joined = values.len();
+        values.extend(words.map(|((&a, &b), (&c, &d))| i32::from_le_bytes([a, b, c, d])));
+        watch.see(&values[joined..]);
+    }
 }
 
 /// Bytes of repetition and definition levels in front of a page's values.
