@@ -1,5 +1,7 @@
 //! `phalanx check`: validates a config and prints the resolved plan, as a table or as JSON.
 
+use crate::error::UserError;
+use crate::pipeline::PipelinePlan;
 use crate::print::err;
 use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
@@ -12,9 +14,10 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Validates `config` with `overrides` and prints the plan on standard output; problems go to
-/// standard error, and with `json` to standard output too. Returns the exit code: 0, or 64 where
-/// the config is refused.
-pub fn check(config: &Path, overrides: &[String], json: bool) -> i32 {
+/// standard error, and with `json` to standard output too. With `schedule_svg` the pipeline's
+/// schedule is drawn into that file. Returns the exit code: 0; 64 where the config is refused or
+/// has no pipeline to draw; 1 where the file cannot be written.
+pub fn check(config: &Path, overrides: &[String], json: bool, schedule_svg: Option<&Path>) -> i32 {
     let planned = RunConfig::load(config, overrides).and_then(plan);
     let (text, code) = match &planned {
         Ok(plan) if json => (format!("{:#}\n", plan.json()), exit_code::DONE),
@@ -27,7 +30,17 @@ pub fn check(config: &Path, overrides: &[String], json: bool) -> i32 {
     };
     // A reader that has gone away is no failure of the check.
     let _ = std::io::stdout().write_all(text.as_bytes());
-    code
+    let drawn = match (&planned, schedule_svg) {
+        (Ok(plan), Some(path)) => plan.write_svg(path),
+        _ => Ok(()),
+    };
+    drawn.map_or_else(
+        |error| {
+            err!("{error}");
+            error.code
+        },
+        |()| code,
+    )
 }
 
 /// A valid config with what follows from it.
@@ -36,6 +49,8 @@ struct Plan {
     notes: Vec<Note>,
     mesh: Mesh,
     memory: Memory,
+    /// `None` where there is one stage.
+    pipeline: Option<PipelinePlan>,
     parameters: u64,
     /// Tokens per sequence, and FLOP per token with full attention and with its causal half.
     flops: (usize, f64, f64),
@@ -62,31 +77,41 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
         (loaded.config, loaded.notes)
     };
     let ranks = config.num_ranks().unwrap_or(1);
-    let mesh = Mesh::new(&config.parallelism, ranks).map_err(|error| ConfigErrors {
-        problems: vec![run_config::Problem {
-            kind: run_config::ProblemKind::Conflict,
-            place: Place::Default,
-            key: "parallelism".to_owned(),
-            message: error.to_string(),
-            limit: None,
-            hint: None,
-        }],
-    })?;
+    let mesh = Mesh::new(&config.parallelism, ranks)
+        .map_err(|error| conflict("parallelism", error.to_string()))?;
     notes.extend(missing_data(&config));
     let stages = &config.training.batch_stages;
+    let first_steps: Vec<u64> = first_steps(stages).into_iter().flatten().collect();
+    let pipeline = PipelinePlan::new(&config, &mesh, &first_steps)
+        .map_err(|error| conflict("parallelism.pipeline", error.to_string()))?;
     let longest = stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(1);
     let flops = |convention| flops_per_token(&config.model, longest, convention);
     Ok(Plan {
         memory: memory_per_rank(&config, &mesh),
+        pipeline,
         parameters: num_parameters(&config.model),
         flops: (longest, flops(FlopConvention::FullAttention), flops(FlopConvention::CausalHalf)),
-        first_steps: first_steps(stages).into_iter().flatten().collect(),
+        first_steps,
         tokens: step_batch(stages, config.training.steps).end_token(),
         config,
         notes,
         mesh,
         is_auto,
     })
+}
+
+/// A layout that cannot be.
+fn conflict(key: &str, message: String) -> ConfigErrors {
+    ConfigErrors {
+        problems: vec![run_config::Problem {
+            kind: run_config::ProblemKind::Conflict,
+            place: Place::Default,
+            key: key.to_owned(),
+            message,
+            limit: None,
+            hint: None,
+        }],
+    }
 }
 
 /// Warnings for a tokenizer or a source that is not there (yet).
@@ -155,6 +180,7 @@ impl Plan {
             },
             "precision": c.precision,
             "memory_per_rank": memory,
+            "pipeline": self.pipeline.as_ref().map(PipelinePlan::json),
             "flops_per_token": {
                 "sequence_length": self.flops.0,
                 "full_attention": self.flops.1,
@@ -192,12 +218,27 @@ impl Plan {
         row("run", format!("{}  (config {})", self.config.name, &self.config.hash()[..12]));
         self.model_rows(&mut row);
         self.layout_rows(&mut row);
+        if let Some(pipeline) = &self.pipeline {
+            pipeline.rows(&mut row);
+        }
         self.memory_rows(&mut row);
         self.training_rows(&mut row);
+        if let Some(pipeline) = &self.pipeline {
+            out.push_str(&pipeline.drawing());
+        }
         for note in &self.notes {
             let _ = writeln!(out, "{note}");
         }
         out
+    }
+
+    /// Draws the pipeline's schedule into the file `path`.
+    fn write_svg(&self, path: &Path) -> Result<(), UserError> {
+        let pipeline = self.pipeline.as_ref().ok_or_else(|| {
+            UserError::usage("--schedule-svg: there is no pipeline to draw, the model is one stage")
+                .hint("set parallelism.pipeline.stages to 2 or more")
+        })?;
+        pipeline.write_svg(path)
     }
 
     fn model_rows(&self, row: &mut impl FnMut(&str, String)) {
@@ -365,8 +406,31 @@ mod tests {
     }
 
     #[test]
+    fn a_pipeline_is_part_of_the_plan() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/runs/llama3-8b.yaml");
+        let mut loaded = RunConfig::load(&path, &[]).unwrap();
+        loaded.config.parallelism.pipeline.stages = 4;
+        let plan = plan(loaded).unwrap();
+        let table = plan.table();
+        assert!(table.contains("\npipeline          1f1b, 4 stages\n"), "{table}");
+        assert!(table.contains("\nblocks per chunk  4 times 8;"), "{table}");
+        assert!(table.contains("\nstage 3  "), "{table}");
+        // 512 sequences on 2 replicas.
+        assert_eq!(plan.json()["pipeline"]["steps"][0]["micro_batches"], 256);
+    }
+
+    #[test]
+    fn without_a_pipeline_there_is_nothing_to_draw() {
+        let plan = planned(&[]);
+        assert!(plan.json()["pipeline"].is_null());
+        let error = plan.write_svg(Path::new("/nonexistent/a.svg")).unwrap_err();
+        assert_eq!(error.code, 64);
+        assert!(error.to_string().contains("the model is one stage"), "{error}");
+    }
+
+    #[test]
     fn a_refused_config_exits_64() {
-        assert_eq!(check(Path::new("/nonexistent.yaml"), &[], true), 64);
+        assert_eq!(check(Path::new("/nonexistent.yaml"), &[], true, None), 64);
     }
 
     #[test]

@@ -55,6 +55,9 @@ struct CheckArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Draw the pipeline's schedule into this SVG file.
+    #[arg(long, value_name = "PATH")]
+    schedule_svg: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -75,7 +78,9 @@ pub fn main() -> i32 {
         }
     };
     let result = match cli.verb {
-        Verb::Check(args) => Ok(check::check(&args.config, &args.set, args.json)),
+        Verb::Check(args) => {
+            Ok(check::check(&args.config, &args.set, args.json, args.schedule_svg.as_deref()))
+        }
         Verb::Data(command) => Ok(data::run(command)),
         Verb::Checkpoint(command) => Ok(checkpoint::run(command)),
         Verb::Run(args) => start::run(args),

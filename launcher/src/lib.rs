@@ -16,6 +16,7 @@ pub mod error;
 pub mod init_from;
 pub mod logs;
 pub mod machine;
+mod pipeline;
 mod print;
 pub mod runs;
 pub mod start;

@@ -6,6 +6,9 @@ use std::fmt::Write as _;
 /// Most rectangles of an SVG; a longer schedule is cut.
 const MAX_RECTANGLES: u64 = 100_000;
 
+/// Most lines of a text; of a longer pipeline the first stages are drawn.
+const MAX_LINES: usize = 64;
+
 /// Forward, backward and weight gradient: the letter and its colours on the first and on the last
 /// virtual stage, as red, green and blue.
 const FORWARD: (char, [u8; 3], [u8; 3]) = ('F', [74, 134, 198], [188, 214, 240]);
@@ -63,7 +66,7 @@ pub fn text(timeline: &Timeline, width: usize) -> String {
     let name_width = format!("stage {}  ", schedule.stages() - 1).len();
     let num_units = (width.saturating_sub(name_width) / cell).max(1) as u64;
     let mut out = String::new();
-    for (stage, spans) in timeline.stages.iter().enumerate() {
+    for (stage, spans) in timeline.stages.iter().enumerate().take(MAX_LINES) {
         let name = format!("stage {stage}");
         let mut line = format!("{name:<name_width$}");
         let mut now = 0;
@@ -74,6 +77,9 @@ pub fn text(timeline: &Timeline, width: usize) -> String {
         }
         push_idle(&mut line, cell, timeline.makespan.min(num_units).saturating_sub(now));
         let _ = writeln!(out, "{}", line.trim_end());
+    }
+    if schedule.stages() > MAX_LINES {
+        let _ = writeln!(out, "(the first {MAX_LINES} of {} stages)", schedule.stages());
     }
     if timeline.makespan > num_units {
         let _ = writeln!(out, "(the first {num_units} of {} units of time)", timeline.makespan);
@@ -88,14 +94,20 @@ fn push_idle(line: &mut String, cell: usize, units: u64) {
     }
 }
 
-/// The label, and a rule up to the end of the span.
+/// The label, and where the span takes more than a unit a rule up to its end.
 fn push_span(line: &mut String, cell: usize, span: &Span, chunks: usize, num_units: u64) {
     let units = span.end.min(num_units) - span.start;
     let width = cell * units as usize;
-    if width > 0 {
-        let rule = width - 1;
-        let label = label(span.action, chunks);
-        let _ = write!(line, "{label:-<rule$} ");
+    let label = label(span.action, chunks);
+    match units {
+        0 => {}
+        1 => {
+            let _ = write!(line, "{label:<width$}");
+        }
+        _ => {
+            let rule = width - 1;
+            let _ = write!(line, "{label:-<rule$} ");
+        }
     }
 }
 
@@ -223,6 +235,10 @@ stage 1  .  F0 B0--- F1
         assert!(text(&timeline, 0).contains("(the first 1 of 9 units of time)"));
         let wide = super::tests::timeline(OneForwardOneBackward, [16, 512, 1]);
         assert!(text(&wide, 100).lines().take(16).all(|line| line.len() <= 100));
+        let deep = super::tests::timeline(OneForwardOneBackward, [65, 1, 1]);
+        assert!(text(&deep, 1000).contains("stage 63  .  .  "));
+        assert!(!text(&deep, 1000).contains("stage 64"));
+        assert!(text(&deep, 1000).contains("(the first 64 of 65 stages)"));
     }
 
     #[test]

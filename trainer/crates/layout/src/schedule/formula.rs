@@ -39,6 +39,14 @@ impl Schedule {
         Some(slots * (forward + backward_input) - filled * backward_weight)
     }
 
+    /// Share of a step's time, from 0 to below 1, that [`Schedule::bubble_time`] is.
+    pub fn bubble_fraction(&self, costs: Costs) -> Option<f64> {
+        let bubble = self.bubble_time(costs)? as f64;
+        let pass = costs.forward + costs.backward_input + costs.backward_weight;
+        let all = bubble + self.passes() as f64 * pass as f64;
+        Some(if all == 0.0 { 0.0 } else { bubble / all })
+    }
+
     /// Most activations that `stage` holds at once, each of one micro-batch in one chunk: from the
     /// forward pass to the last part of the backward pass that needs them.
     ///
@@ -55,6 +63,7 @@ impl Schedule {
 
 #[cfg(test)]
 mod tests {
+    use super::super::simulate;
     use super::*;
     use PipelineSchedule::{Gpipe, Interleaved, OneForwardOneBackward, ZeroBubble};
 
@@ -62,6 +71,8 @@ mod tests {
         let schedule = Schedule::new(kind, sizes[0], sizes[1], sizes[2]).unwrap();
         let costs = Costs { forward: 3, backward_input: 4, backward_weight: 2 };
         assert_eq!(schedule.bubble_time(costs), bubble, "{schedule:?}");
+        let simulated = simulate(&schedule, costs).unwrap().bubble_fraction();
+        assert_eq!(schedule.bubble_fraction(costs), Some(simulated), "{schedule:?}");
         let found: Vec<usize> = (0..sizes[0]).map(|s| schedule.peak_activations(s)).collect();
         assert_eq!(found, peaks, "{schedule:?}");
     }

@@ -1,8 +1,8 @@
 //! Pipeline schedules: in which order each stage runs the micro-batches of a step through its
 //! chunks of the model. Pure functions of the stage and a [`Schedule`].
 //!
-//! [`order`](Schedule::actions) makes the lists of actions, [`messages`](Schedule::messages) says
-//! what each action receives and sends, [`simulate`] runs the lists against a clock, and the
+//! [`Schedule::actions`] makes the lists, [`Schedule::messages`] says
+//! what each action receives and sends, [`simulate()`] runs the lists against a clock, and the
 //! closed forms ([`Schedule::bubble_time`], [`Schedule::peak_activations`]) say what the clock has
 //! to show. [`draw`] makes pictures.
 
@@ -224,5 +224,37 @@ impl Schedule {
     /// Whether the backward pass is two actions.
     fn splits_backward(&self) -> bool {
         self.kind == PipelineSchedule::ZeroBubble
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use PipelineSchedule::{Gpipe, Interleaved, OneForwardOneBackward, ZeroBubble};
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        let check = |kind, sizes: [usize; 3], expected: &str| {
+            let error = Schedule::new(kind, sizes[0], sizes[1], sizes[2]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check(Gpipe, [0, 1, 1], "needs 1 stage or more");
+        check(Gpipe, [1, 0, 1], "needs 1 micro-batch or more");
+        check(Interleaved, [1, 1, 0], "needs 1 virtual stage or more");
+        check(Gpipe, [4, 8, 2], "2 chunks per stage, where gpipe and 1f1b run 1");
+        check(OneForwardOneBackward, [4, 8, 3], "3 chunks per stage");
+        check(ZeroBubble, [usize::MAX, 1, 2], "more than 32768 chunks");
+        check(Interleaved, [4096, 1, 9], "4096 stages x 9 virtual stages: more than 32768 chunks");
+        check(ZeroBubble, [4096, usize::MAX / 8192, 1], "micro-batches are too many");
+        assert!(Schedule::new(Interleaved, 4096, 1, 8).is_ok());
+    }
+
+    #[test]
+    fn a_config_names_its_schedule() {
+        let pipeline = Pipeline { stages: 4, schedule: Interleaved, virtual_stages: 2 };
+        let schedule = Schedule::of(&pipeline, 8).unwrap();
+        assert_eq!((schedule.kind(), schedule.stages()), (Interleaved, 4));
+        assert_eq!((schedule.micro_batches(), schedule.virtual_stages()), (8, 2));
+        assert_eq!((schedule.num_chunks(), schedule.global_chunk(3, 1)), (8, 7));
     }
 }
