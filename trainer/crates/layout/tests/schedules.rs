@@ -227,6 +227,22 @@ fn forwards_alone_run_through() {
     }
 }
 
+/// Also where there are more micro-batches than tags for them.
+#[test]
+fn tags_come_round_again() {
+    for kind in [Interleaved, ZeroBubble] {
+        let schedule = schedule(kind, [16, 1100, 4]);
+        let tag = |micro_batch| {
+            let action = Action::Forward { chunk: 0, micro_batch };
+            schedule.messages(0, action).send.unwrap().tag
+        };
+        assert_eq!(tag(0), tag(512));
+        let lists = lists(&schedule);
+        assert_eq!(check_complete(&schedule, &lists), Ok(()));
+        assert_eq!(check_matched(&schedule, &lists), Ok(2 * 1100 * 63));
+    }
+}
+
 /// The checks above find planted errors.
 #[test]
 fn planted_errors_are_found() {

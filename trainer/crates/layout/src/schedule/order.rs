@@ -63,8 +63,9 @@ impl Schedule {
         if self.virtual_stages == 1 {
             return behind.min(all);
         }
-        // Where backwards are whole, a stage that is one earlier starts two forwards more: one on
-        // its way to the next stage, one for the gradient on its way back.
+        // A stage that is one earlier starts two forwards more, as Megatron's does: one fills the
+        // pipeline, and the other hides the time of messages, of which the closed forms know
+        // nothing. Where weight gradients wait, they hide it.
         let per_stage = if self.splits_backward() { 1 } else { 2 };
         let (smallest, largest) = self.row_lengths();
         // With short rows the first stage must not run ahead of the last without end: it would
