@@ -8,26 +8,11 @@ use crate::rules::Rules;
 /// Refuses each feature that is asked for and not there.
 pub(crate) fn check(rules: &mut Rules) {
     let (p, c) = (&rules.config.parallelism, &rules.config.cluster);
-    let asked: [(bool, &str, &str, &str); 9] = [
-        (p.tensor > 1, "parallelism.tensor", "tensor parallelism", "1"),
-        (p.context > 1, "parallelism.context", "context parallelism", "1"),
-        (p.pipeline.stages > 1, "parallelism.pipeline.stages", "pipeline parallelism", "1"),
-        (
-            p.pipeline.virtual_stages > 1,
-            "parallelism.pipeline.virtual_stages",
-            "pipeline parallelism",
-            "1",
-        ),
+    let asked: [(bool, &str, &str, &str); 4] = [
         (
             p.shard.level != ShardLevel::None,
             "parallelism.shard.level",
             "sharded data parallelism",
-            "none",
-        ),
-        (
-            p.recompute != Recompute::None,
-            "parallelism.recompute",
-            "recomputation of activations",
             "none",
         ),
         (

@@ -50,7 +50,7 @@ fn keys_values_and_degrees() {
     check("training.steps=many", &["training.steps", "\"many\"", "wrong type", "an integer"]);
     check("training.steps=0", &["training.steps", "0", "from 1"]);
     check("parallelism.replicate=3", &["3 are not the 2 ranks"]);
-    check("parallelism.tensor=2", &["parallelism.tensor", "not yet supported", "limit: 1"]);
+    check("parallelism.tensor=3", &["parallelism.tensor", "3 ranks do not divide model.heads 4"]);
     check("training.global_batch=7", &["training.global_batch", "7"]);
     check("model.kv_heads=3", &["model.kv_heads", "3 does not divide the 4 heads"]);
     check("model.dim=30", &["model.heads", "4 heads do not divide dim 30"]);

@@ -35,7 +35,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let threads = config.cluster.threads_per_rank.unwrap_or(1);
     prepare_libtorch(threads)?;
     let trainee = trainee(&config, longest_sequence(&config))?;
-    initialize(&config, &trainee.params, Path::new("runs"))?;
+    initialize(&config, &trainee.held, &trainee.params, Path::new("runs"))?;
     let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
     let stage = config.training.batch_stages[0];
     let (batch, sequence) = (config.training.micro_batch, stage.sequence_length);

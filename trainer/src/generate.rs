@@ -3,6 +3,7 @@
 use crate::error::{Result, TrainError};
 use crate::rank::longest_sequence;
 use crate::setup::{check_libtorch, read_config, trainee};
+use checkpoint::Target;
 use checkpoint_format::scan;
 use data_pipeline::prepare::tokenizer::Tokenizer;
 use model::Sampling;
@@ -63,7 +64,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         use_cache: true,
     };
     let trainee = trainee(&config, longest_sequence(&config))?;
-    checkpoint::load(&step_dir, &trainee.params, &[])?;
+    let whole = model_spec::hf_tensors(&config.model);
+    let target = Target { whole: &whole, held: &trainee.held, params: &trainee.params };
+    checkpoint::load(&step_dir, target, &[])?;
     let _no_grad = no_grad_guard();
     let device = trainee.device;
     let mut new = model::generate(&trainee.model, &prompt, &sampling, device, |_| ())

@@ -2,12 +2,12 @@
 
 use crate::error::{Result, TrainError};
 use crate::setup::{
-    Groups, check_libtorch, connect, initialize, prepare_libtorch, read_config, trainee,
+    Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
 };
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use optim::AdamW;
-use parallel::DataParallel;
+use parallel::Worker;
 use rank_protocol::client::RankClient;
 use rank_protocol::exit_code;
 use rank_protocol::message::{FailureReport, Phase};
@@ -84,45 +84,43 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
     prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
-    let Groups { data: comm, storage } = connect(client)?;
-    let trainee = trainee(&config, longest_sequence(&config))?;
-    let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
+    let Connections { groups, storage } = connect(client, &config)?;
+    let positions = longest_sequence(&config);
+    let worker = Worker::new(&config, groups, device(&config)?, positions, BUCKET_BYTES)?;
+    let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
-    let loader = open_loader(&config, comm.as_ref(), first_step)?;
+    let loader = open_loader(&config, &worker.groups, first_step)?;
     let mut skips = (0, 0);
     match assignment.resume_step {
         Some(step) => {
             (place.phase, place.step) = (Phase::Load, Some(step));
             client.phase(Phase::Load)?;
-            let state = load(&run_dir, step, &trainee, &mut optimizer)?;
+            let state = load(&run_dir, step, &config, &worker, &mut optimizer)?;
             verify_cursor(&state, &loader)?;
             let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
             skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
         }
         None => {
             let runs = run_dir.root().parent().unwrap_or(Path::new("."));
-            initialize(&config, &trainee.params, runs)?;
+            initialize(&config, &worker.held, &worker.params, runs)?;
         }
     }
-    let data_parallel = DataParallel::new(&trainee.params, comm.clone(), BUCKET_BYTES)?;
     // From here on ranks wait for each other's steps, and no longer for their reading.
     storage.barrier()?.wait()?;
     tracing::debug!(
         seconds = started.elapsed().as_secs_f64(),
         threads = assignment.threads,
         "rank {} of {} is ready for step {first_step}",
-        comm.rank(),
-        comm.size()
+        worker.groups.rank,
+        worker.groups.mesh.size()
     );
     Ok(Rank {
         config,
         client: client.clone(),
         run_dir,
-        comm,
         storage,
-        trainee,
+        worker,
         optimizer,
-        data_parallel,
         loader,
         phase: Phase::Init,
         step: first_step - 1,

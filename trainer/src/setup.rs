@@ -2,12 +2,16 @@
 
 use crate::error::{Result, TrainError};
 use crate::store::LauncherStore;
+use checkpoint::Target;
 use checkpoint_format::hf::HfSource;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
 use checkpoint_format::{Checkpoint, WeightSource, scan};
-use collectives::{Communicator, GroupOptions};
+use collectives::{CommError, Communicator, GroupOptions};
+use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};
+use model_spec::LocalParameter;
+use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::libtorch;
 use run_config::{DeviceKind, InitFrom, RunConfig};
@@ -28,6 +32,8 @@ pub struct Trainee {
     pub model: Llama,
     /// The parameters.
     pub params: ParameterSet,
+    /// What the parameters were allocated from.
+    pub held: Vec<LocalParameter>,
     /// Where both live.
     pub device: Device,
 }
@@ -87,33 +93,36 @@ pub fn device(config: &RunConfig) -> Result<Device> {
     }
 }
 
-/// Memory, model, and random initial weights.
+/// The whole model on this rank, its weights all zero: for generation and measurements.
 ///
 /// # Errors
 /// Where memory runs out.
 pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
     let device = device(config)?;
-    let specs = model_spec::parameters(&config.model);
-    let decay_norms = config.optimizer.decay_norms;
-    let params = allocate(&specs, decay_norms, config.precision.compute, device)?;
     let stage = Stage::whole(&config.model);
-    let model = Llama::new(&config.model, stage, &params, Box::new(Dense), num_positions)?;
-    Ok(Trainee { model, params, device })
+    let specs = stage.parameters(&config.model);
+    let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
+    let decay_norms = config.optimizer.decay_norms;
+    let params = allocate(&held, decay_norms, config.precision.compute, device)?;
+    let model = Llama::new(&config.model, stage, &params, Arc::new(Dense), num_positions)?;
+    Ok(Trainee { model, params, held, device })
 }
 
-/// The initial weights: random, or those that `model.init_from` names.
+/// The initial weights of what is held: random, or those that `model.init_from` names.
 ///
 /// # Errors
 /// Where the source cannot be read or is of another model.
-pub fn initialize(config: &RunConfig, params: &ParameterSet, runs: &Path) -> Result<()> {
+pub fn initialize(
+    config: &RunConfig,
+    held: &[LocalParameter],
+    params: &ParameterSet,
+    runs: &Path,
+) -> Result<()> {
     let unusable = |error: checkpoint_format::FormatError| {
         TrainError::Config(format!("model.init_from: {error}"))
     };
     let source: Box<dyn WeightSource> = match &config.model.init_from {
-        None => {
-            let specs = model_spec::parameters(&config.model);
-            return Ok(llama::init::initialize(config.seed, &specs, params)?);
-        }
+        None => return Ok(llama::init::initialize(config.seed, held, params)?),
         Some(InitFrom::HuggingFace(dir)) => Box::new(HfSource::open(dir).map_err(unusable)?),
         Some(InitFrom::Meta(dir)) => Box::new(MetaSource::open(dir).map_err(unusable)?),
         Some(InitFrom::Run { run, step }) => {
@@ -124,16 +133,17 @@ pub fn initialize(config: &RunConfig, params: &ParameterSet, runs: &Path) -> Res
             Box::new(CheckpointSource::new(checkpoint))
         }
     };
-    Ok(checkpoint::load_weights(source.as_ref(), params)?)
+    let whole = model_spec::hf_tensors(&config.model);
+    Ok(checkpoint::load_weights(source.as_ref(), Target { whole: &whole, held, params })?)
 }
 
 /// Longest wait for a rank that reads or writes a checkpoint, or checks its data.
 const STORAGE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// The groups of a rank.
-pub struct Groups {
-    /// All data-parallel ranks, for the steps.
-    pub data: Arc<dyn Communicator>,
+pub struct Connections {
+    /// Those that train together.
+    pub groups: Groups,
     /// All ranks, to wait for each other's storage, which may take much longer than a step.
     pub storage: Arc<dyn Communicator>,
 }
@@ -141,22 +151,34 @@ pub struct Groups {
 /// The groups, over Gloo; an abort by the agent ends every wait in them.
 ///
 /// # Errors
-/// Where the ranks do not find each other.
-pub fn connect(client: &RankClient) -> Result<Groups> {
-    let generation = client.assignment().generation;
-    let storage = GroupOptions::new("storage", generation);
-    Ok(Groups {
-        data: connect_group(client, &GroupOptions::new("data", generation))?,
-        storage: connect_group(client, &GroupOptions { timeout: STORAGE_TIMEOUT, ..storage })?,
+/// Where the degrees do not make the number of ranks, or the ranks do not find each other.
+pub fn connect(client: &RankClient, config: &RunConfig) -> Result<Connections> {
+    let place = client.assignment();
+    let mesh = Mesh::new(&config.parallelism, place.world_size)
+        .map_err(|error| TrainError::Config(error.to_string()))?;
+    let all: Vec<usize> = (0..place.world_size).collect();
+    let storage = GroupOptions::new("storage", place.generation);
+    let storage = GroupOptions { timeout: STORAGE_TIMEOUT, ..storage };
+    let mut connect = |name: &str, ranks: &[usize]| {
+        join(client, ranks, &GroupOptions::new(name, place.generation))
+    };
+    Ok(Connections {
+        groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
+        storage: join(client, &all, &storage)?,
     })
 }
 
-fn connect_group(client: &RankClient, options: &GroupOptions) -> Result<Arc<dyn Communicator>> {
+/// Joins a group of `ranks`, of which this is one.
+fn join(
+    client: &RankClient,
+    ranks: &[usize],
+    options: &GroupOptions,
+) -> std::result::Result<Arc<dyn Communicator>, CommError> {
     let place = client.assignment();
     let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
     let store = store.with_prefix(&place.run_id);
-    let (rank, size) = (place.rank, place.world_size);
-    let group = collectives::gloo::connect(&store, rank, size, "127.0.0.1", options)?;
+    let rank = ranks.iter().position(|&rank| rank == place.rank).unwrap_or(0);
+    let group = collectives::gloo::connect(&store, rank, ranks.len(), "127.0.0.1", options)?;
     let group: Arc<dyn Communicator> = Arc::new(group);
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {

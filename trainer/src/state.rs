@@ -1,17 +1,17 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
 use crate::error::{Result, TrainError};
-use crate::setup::Trainee;
-use checkpoint::{SaveReport, SaveRequest, TrainState};
+use checkpoint::{SaveReport, SaveRequest, Target, TrainState};
 use collectives::Communicator;
 use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
+use layout::Axis;
 use optim::AdamW;
-use parallel::DataParallel;
+use parallel::{Groups, Worker};
 use rank_protocol::client::RankClient;
 use rank_protocol::message::Phase;
 use rank_protocol::run_dir::RunDir;
 use run_config::RunConfig;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// Bytes of gradients that are reduced together.
@@ -25,16 +25,12 @@ pub struct Rank {
     pub client: RankClient,
     /// The run's directory.
     pub run_dir: RunDir,
-    /// The data-parallel group.
-    pub comm: Arc<dyn Communicator>,
     /// All ranks, to wait for each other's storage.
     pub storage: Arc<dyn Communicator>,
-    /// The model.
-    pub trainee: Trainee,
+    /// The model's piece, and the ranks that work on it together.
+    pub worker: Worker,
     /// The optimizer.
     pub optimizer: AdamW,
-    /// Reduces the gradients.
-    pub data_parallel: DataParallel,
     /// The data.
     pub loader: Loader,
     /// What it does now.
@@ -51,11 +47,11 @@ pub struct Rank {
 ///
 /// # Errors
 /// What is wrong with the data.
-pub fn open_loader(config: &RunConfig, comm: &dyn Communicator, first_step: u64) -> Result<Loader> {
+pub fn open_loader(config: &RunConfig, groups: &Groups, first_step: u64) -> Result<Loader> {
     let options = LoaderOptions {
         split: Split::Train,
-        dp_rank: comm.rank(),
-        dp_size: comm.size(),
+        dp_rank: groups.mesh.data_rank(groups.rank),
+        dp_size: groups.mesh.data_size(),
         first_step,
         steps: (config.training.steps + 1).saturating_sub(first_step),
     };
@@ -69,11 +65,14 @@ pub fn open_loader(config: &RunConfig, comm: &dyn Communicator, first_step: u64)
 pub fn load(
     run_dir: &RunDir,
     step: u64,
-    trainee: &Trainee,
+    config: &RunConfig,
+    worker: &Worker,
     optimizer: &mut AdamW,
 ) -> Result<TrainState> {
     let moments = [("m", optimizer.flat_m()), ("v", optimizer.flat_v())];
-    let state = checkpoint::load(&run_dir.checkpoint(step), &trainee.params, &moments)?;
+    let whole = model_spec::hf_tensors(&config.model);
+    let target = Target { whole: &whole, held: &worker.held, params: &worker.params };
+    let state = checkpoint::load(&run_dir.checkpoint(step), target, &moments)?;
     optimizer.set_num_steps(state.step - state.skipped_steps.min(state.step));
     Ok(state)
 }
@@ -112,10 +111,12 @@ impl Rank {
         let config = &self.config;
         let cursor = self.loader.cursor_after(self.step);
         let plain = |error: serde_json::Error| TrainError::Config(error.to_string());
+        let groups = &self.worker.groups;
+        let degrees = Axis::ALL.map(|axis| (axis.name().to_string(), groups.degree(axis).into()));
         let state = TrainState {
             tokens: cursor.consumed_tokens,
             data_cursor: serde_json::to_value(cursor).map_err(plain)?,
-            mesh: json!({ "replicate": self.comm.size() }),
+            mesh: Value::Object(degrees.into_iter().collect()),
             learning_rate,
             seed: config.seed,
             skipped_steps: self.skipped_steps,
@@ -131,9 +132,13 @@ impl Rank {
             checkpoints_dir: &self.run_dir.checkpoints(),
             step: self.step,
             generation: self.client.assignment().generation,
-            rank: self.comm.rank(),
-            world_size: self.comm.size(),
-            params: &self.trainee.params,
+            rank: groups.rank,
+            world_size: groups.mesh.size(),
+            replica: groups.copies.as_ref().map_or(0, |copies| copies.rank()),
+            replicas: groups.copies.as_ref().map_or(1, |copies| copies.size()),
+            num_elements: model_spec::num_parameters(&config.model),
+            held: &self.worker.held,
+            params: &self.worker.params,
             moments: &moments,
             state,
             keep_last: config.checkpoint.keep_last,

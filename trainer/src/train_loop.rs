@@ -26,7 +26,7 @@ pub enum Outcome {
 /// Where something fails that another try, from the last checkpoint, may mend, or not.
 pub fn train(rank: &mut Rank) -> Result<Outcome> {
     let last = rank.config.training.steps;
-    let mut metrics = match rank.comm.rank() {
+    let mut metrics = match rank.worker.groups.rank {
         0 => Some(Metrics::open(&rank.run_dir, rank.config.metrics.tensorboard, rank.step + 1)?),
         _ => None,
     };
@@ -94,7 +94,7 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
     let samples = batch_samples(rank);
     rank.skipped_steps += 1;
     rank.skipped_in_a_row += 1;
-    if rank.comm.rank() == 0 {
+    if rank.worker.groups.rank == 0 {
         tracing::warn!(
             step = rank.step,
             loss = result.loss,
@@ -128,7 +128,7 @@ fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
 fn save(rank: &mut Rank, learning_rate: f64) -> Result<()> {
     rank.enter(Phase::Save)?;
     let saved = rank.save(learning_rate)?;
-    if rank.comm.rank() == 0 {
+    if rank.worker.groups.rank == 0 {
         rank.client.checkpoint_committed(rank.step)?;
     }
     let (bytes, seconds) = (saved.bytes, saved.seconds);

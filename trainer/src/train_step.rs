@@ -5,8 +5,8 @@ use crate::state::Rank;
 use collectives::ReduceOp;
 use data_pipeline::MicroBatch;
 use model::{Inputs, targets};
-use optim::{clip_coefficient, gradient_norm, learning_rate};
-use parallel::all_reduce_scalars;
+use optim::{clip_coefficient, learning_rate};
+use parallel::{Pass, Worker, all_reduce_scalars};
 
 /// What came of a step; the same on every rank but for the waiting.
 pub struct StepResult {
@@ -31,21 +31,23 @@ pub struct StepResult {
 pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
     let step = rank.step + 1;
     let batches = read(rank)?;
-    // The loss divides by the global number of targets.
+    // The loss divides by the global number of targets. Ranks that share a batch count it once.
+    let groups = rank.worker.groups.clone();
     let local_targets: u64 = batches.iter().map(|batch| batch.num_target_tokens).sum();
-    let mut num_targets = [local_targets as f64];
-    all_reduce_scalars(rank.comm.as_ref(), &mut num_targets, ReduceOp::Sum)?;
+    let mut num_targets = [if groups.reads_first() { local_targets as f64 } else { 0.0 }];
+    all_reduce_scalars(groups.world.as_ref(), &mut num_targets, ReduceOp::Sum)?;
     let scale = 1.0 / num_targets[0].max(1.0);
 
-    rank.trainee.params.zero_grad()?;
-    let loss = forward_backward(rank, &batches, scale)?;
+    rank.worker.params.zero_grad()?;
+    let passes: Vec<Pass> = batches.iter().map(|batch| pass(rank, batch)).collect::<Result<_>>()?;
+    let loss = rank.worker.forward_backward(&passes, scale)?;
     // All must agree to stop after this step, so the wish is read as late as it can be.
     let stop = f64::from(u8::from(rank.client.stop_requested()));
-    let mut sums = [loss, stop];
-    all_reduce_scalars(rank.comm.as_ref(), &mut sums, ReduceOp::Sum)?;
-    let loss = sums[0];
+    let squares = squared_norm(&rank.worker)?;
+    let mut sums = [loss, stop, squares];
+    all_reduce_scalars(groups.world.as_ref(), &mut sums, ReduceOp::Sum)?;
+    let (loss, grad_norm) = (sums[0], sums[2].sqrt());
 
-    let grad_norm = gradient_norm(&rank.trainee.params)?;
     let config = &rank.config;
     let learning_rate = learning_rate(
         &config.schedule,
@@ -56,7 +58,7 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
     let skipped = !(loss.is_finite() && grad_norm.is_finite());
     if !skipped {
         let coefficient = clip_coefficient(grad_norm, config.training.clip_norm);
-        rank.optimizer.step(&rank.trainee.params, learning_rate, coefficient)?;
+        rank.optimizer.step(&rank.worker.params, learning_rate, coefficient)?;
     }
     rank.step = step;
     Ok(StepResult {
@@ -84,25 +86,15 @@ fn read(rank: &mut Rank) -> Result<Vec<MicroBatch>> {
     }
 }
 
-/// Accumulates the gradients of all micro-batches, summed over ranks; returns this rank's part of
-/// the loss.
-fn forward_backward(rank: &Rank, batches: &[MicroBatch], scale: f64) -> Result<f64> {
+/// Square of the norm of the gradients that count on this rank.
+///
+/// # Errors
+/// Where libtorch refuses.
+pub fn squared_norm(worker: &Worker) -> Result<f64> {
     let mut sum = 0.0;
-    for (index, batch) in batches.iter().enumerate() {
-        let inputs = inputs(rank, batch)?;
-        let goal = targets(&batch.targets, batch.batch, rank.trainee.device)?;
-        if index + 1 == batches.len() {
-            rank.data_parallel.begin_last_micro_batch();
-        }
-        let loss = rank.trainee.model.forward_loss(&inputs, &goal, scale)?;
-        if let Err(error) = loss.f_backward() {
-            // A reduction that fails in a hook ends the backward pass: name the peer, not the hook.
-            rank.data_parallel.finish()?;
-            return Err(error.into());
-        }
-        sum += loss.f_double_value(&[])?;
+    for gradient in worker.counted_gradients()? {
+        sum += optim::squared_norm(&gradient)?.f_double_value(&[])?;
     }
-    rank.data_parallel.finish()?;
     Ok(sum)
 }
 
@@ -110,8 +102,11 @@ fn forward_backward(rank: &Rank, batches: &[MicroBatch], scale: f64) -> Result<f
 ///
 /// # Errors
 /// Where libtorch refuses.
-pub fn inputs(rank: &Rank, batch: &MicroBatch) -> Result<Inputs> {
+pub fn pass(rank: &Rank, batch: &MicroBatch) -> Result<Pass> {
     let documents = rank.config.data.document_mask.then_some(batch.document_ids.as_slice());
-    let device = rank.trainee.device;
-    Ok(Inputs::new(&batch.tokens, &batch.position_ids, documents, batch.batch, device)?)
+    let device = rank.worker.device();
+    Ok(Pass {
+        inputs: Inputs::new(&batch.tokens, &batch.position_ids, documents, batch.batch, device)?,
+        targets_BS: targets(&batch.targets, batch.batch, device)?,
+    })
 }

@@ -4,13 +4,14 @@
 
 use model::llama::rope::RopeTables;
 use model::{Dense, Inputs, Llama, Stage, allocate, targets};
-use model_spec::{ParameterSpec, hf_config, parameters};
+use model_spec::{LocalParameter, ParameterSpec, hf_config, parameters};
 use optim::{AdamW, clip_coefficient, gradient_norm};
 use run_config::{ComputeDtype, ModelConfig, Optimizer, OptimizerKind};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad, set_num_threads};
 
@@ -157,7 +158,8 @@ impl Case {
     fn load(&self, compute: ComputeDtype) -> Loaded {
         let specs = parameters(&self.config);
         // The references decay every tensor.
-        let set = allocate(&specs, true, compute, Device::Cpu).unwrap();
+        let held: Vec<_> = specs.iter().map(LocalParameter::whole).collect();
+        let set = allocate(&held, true, compute, Device::Cpu).unwrap();
         let mut num_loaded = 0;
         for (spec, parameter) in specs.iter().zip(set.iter()) {
             for part in &spec.parts {
@@ -171,7 +173,7 @@ impl Case {
         set.refresh_compute().unwrap();
         let positions = self.sequence();
         let stage = Stage::whole(&self.config);
-        let model = Llama::new(&self.config, stage, &set, Box::new(Dense), positions).unwrap();
+        let model = Llama::new(&self.config, stage, &set, Arc::new(Dense), positions).unwrap();
         Loaded { model, set, specs }
     }
 

@@ -42,6 +42,50 @@ pub trait WeightSource: Send + Sync {
         row_count: u64,
         target: &mut [u8],
     ) -> Result<()>;
+
+    /// Fills `target` with a part of a weight, in its own type.
+    ///
+    /// # Errors
+    /// As [`WeightSource::read_rows`].
+    fn read_box(&self, name: &str, region: &TensorBox, target: &mut [u8]) -> Result<()> {
+        let (shape, dtype) = self.info(name)?;
+        let first = region.offsets.first().copied().unwrap_or(0);
+        let count = region.lengths.first().copied().unwrap_or(1);
+        let rows = TensorBox::rows(&shape, first, count);
+        if rows == *region {
+            return self.read_rows(name, first, count, target);
+        }
+        let bytes = rows.num_elements().and_then(|n| n.checked_mul(dtype.size() as u64));
+        let fits = region.fits(&shape) && shape.len() > 1;
+        let bytes = bytes.filter(|_| fits).ok_or_else(|| {
+            FormatError::Request(format!("{name}: {region:?} is not in shape {shape:?}"))
+        })?;
+        let mut whole = vec![0; bytes as usize];
+        self.read_rows(name, first, count, &mut whole)?;
+        crate::boxes::copy_part(region, (&whole, &rows), (target, region), dtype.size())
+            .map_err(|reason| FormatError::Request(format!("{name}: {reason}")))
+    }
+}
+
+/// As [`WeightSource::read_box`], converted to `dtype`.
+///
+/// # Errors
+/// As there; [`FormatError::Request`] where the types cannot be converted.
+pub fn read_box_as(
+    source: &dyn WeightSource,
+    name: &str,
+    region: &TensorBox,
+    dtype: Dtype,
+    target: &mut [u8],
+) -> Result<()> {
+    let (_, stored) = source.info(name)?;
+    if stored == dtype {
+        return source.read_box(name, region, target);
+    }
+    let mut raw = vec![0; target.len() / dtype.size() * stored.size()];
+    source.read_box(name, region, &mut raw)?;
+    convert(stored, &raw, dtype, target)
+        .map_err(|reason| FormatError::Request(format!("{name}: {reason}")))
 }
 
 /// As [`WeightSource::read_rows`], converted to `dtype`.
@@ -251,5 +295,9 @@ impl WeightSource for CheckpointSource {
         let name = self.stored_name(name);
         let region = TensorBox::rows(&self.checkpoint.tensor(&name)?.shape, row_start, row_count);
         self.checkpoint.read_box(&name, &region, target)
+    }
+
+    fn read_box(&self, name: &str, region: &TensorBox, target: &mut [u8]) -> Result<()> {
+        self.checkpoint.read_box(&self.stored_name(name), region, target)
     }
 }

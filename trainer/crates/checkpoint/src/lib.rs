@@ -11,5 +11,5 @@ mod views;
 
 pub use checkpoint_format::{Barrier, SaveReport, TrainState, WeightSource, fence, scan};
 pub use error::{CheckpointError, Result};
-pub use load::{load, load_weights};
+pub use load::{Target, load, load_weights};
 pub use save::{SaveRequest, save};

@@ -1,9 +1,10 @@
 //! Loading: any checkpoint into any rank's tensors, whatever ranks wrote it.
 
 use crate::error::{CheckpointError, Result};
-use crate::views::{View, check_flat, dtype_of, views};
-use checkpoint_format::source::{CheckpointSource, read_rows_as};
-use checkpoint_format::{Checkpoint, Dtype, TrainState, WeightSource, parallel};
+use crate::views::{View, check_owned, dtype_of, views};
+use checkpoint_format::source::{CheckpointSource, read_box_as};
+use checkpoint_format::{Checkpoint, Dtype, TensorBox, TrainState, WeightSource, parallel};
+use model_spec::{HfTensor, LocalParameter};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
@@ -16,61 +17,73 @@ use torch_shim::tch::{Device, Tensor, no_grad_guard};
 /// threads.
 const PIECE_BYTES: usize = 16 << 20;
 
-/// Loads a checkpoint: master weights (from `master/NAME` where there is one, else from `NAME`,
-/// converted where the types differ), the compute copy, and the optimizer's buffers (`m`, `v`),
-/// each element's bytes checked on the way.
+/// What a rank loads into.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The whole model's tensors: a checkpoint of another one is refused.
+    pub whole: &'a [HfTensor],
+    /// What the parameters were allocated from.
+    pub held: &'a [LocalParameter],
+    /// The weights.
+    pub params: &'a ParameterSet,
+}
+
+/// Loads what a rank owns of a checkpoint, whatever ranks wrote it: master weights (from
+/// `master/NAME` where there is one, else from `NAME`, converted where the types differ), the
+/// compute copy, and the optimizer's buffers (`m`, `v`), each element's bytes checked on the way.
 ///
 /// # Errors
 /// [`CheckpointError::OtherModel`], [`CheckpointError::NoOptimizerState`], or what the files say.
 pub fn load(
     step_dir: &Path,
-    params: &ParameterSet,
+    target: Target<'_>,
     moments: &[(&str, &Tensor)],
 ) -> Result<TrainState> {
     let source = CheckpointSource::new(Checkpoint::open(step_dir)?);
     let checkpoint = source.checkpoint();
-    let views = views(params);
-    check_model(&source, &views)?;
-    for (name, flat) in moments {
-        check_flat(params, name, flat)?;
-        for view in &views {
-            let tensor = format!("{name}/{}", view.name);
+    check_model(&source, target.whole)?;
+    for (name, buffer) in moments {
+        check_owned(target.params, name, buffer)?;
+        for HfTensor { name: weight, .. } in target.whole {
+            let tensor = format!("{name}/{weight}");
             if !checkpoint.tensors().contains_key(&tensor) {
                 let path = step_dir.to_path_buf();
                 return Err(CheckpointError::NoOptimizerState { path, tensor });
             }
         }
     }
-    load_weights(&source, params)?;
-    for (name, flat) in moments {
+    load_weights(&source, target)?;
+    let views = views(target.held, target.params);
+    for (name, buffer) in moments {
         // A moment is never kept as a master copy: its name is its own.
-        fill(&source, &views, &format!("{name}/"), flat)?;
+        fill(&source, &views, &format!("{name}/"), buffer)?;
     }
     Ok(checkpoint.state().clone())
 }
 
-/// Loads only the weights, from a checkpoint or another model's files, into master and compute
-/// copy.
+/// Loads only the weights, from a checkpoint or another model's files, into what is owned of the
+/// master weights, and refreshes the compute copy.
 ///
 /// # Errors
 /// [`CheckpointError::OtherModel`], or what the files say.
-pub fn load_weights(source: &dyn WeightSource, params: &ParameterSet) -> Result<()> {
-    let views = views(params);
-    check_model(source, &views)?;
-    fill(source, &views, "", params.flat_master())?;
-    params.refresh_compute()?;
+pub fn load_weights(source: &dyn WeightSource, target: Target<'_>) -> Result<()> {
+    check_model(source, target.whole)?;
+    let views = views(target.held, target.params);
+    fill(source, &views, "", target.params.owned_master())?;
+    target.params.refresh_compute()?;
     Ok(())
 }
 
 /// Both have the same tensors with the same shapes.
-fn check_model(source: &dyn WeightSource, views: &[View]) -> Result<()> {
+fn check_model(source: &dyn WeightSource, expected: &[HfTensor]) -> Result<()> {
     let other = |tensor: &str, found: String, expected: String| {
         let (path, tensor) = (source.path().to_path_buf(), tensor.to_string());
         Err(CheckpointError::OtherModel { path, tensor, found, expected })
     };
-    for View { name, shape, .. } in views {
+    for HfTensor { name, shape, .. } in expected {
+        let shape: Vec<u64> = shape.iter().map(|&size| size as u64).collect();
         match source.info(name) {
-            Ok((found, _)) if found == *shape => {}
+            Ok((found, _)) if found == shape => {}
             Ok((found, _)) => {
                 let found = format!("has shape {found:?}");
                 return other(name, found, format!("its shape is {shape:?}"));
@@ -80,7 +93,7 @@ fn check_model(source: &dyn WeightSource, views: &[View]) -> Result<()> {
             }
         }
     }
-    let known: BTreeSet<&str> = views.iter().map(|view| view.name.as_str()).collect();
+    let known: BTreeSet<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
     match source.names().iter().find(|name| !known.contains(name.as_str())) {
         Some(name) => {
             let found = match source.info(name) {
@@ -93,45 +106,46 @@ fn check_model(source: &dyn WeightSource, views: &[View]) -> Result<()> {
     }
 }
 
-/// Some rows of a tensor, and the memory they go to.
-struct Target<'a> {
+/// A part of a tensor, and the memory it goes to.
+struct Destination<'a> {
     name: String,
-    rows: (u64, u64),
+    region: TensorBox,
     memory: Mutex<&'a mut [u8]>,
 }
 
-/// Fills a flat buffer, all threads reading.
-fn fill(source: &dyn WeightSource, views: &[View], prefix: &str, flat: &Tensor) -> Result<()> {
-    let dtype = dtype_of(flat)?;
-    let on_cpu = flat.device() == Device::Cpu;
+/// Fills a buffer, all threads reading.
+fn fill(source: &dyn WeightSource, views: &[View], prefix: &str, buffer: &Tensor) -> Result<()> {
+    let dtype = dtype_of(buffer)?;
+    let on_cpu = buffer.device() == Device::Cpu;
     let mut memory = if on_cpu {
-        flat.shallow_clone()
+        buffer.shallow_clone()
     } else {
-        flat.f_zeros_like()
+        buffer
+            .f_zeros_like()
             .and_then(|zeros| zeros.f_to_device(Device::Cpu))
             .map_err(ShimError::from)?
     };
-    let targets = targets(views, prefix, dtype, as_bytes_mut(&mut memory)?);
-    parallel::for_each(&targets, |target| {
-        let mut memory = target.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        read_rows_as(source, &target.name, target.rows, dtype, &mut memory)
+    let destinations = destinations(views, prefix, dtype, as_bytes_mut(&mut memory)?);
+    parallel::for_each(&destinations, |part| {
+        let mut memory = part.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        read_box_as(source, &part.name, &part.region, dtype, &mut memory)
     })?;
-    drop(targets);
+    drop(destinations);
     if !on_cpu {
         let _guard = no_grad_guard();
-        flat.shallow_clone().f_copy_(&memory).map_err(ShimError::from)?;
+        buffer.shallow_clone().f_copy_(&memory).map_err(ShimError::from)?;
     }
     Ok(())
 }
 
-/// Cuts a buffer's bytes into the rows to be read; views rise and do not overlap.
-fn targets<'a>(
+/// Cuts a buffer's bytes into the parts to be read; views rise and do not overlap.
+fn destinations<'a>(
     views: &[View],
     prefix: &str,
     dtype: Dtype,
     memory: &'a mut [u8],
-) -> Vec<Target<'a>> {
-    let mut targets = Vec::new();
+) -> Vec<Destination<'a>> {
+    let mut destinations = Vec::new();
     let mut rest = memory;
     let mut at = 0;
     for view in views {
@@ -139,7 +153,7 @@ fn targets<'a>(
         let (_, tail) = std::mem::take(&mut rest).split_at_mut(start - at);
         let (mut mine, tail) = tail.split_at_mut(view.num_elements() * dtype.size());
         (at, rest) = (start + mine.len(), tail);
-        let row_bytes = view.row_elements * dtype.size();
+        let row_bytes = view.row_elements() * dtype.size();
         let at_once = (PIECE_BYTES / row_bytes.max(1)).clamp(1, view.rows().max(1) as usize);
         let mut first = 0;
         while first < view.rows() {
@@ -147,9 +161,10 @@ fn targets<'a>(
             let (piece, tail) = mine.split_at_mut(count as usize * row_bytes);
             mine = tail;
             let name = format!("{prefix}{}", view.name);
-            targets.push(Target { name, rows: (first, count), memory: Mutex::new(piece) });
+            let region = view.rows_of(first, count);
+            destinations.push(Destination { name, region, memory: Mutex::new(piece) });
             first += count;
         }
     }
-    targets
+    destinations
 }

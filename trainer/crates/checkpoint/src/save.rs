@@ -1,18 +1,18 @@
-//! Saving: every rank writes its share of what all of them hold.
+//! Saving: every rank writes its share of what it and its copies own.
 
 use crate::error::Result;
-use crate::views::{check_flat, dtype_of, views};
+use crate::views::{View, check_owned, dtype, dtype_of, views};
 use checkpoint_format::share::{SharedTensor, rows_of_rank};
 use checkpoint_format::{
     Barrier, Dtype, JointSave, Piece, Save, SaveReport, TensorBox, TrainState, names,
 };
+use model_spec::LocalParameter;
 use std::path::Path;
 use torch_shim::bytes::as_bytes;
 use torch_shim::params::ParameterSet;
-use torch_shim::tch::{Device, Tensor};
+use torch_shim::tch::{Device, Kind, Tensor};
 
-/// What to save. All ranks hold all of it (data parallelism), and each writes a share of equal
-/// size.
+/// What to save. Ranks that own the same elements (replicas) each write a share of equal size.
 #[derive(Debug)]
 pub struct SaveRequest<'a> {
     /// The run's folder of checkpoints.
@@ -25,9 +25,18 @@ pub struct SaveRequest<'a> {
     pub rank: usize,
     /// How many they are.
     pub world_size: usize,
+    /// Which of the ranks that own the same elements this is.
+    pub replica: usize,
+    /// How many those are.
+    pub replicas: usize,
+    /// Elements of the whole model, for the check of free space.
+    pub num_elements: u64,
+    /// What the parameters were allocated from.
+    pub held: &'a [LocalParameter],
     /// The weights.
     pub params: &'a ParameterSet,
-    /// The optimizer's flat buffers, laid out like the parameters', by name (`m`, `v`).
+    /// The optimizer's buffers, laid out like the master weights that are owned, by name (`m`,
+    /// `v`).
     pub moments: &'a [(&'a str, &'a Tensor)],
     /// All that is not a tensor; rank 0's is written.
     pub state: TrainState,
@@ -37,14 +46,12 @@ pub struct SaveRequest<'a> {
     pub keep_every_steps: u64,
 }
 
-/// A tensor that is to be written, in a flat buffer.
+/// Parts that are to be written of one buffer, under names with a prefix.
 struct Source<'a> {
-    flat: &'a Tensor,
+    buffer: &'a Tensor,
+    kind: Kind,
     dtype: Dtype,
-    name: String,
-    shape: Vec<u64>,
-    start: usize,
-    row_elements: usize,
+    prefix: String,
 }
 
 /// A part of a tensor that this rank writes, in CPU memory.
@@ -105,58 +112,55 @@ pub fn save(request: &SaveRequest<'_>, barrier: &mut Barrier<'_>) -> Result<Save
     Ok(report?)
 }
 
-/// This rank's share, and the bytes of all.
+/// This rank's share, and the bytes of the whole checkpoint.
 fn shares(request: &SaveRequest<'_>) -> Result<(Vec<Share>, u64)> {
     let sources = sources(request)?;
-    let shared: Vec<SharedTensor> = sources
-        .iter()
-        .map(|source| SharedTensor {
-            rows: source.shape.first().copied().unwrap_or(1),
-            row_bytes: (source.row_elements * source.dtype.size()) as u64,
-        })
-        .collect();
-    let total_bytes = shared.iter().map(|tensor| tensor.rows * tensor.row_bytes).sum();
-    let rows = rows_of_rank(&shared, request.rank, request.world_size);
+    let views = views(request.held, request.params);
+    let views: Vec<&View> = views.iter().filter(|view| view.counts).collect();
+    let all: Vec<(&Source<'_>, &View)> =
+        sources.iter().flat_map(|source| views.iter().map(move |view| (source, *view))).collect();
+    let shared = |&(source, view): &(&Source<'_>, &View)| SharedTensor {
+        rows: view.rows(),
+        row_bytes: (view.row_elements() * source.dtype.size()) as u64,
+    };
+    let shared: Vec<SharedTensor> = all.iter().map(shared).collect();
+    let rows = rows_of_rank(&shared, request.replica, request.replicas);
     let mut shares = Vec::new();
-    for (source, (first, count)) in sources.into_iter().zip(rows).filter(|(_, rows)| rows.1 > 0) {
-        let start = source.start + first as usize * source.row_elements;
-        let length = count as usize * source.row_elements;
-        let elements = source.flat.f_narrow(0, start as i64, length as i64);
+    for ((source, view), (first, count)) in all.into_iter().zip(rows).filter(|(_, rows)| rows.1 > 0)
+    {
+        let start = view.start + first as usize * view.row_elements();
+        let length = count as usize * view.row_elements();
+        let elements = source.buffer.f_narrow(0, start as i64, length as i64);
+        let elements = elements.and_then(|elements| elements.f_to_kind(source.kind));
         let elements = elements.and_then(|elements| elements.f_to_device(Device::Cpu));
         shares.push(Share {
             elements: elements.map_err(torch_shim::ShimError::from)?,
             dtype: source.dtype,
-            region: TensorBox::rows(&source.shape, first, count),
-            name: source.name,
-            shape: source.shape,
+            region: view.rows_of(first, count),
+            name: format!("{}{}", source.prefix, view.name),
+            shape: view.shape.clone(),
         });
     }
-    Ok((shares, total_bytes))
+    let element_bytes: usize = sources.iter().map(|source| source.dtype.size()).sum();
+    Ok((shares, request.num_elements * element_bytes as u64))
 }
 
-/// All tensors of the checkpoint, in the same order on every rank.
+/// All buffers of the checkpoint, in the same order on every rank.
 fn sources<'a>(request: &SaveRequest<'a>) -> Result<Vec<Source<'a>>> {
     let params = request.params;
-    let mut buffers = vec![(String::new(), params.flat_compute())];
+    let (master, compute) = (params.owned_master(), params.compute_kind());
+    let source = |prefix: String, buffer: &'a Tensor, kind| -> Result<Source<'a>> {
+        Ok(Source { buffer, kind, dtype: dtype(kind)?, prefix })
+    };
+    // What computes is the master weights, rounded.
+    let mut sources = vec![source(String::new(), master, compute)?];
     if params.has_compute_copy() {
-        buffers.push((names::MASTER.to_string(), params.flat_master()));
+        sources.push(source(names::MASTER.to_string(), master, master.kind())?);
     }
-    for (name, flat) in request.moments {
-        check_flat(params, name, flat)?;
-        buffers.push((format!("{name}/"), flat));
-    }
-    let views = views(params);
-    let mut sources = Vec::with_capacity(buffers.len() * views.len());
-    for (prefix, flat) in buffers {
-        let dtype = dtype_of(flat)?;
-        sources.extend(views.iter().map(|view| Source {
-            flat,
-            dtype,
-            name: format!("{prefix}{}", view.name),
-            shape: view.shape.clone(),
-            start: view.start,
-            row_elements: view.row_elements,
-        }));
+    for (name, buffer) in request.moments {
+        check_owned(params, name, buffer)?;
+        dtype_of(buffer)?;
+        sources.push(source(format!("{name}/"), buffer, buffer.kind())?);
     }
     Ok(sources)
 }

@@ -3,40 +3,77 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use checkpoint::{
-    CheckpointError, SaveReport, SaveRequest, TrainState, load, load_weights, save, scan,
+    CheckpointError, SaveReport, SaveRequest, Target, TrainState, load, load_weights, save, scan,
 };
 use checkpoint_format::source::CheckpointSource;
 use checkpoint_format::{Checkpoint, Dtype, FormatError};
+use model_spec::{Axis, HfTensor, Init, LocalParameter, Part, Place};
 use std::path::Path;
 use std::sync::{Barrier, Mutex};
 use torch_shim::bytes::as_bytes;
-use torch_shim::params::{ParameterSet, ParameterSpec, Part};
+use torch_shim::params::{ParameterSet, ParameterSpec};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
-fn part(hf_name: &str, row_start: i64, row_count: i64) -> Part {
-    Part { hf_name: hf_name.to_string(), row_start, row_count }
-}
-
 /// A fused projection, a norm of odd size, and an embedding large enough to be shared by rows.
-fn specs(columns: i64) -> Vec<ParameterSpec> {
-    let spec = |name: &str, shape: &[i64], parts: Vec<Part>| ParameterSpec {
-        name: name.to_string(),
-        shape: shape.to_vec(),
-        parts,
-        decay: true,
+fn held(columns: usize) -> Vec<LocalParameter> {
+    let local = |name: &str, shape: &[usize], parts: &[(&str, usize)]| {
+        let mut row_start = 0;
+        let parts = parts.iter().map(|(hf_name, row_count)| {
+            row_start += row_count;
+            let hf_name = hf_name.to_string();
+            let axis = Axis::Embed;
+            Part { hf_name, row_start: row_start - row_count, row_count: *row_count, axis }
+        });
+        LocalParameter::whole(&model_spec::ParameterSpec {
+            name: name.to_string(),
+            parts: parts.collect(),
+            shape: shape.to_vec(),
+            axes: vec![Axis::Embed; shape.len()],
+            place: Place::Head,
+            init: Init::Ones,
+            norm: false,
+        })
     };
-    let fused = vec![part("q.weight", 0, 6), part("k.weight", 6, 2), part("v.weight", 8, 2)];
     vec![
-        spec("embedding", &[1001, 400], vec![part("embed.weight", 0, 1001)]),
-        spec("qkv", &[10, columns], fused),
-        spec("norm", &[13], vec![part("norm.weight", 0, 13)]),
+        local("embedding", &[1001, 400], &[("embed.weight", 1001)]),
+        local("qkv", &[10, columns], &[("q.weight", 6), ("k.weight", 2), ("v.weight", 2)]),
+        local("norm", &[13], &[("norm.weight", 13)]),
     ]
 }
 
-/// Parameters of known, distinct values, and two moments.
-fn filled(compute: Kind, columns: i64) -> (ParameterSet, Tensor, Tensor) {
+/// The tensors that `held` holds.
+fn whole(held: &[LocalParameter]) -> Vec<HfTensor> {
+    let tensors = held.iter().flat_map(|local| {
+        local.parts.iter().map(|part| HfTensor {
+            name: part.hf_name.clone(),
+            shape: part.shape.clone(),
+            parameter: local.spec.name.clone(),
+            row_start: part.row_start,
+        })
+    });
+    tensors.collect()
+}
+
+fn num_elements(held: &[LocalParameter]) -> u64 {
+    held.iter().map(LocalParameter::num_elements).sum()
+}
+
+/// The parameters of `held`.
+fn allocated(held: &[LocalParameter], compute: Kind) -> ParameterSet {
     let master = if compute == Kind::Double { Kind::Double } else { Kind::Float };
-    let params = ParameterSet::new(specs(columns), compute, master, Device::Cpu).unwrap();
+    let spec = |local: &LocalParameter| ParameterSpec {
+        name: local.spec.name.clone(),
+        shape: local.shape.iter().map(|&size| size as i64).collect(),
+        decay: true,
+    };
+    let specs = held.iter().map(spec).collect();
+    ParameterSet::new(specs, compute, master, Device::Cpu).unwrap()
+}
+
+/// Parameters of known, distinct values, and two moments.
+fn filled(compute: Kind, columns: usize) -> (ParameterSet, Tensor, Tensor) {
+    let params = allocated(&held(columns), compute);
+    let master = params.flat_master().kind();
     let total = params.flat_master().size()[0];
     let values = Tensor::arange(total, (Kind::Double, Device::Cpu)).sin();
     no_grad(|| params.flat_master().shallow_clone().copy_(&values));
@@ -47,7 +84,7 @@ fn filled(compute: Kind, columns: i64) -> (ParameterSet, Tensor, Tensor) {
 }
 
 /// The same layout with other values.
-fn other(compute: Kind, columns: i64) -> (ParameterSet, Tensor, Tensor) {
+fn other(compute: Kind, columns: usize) -> (ParameterSet, Tensor, Tensor) {
     let (params, m, v) = filled(compute, columns);
     let _ = no_grad(|| params.flat_master().shallow_clone().fill_(7.0));
     params.refresh_compute().unwrap();
@@ -63,12 +100,17 @@ fn save_all(dir: &Path, step: u64, world_size: usize, compute: Kind) -> Vec<Save
             let (barrier, reports) = (&barrier, &reports);
             scope.spawn(move || {
                 let (params, m, v) = filled(compute, 5);
+                let held = held(5);
                 let request = SaveRequest {
                     checkpoints_dir: dir,
                     step,
                     generation: 1,
                     rank,
                     world_size,
+                    replica: rank,
+                    replicas: world_size,
+                    num_elements: num_elements(&held),
+                    held: &held,
                     params: &params,
                     moments: &[("m", &m), ("v", &v)],
                     state: TrainState { tokens: 4096, ..TrainState::at(step) },
@@ -109,7 +151,9 @@ fn check_round_trip(compute: Kind, world_size: usize) {
     }
     let newest = scan::newest_verified(folder.path()).unwrap().found.unwrap();
     let (params, m, v) = other(compute, 5);
-    let state = load(&newest.path, &params, &[("m", &m), ("v", &v)]).unwrap();
+    let held = held(5);
+    let target = Target { whole: &whole(&held), held: &held, params: &params };
+    let state = load(&newest.path, target, &[("m", &m), ("v", &v)]).unwrap();
     assert_eq!((state.step, state.tokens, state.world_size), (3, 4096, world_size));
     let (expected, em, ev) = filled(compute, 5);
     let weights = [
@@ -169,7 +213,9 @@ fn another_type_of_compute_takes_the_weights() {
     let source =
         CheckpointSource::new(Checkpoint::open(&folder.path().join("step-0000001")).unwrap());
     let (wide, _, _) = other(Kind::Double, 5);
-    load_weights(&source, &wide).unwrap();
+    let held = held(5);
+    let target = Target { whole: &whole(&held), held: &held, params: &wide };
+    load_weights(&source, target).unwrap();
     let (expected, _, _) = filled(Kind::BFloat16, 5);
     for (a, b) in wide.iter().zip(expected.iter()) {
         assert!(a.master.equal(&b.master.to_kind(Kind::Double)), "{}", a.name);
@@ -182,12 +228,16 @@ fn a_checkpoint_of_another_model_is_named() {
     save_all(folder.path(), 1, 1, Kind::Float);
     let (params, m, v) = other(Kind::Float, 6);
     let path = folder.path().join("step-0000001");
-    let error = load(&path, &params, &[("m", &m), ("v", &v)]).unwrap_err();
+    let six = held(6);
+    let target = Target { whole: &whole(&six), held: &six, params: &params };
+    let error = load(&path, target, &[("m", &m), ("v", &v)]).unwrap_err();
     assert!(matches!(error, CheckpointError::OtherModel { .. }));
     let expected = "tensor q.weight has shape [6, 5], its shape is [6, 6] in this model";
     assert!(error.to_string().contains(expected), "{error}");
-    let fewer = ParameterSet::new(specs(5)[..2].to_vec(), Kind::Float, Kind::Float, Device::Cpu);
-    let error = load(&path, &fewer.unwrap(), &[]).unwrap_err().to_string();
+    let two = &held(5)[..2];
+    let fewer = allocated(two, Kind::Float);
+    let target = Target { whole: &whole(two), held: two, params: &fewer };
+    let error = load(&path, target, &[]).unwrap_err().to_string();
     assert!(error.contains("tensor norm.weight has shape [13], it does not exist"), "{error}");
 }
 
@@ -195,12 +245,17 @@ fn a_checkpoint_of_another_model_is_named() {
 fn weights_alone_are_not_a_state_to_resume() {
     let folder = tempfile::tempdir().unwrap();
     let (params, m, _) = filled(Kind::Float, 5);
+    let held = held(5);
     let request = SaveRequest {
         checkpoints_dir: folder.path(),
         step: 0,
         generation: 1,
         rank: 0,
         world_size: 1,
+        replica: 0,
+        replicas: 1,
+        num_elements: num_elements(&held),
+        held: &held,
         params: &params,
         moments: &[],
         state: TrainState::at(0),
@@ -208,7 +263,8 @@ fn weights_alone_are_not_a_state_to_resume() {
         keep_every_steps: 0,
     };
     save(&request, &mut || Ok(())).unwrap();
-    let error = load(&folder.path().join("step-0000000"), &params, &[("m", &m)]).unwrap_err();
+    let target = Target { whole: &whole(&held), held: &held, params: &params };
+    let error = load(&folder.path().join("step-0000000"), target, &[("m", &m)]).unwrap_err();
     assert!(error.to_string().contains("no optimizer state (m/embed.weight"), "{error}");
     let short = Tensor::zeros([3], (Kind::Float, Device::Cpu));
     let request = SaveRequest { moments: &[("m", &short)], step: 1, ..request };

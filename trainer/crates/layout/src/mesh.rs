@@ -25,6 +25,17 @@ impl Axis {
         [Self::Tensor, Self::Context, Self::Pipeline, Self::Shard, Self::Replicate];
     /// The axes over which the batch is split.
     pub const DATA: [Self; 2] = [Self::Shard, Self::Replicate];
+
+    /// Its name, as in the config.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tensor => "tensor",
+            Self::Context => "context",
+            Self::Pipeline => "pipeline",
+            Self::Shard => "shard",
+            Self::Replicate => "replicate",
+        }
+    }
 }
 
 /// The degrees do not make the number of ranks.

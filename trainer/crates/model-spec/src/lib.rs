@@ -6,12 +6,14 @@
 
 pub mod flops;
 pub mod hf_config;
+mod local;
 pub mod meta_params;
 mod parameters;
 #[cfg(test)]
 mod test_models;
 
 pub use flops::{FlopConvention, flops_per_token};
+pub use local::{LocalParameter, LocalPart, Rectangle};
 pub use parameters::{
     Axis, HfTensor, Init, ParameterSpec, Part, Place, axis_unit, hf_tensors, names, num_parameters,
     parameters,

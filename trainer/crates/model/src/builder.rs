@@ -47,8 +47,20 @@ pub struct Qkv {
     pub value_BKSE: Tensor,
 }
 
+/// What is computed again in the backward pass instead of being kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// The attention of a block, from its normed input.
+    Attention,
+    /// Whole blocks, from their input.
+    Block,
+}
+
 /// Builds the graph of each layer.
-pub trait LayerBuilder: Send {
+pub trait LayerBuilder: Send + Sync {
     /// The heads computed here, of a model that has `global` ones.
     fn heads(&self, global: Heads) -> Heads;
 
@@ -88,6 +100,11 @@ pub trait LayerBuilder: Send {
         targets_BS: &Tensor,
         scale: f64,
     ) -> Result<Tensor>;
+
+    /// What is computed again in the backward pass.
+    fn recompute(&self) -> Recompute {
+        Recompute::None
+    }
 
     /// Called before a block, with what it will read; what it returns is read instead.
     fn enter_block(&self, layer: usize, stream: Residual) -> Result<Residual> {

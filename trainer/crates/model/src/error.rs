@@ -35,6 +35,9 @@ pub enum ModelError {
         /// What may be passed.
         expected: String,
     },
+    /// What a [`crate::LayerBuilder`] of another crate failed with, a collective for example.
+    #[error(transparent)]
+    Builder(Box<dyn std::error::Error + Send + Sync>),
     /// A piece was asked for that this stage does not hold.
     #[error("this stage does not hold {piece}")]
     NotOnThisStage {

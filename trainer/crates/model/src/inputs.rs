@@ -3,6 +3,7 @@
 //! Shapes: `B` sequences, `S` tokens each.
 
 use crate::error::{Result, bad_input};
+use std::ops::Range;
 use torch_shim::fused::Documents;
 use torch_shim::tch::{Device, Tensor};
 
@@ -13,7 +14,7 @@ pub struct Inputs {
     pub tokens_BS: Tensor,
     /// Position of each token in its document, int64 `[B, S]`.
     pub positions_BS: Tensor,
-    /// Where documents lie; attention stays within them.
+    /// Where documents lie in the whole rows; attention stays within them.
     pub documents: Documents,
     consecutive_from: Option<i64>,
     largest_token: i32,
@@ -75,6 +76,31 @@ impl Inputs {
         Self::new(tokens, &positions, None, batch, device)
     }
 
+    /// Another owner of the same tensors.
+    pub fn share(&self) -> Self {
+        Self {
+            tokens_BS: self.tokens_BS.shallow_clone(),
+            positions_BS: self.positions_BS.shallow_clone(),
+            documents: self.documents.clone(),
+            ..*self
+        }
+    }
+
+    /// Only the tokens of `pieces` of each row, in that order (context parallelism). The documents
+    /// stay those of the whole rows.
+    ///
+    /// # Errors
+    /// Where a piece is not in the rows.
+    pub fn take(&self, pieces: &[Range<usize>]) -> Result<Self> {
+        Ok(Self {
+            tokens_BS: take(&self.tokens_BS, pieces)?,
+            positions_BS: take(&self.positions_BS, pieces)?,
+            documents: self.documents.clone(),
+            consecutive_from: None,
+            ..*self
+        })
+    }
+
     /// Number of rows.
     pub fn batch(&self) -> i64 {
         self.tokens_BS.size()[0]
@@ -113,6 +139,16 @@ pub fn targets(targets: &[i32], batch: usize, device: Device) -> Result<Tensor> 
         return Err(bad_input("number of targets", targets.len(), format!("{batch} equal rows")));
     }
     to_int64(targets, &[batch as i64, (targets.len() / batch) as i64], device)
+}
+
+/// Columns `pieces` of a tensor `[B, S]`, side by side.
+///
+/// # Errors
+/// Where a piece is not in the rows.
+pub fn take(x_BS: &Tensor, pieces: &[Range<usize>]) -> Result<Tensor> {
+    let piece = |range: &Range<usize>| x_BS.f_narrow(1, range.start as i64, range.len() as i64);
+    let pieces = pieces.iter().map(piece).collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok(Tensor::f_cat(&pieces, 1)?)
 }
 
 fn consecutive_from(positions: &[i32], sequence: usize) -> Option<i64> {

@@ -17,15 +17,16 @@ mod generate;
 mod inputs;
 pub mod llama;
 mod random;
+mod recompute;
 mod residual;
 mod weights;
 
-pub use builder::{Heads, LayerBuilder, LinearRole, Qkv};
+pub use builder::{Heads, LayerBuilder, LinearRole, Qkv, Recompute};
 pub use cache::{KvCache, LayerCache};
 pub use dense::Dense;
 pub use error::{ModelError, Result};
 pub use generate::{Sampling, generate};
-pub use inputs::{Inputs, targets};
+pub use inputs::{Inputs, take, targets};
 pub use llama::{Llama, Stage};
 pub use random::RandomStream;
 pub use residual::Residual;

@@ -8,18 +8,20 @@ mod common;
 use common::{POSITIONS, small_config, small_model};
 use model::llama::init::initialize;
 use model::{Dense, Inputs, Llama, ModelError, Residual, Stage, allocate, targets};
+use model_spec::LocalParameter;
 use run_config::{ComputeDtype, ModelConfig};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Device, Tensor};
 
 const SCALE: f64 = 0.1;
 
 fn stage(config: &ModelConfig, stage: Stage) -> (Llama, ParameterSet) {
-    let specs = stage.parameters(config);
-    let set = allocate(&specs, false, ComputeDtype::Fp64, Device::Cpu).unwrap();
-    initialize(11, &specs, &set).unwrap();
-    let model = Llama::new(config, stage, &set, Box::new(Dense), POSITIONS).unwrap();
+    let held: Vec<_> = stage.parameters(config).iter().map(LocalParameter::whole).collect();
+    let set = allocate(&held, false, ComputeDtype::Fp64, Device::Cpu).unwrap();
+    initialize(11, &held, &set).unwrap();
+    let model = Llama::new(config, stage, &set, Arc::new(Dense), POSITIONS).unwrap();
     (model, set)
 }
 
@@ -85,7 +87,7 @@ fn what_a_stage_does_not_hold_is_an_error() {
     assert_eq!(message(beyond), "this stage does not hold block 1");
     let head = first.final_norm(stream(), &inputs).map(Residual::new);
     assert_eq!(message(head), "this stage does not hold the output head");
-    let whole = Llama::new(&config, Stage::whole(&config), &set, Box::new(Dense), POSITIONS);
+    let whole = Llama::new(&config, Stage::whole(&config), &set, Arc::new(Dense), POSITIONS);
     let message = whole.err().unwrap().to_string();
     assert!(message.starts_with("parameter `layers.1."), "{message}");
 }

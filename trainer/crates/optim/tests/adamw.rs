@@ -25,7 +25,6 @@ fn parameters(compute: Kind, master: Kind) -> ParameterSet {
     let spec = |name: &str, shape: &[i64], decay| ParameterSpec {
         name: name.to_owned(),
         shape: shape.to_vec(),
-        parts: Vec::new(),
         decay,
     };
     let specs = vec![
@@ -159,8 +158,7 @@ fn restored_state_continues_bit_equal() {
 #[test]
 fn another_set_is_refused() {
     let set = parameters(Kind::Float, Kind::Float);
-    let small =
-        ParameterSpec { name: "x".to_owned(), shape: vec![4], parts: Vec::new(), decay: true };
+    let small = ParameterSpec { name: "x".to_owned(), shape: vec![4], decay: true };
     let other = ParameterSet::new(vec![small], Kind::Float, Kind::Float, Device::Cpu).unwrap();
     let mut optimizer = AdamW::new(&config(), &set).unwrap();
     let error = optimizer.step(&other, 0.1, 1.0).unwrap_err();

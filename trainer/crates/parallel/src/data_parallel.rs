@@ -3,26 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use collectives::{CommError, Communicator, ReduceOp, Work};
-use thiserror::Error;
 use torch_shim::ShimError;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Tensor;
 
 use crate::buckets::{Bucket, cut};
-
-/// What can go wrong while gradients are summed.
-#[derive(Debug, Error)]
-pub enum ParallelError {
-    /// A collective failed.
-    #[error(transparent)]
-    Comm(#[from] CommError),
-    /// libtorch refused.
-    #[error(transparent)]
-    Torch(#[from] ShimError),
-}
-
-/// The result of a parallel operation.
-pub type Result<T, E = ParallelError> = std::result::Result<T, E>;
+use crate::error::Result;
 
 /// Sums the gradients of a parameter set over the ranks of a group.
 ///

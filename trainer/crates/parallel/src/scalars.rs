@@ -4,7 +4,7 @@ use collectives::{Communicator, ReduceOp};
 use torch_shim::ShimError;
 use torch_shim::tch::Tensor;
 
-use crate::data_parallel::Result;
+use crate::error::Result;
 
 /// Reduces a few numbers (loss, counts, flags) over the ranks, in FP64 and in the order of ranks;
 /// in place.

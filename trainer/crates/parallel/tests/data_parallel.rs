@@ -18,7 +18,6 @@ fn parameters(kind: Kind) -> ParameterSet {
     let spec = |name: &str, shape: &[i64]| ParameterSpec {
         name: name.into(),
         shape: shape.to_vec(),
-        parts: vec![],
         decay: true,
     };
     let specs = vec![

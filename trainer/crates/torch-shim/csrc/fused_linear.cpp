@@ -11,6 +11,17 @@ void accumulate_product(Tensor& accumulator, const Tensor& a, const Tensor& b) {
   accumulator.addmm_(a.to(dtype).t(), b.to(dtype));
 }
 
+void Use::accumulate(const Tensor& dy, const Tensor& x) {
+  auto rows = dy.reshape({-1, parameter->weight.size(0)}), columns = x.reshape({-1, parameter->weight.size(1)});
+  if (auto& deferred = parameter->hook->deferred) {
+    deferred->tasks.push_back([self = share(), rows, columns] {
+      accumulate_product(self->parameter->gradient, rows, columns);
+    });
+  } else {
+    accumulate_product(parameter->gradient, rows, columns);
+  }
+}
+
 // Without AVX-512, libtorch multiplies BF16 matrices one element at a time: then the products are made in FP32, with the
 // same rounding at the end.
 static bool widen(const Tensor& x) {
@@ -56,7 +67,7 @@ struct Linear : torch::autograd::Function<Linear> {
     auto dy = gradients[0].reshape({-1, parameter.weight.size(0)});
     Tensor dx;
     if (context->needs_input_grad(0)) dx = product(dy, parameter.weight.detach()).view(x.sizes());
-    accumulate_product(parameter.gradient, dy, x.reshape({-1, parameter.weight.size(1)}));
+    use->accumulate(dy, x);
     use->done();
     return {dx, Tensor(), Tensor()};
   }
@@ -92,5 +103,42 @@ char* phx_linear(Tensor* x, Parameter* parameter, Tensor** out) {
 char* phx_embedding(Tensor* tokens, Parameter* parameter, Tensor** out) {
   return guarded([&] { *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter))); });
 }
+
+char* phx_project(Tensor* x, Parameter* parameter, Tensor** out) {
+  return guarded([&] { *out = give(project(x->detach(), parameter->weight.detach())); });
+}
+
+char* phx_product(Tensor* a, Parameter* parameter, Tensor** out) {
+  return guarded([&] {
+    auto rows = a->reshape({-1, a->size(-1)});
+    auto sizes = a->sizes().vec();
+    sizes.back() = parameter->weight.size(1);
+    *out = give(product(rows, parameter->weight.detach()).view(sizes));
+  });
+}
+
+char* phx_use_open(Parameter* parameter, Use** out) {
+  return guarded([&] { *out = open_use(parameter).release(); });
+}
+
+char* phx_use_accumulate(Use* use, Tensor* dy, Tensor* x) {
+  return guarded([&] { use->accumulate(*dy, *x); });
+}
+
+char* phx_use_accumulate_rows(Use* use, Tensor* tokens, Tensor* dy) {
+  return guarded([&] {
+    auto& parameter = *use->parameter;
+    parameter.gradient.index_add_(
+        0, tokens->reshape({-1}), dy->reshape({-1, parameter.weight.size(1)}).to(parameter.gradient.scalar_type()));
+  });
+}
+
+char* phx_use_done(Use* use) {
+  return guarded([&] { use->done(); });
+}
+
+bool phx_use_counts(Use* use) { return use->open; }
+
+void phx_use_free(Use* use) { c10::intrusive_ptr<Use>::reclaim(use); }
 
 }  // extern "C"

@@ -1,6 +1,8 @@
 // Handles of parameters and of their ready hook.
 #include "parameter.h"
 
+#include <ATen/core/grad_mode.h>
+
 using at::Tensor;
 using phalanx::guarded;
 using phalanx::ReadyHook;
@@ -20,6 +22,26 @@ char* phx_hook_clear(ReadyHook* hook) {
 }
 
 void phx_hook_free(ReadyHook* hook) { c10::intrusive_ptr<ReadyHook>::reclaim(hook); }
+
+char* phx_hook_defer(ReadyHook* hook) {
+  return guarded([&] { hook->deferred = c10::make_intrusive<phalanx::Deferred>(); });
+}
+
+char* phx_hook_take_deferred(ReadyHook* hook, phalanx::Deferred** out) {
+  return guarded([&] {
+    TORCH_CHECK(hook->deferred, "no weight gradients are being deferred");
+    *out = hook->deferred.release();
+  });
+}
+
+char* phx_deferred_run(phalanx::Deferred* deferred) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    deferred->run();
+  });
+}
+
+void phx_deferred_free(phalanx::Deferred* deferred) { c10::intrusive_ptr<phalanx::Deferred>::reclaim(deferred); }
 
 char* phx_parameter_new(Tensor* weight, Tensor* gradient, size_t index, ReadyHook* hook,
                         phalanx::Parameter** out) {

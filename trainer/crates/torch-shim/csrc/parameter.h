@@ -2,11 +2,22 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <mutex>
 
 #include "closure.h"
 
 namespace phalanx {
+
+// Weight gradients that wait (the W of a zero-bubble schedule), in the order in which they came up.
+struct Deferred : torch::CustomClassHolder {
+  std::vector<std::function<void()>> tasks;
+  void run() {
+    auto own = std::move(tasks);
+    tasks.clear();
+    for (auto& task : own) task();
+  }
+};
 
 // The hook of a parameter set; shared by its parameters, replaceable at any time.
 struct ReadyHook : torch::CustomClassHolder {
@@ -14,6 +25,7 @@ struct ReadyHook : torch::CustomClassHolder {
   void* context = nullptr;
   phx_ready function = nullptr;
   phx_drop drop = nullptr;
+  c10::intrusive_ptr<Deferred> deferred;  // where weight gradients go instead of being made; null: nowhere
   ~ReadyHook() override { clear(); }
 
   void clear() {
@@ -56,6 +68,18 @@ struct Use : torch::CustomClassHolder {
     if (open) parameter->pending--;
   }
   void done() {
+    if (auto& deferred = parameter->hook->deferred) {
+      deferred->tasks.push_back([self = share()] { self->close(); });
+    } else {
+      close();
+    }
+  }
+  // Adds dy^T x, now or when the deferred gradients are made.
+  void accumulate(const at::Tensor& dy, const at::Tensor& x);
+
+ private:
+  c10::intrusive_ptr<Use> share() { return c10::intrusive_ptr<Use>::reclaim_copy(this); }
+  void close() {
     if (!open) return;
     open = false;
     if (--parameter->pending == 0) parameter->hook->call(parameter->index);

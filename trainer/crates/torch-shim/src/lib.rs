@@ -15,6 +15,7 @@ pub mod params;
 pub mod reduce;
 mod result;
 mod sys;
+pub mod uses;
 
 pub use error::{Result, ShimError};
 pub use tch;

@@ -13,22 +13,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, ShimError};
 use crate::result::{call_ready_closure, check, drop_ready_closure, raw, ready_context};
-use crate::sys::{self, RawHook, RawParameter};
+use crate::sys::{self, RawDeferred, RawHook, RawParameter};
 
 /// Parameters start at multiples of this many elements: 64 bytes of BF16, and more of wider types.
 pub const ALIGNMENT_ELEMENTS: i64 = 32;
-
-/// A run of rows of a parameter that is a tensor of its own in a checkpoint (q, k and v of a fused
-/// projection).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Its Hugging Face name.
-    pub hf_name: String,
-    /// First row in the parameter.
-    pub row_start: i64,
-    /// Number of rows.
-    pub row_count: i64,
-}
 
 /// What a parameter is made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +25,6 @@ pub struct ParameterSpec {
     pub name: String,
     /// Its shape; a linear weight is `[out, in]`.
     pub shape: Vec<i64>,
-    /// The tensors of a checkpoint that it holds, in the order of their rows.
-    pub parts: Vec<Part>,
     /// Whether weight decay applies.
     pub decay: bool,
 }
@@ -61,8 +47,6 @@ pub struct Parameter {
     pub grad: Tensor,
     /// Whether weight decay applies.
     pub decay: bool,
-    /// The tensors of a checkpoint that it holds.
-    pub parts: Vec<Part>,
     /// Its elements in each flat buffer, without padding.
     pub range: Range<i64>,
     handle: Handle,
@@ -79,7 +63,6 @@ impl Parameter {
             master: self.master.shallow_clone(),
             grad: self.grad.shallow_clone(),
             decay: self.decay,
-            parts: self.parts.clone(),
             range: self.range.clone(),
             handle: self.handle.share(),
         }
@@ -130,6 +113,41 @@ impl Drop for Hook {
     }
 }
 
+/// Weight gradients that were put off: what is left of a backward pass.
+#[derive(Debug)]
+pub struct Deferred(*mut RawDeferred);
+
+// SAFETY: the C++ object is used by one thread at a time.
+unsafe impl Send for Deferred {}
+
+impl Deferred {
+    /// Makes the gradients, in the order in which they came up, and says which are ready.
+    ///
+    /// # Errors
+    /// What the ready hook failed with, or a refusal of libtorch.
+    pub fn run(self) -> Result<()> {
+        // SAFETY: the object is alive with `self`.
+        check(unsafe { sys::phx_deferred_run(self.0) })
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        // SAFETY: this owner's reference is given back once.
+        unsafe { sys::phx_deferred_free(self.0) }
+    }
+}
+
+/// A run of elements of the flat buffers whose master weights and optimizer state are this rank's,
+/// and where it begins in the buffers that hold nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owned {
+    /// Elements of the flat buffers.
+    pub elements: Range<i64>,
+    /// First element in the buffers of what is owned.
+    pub start: i64,
+}
+
 /// All parameters of a model (or of a shard of one) and their flat buffers.
 #[derive(Debug)]
 pub struct ParameterSet {
@@ -146,8 +164,7 @@ impl ParameterSet {
     /// `compute` is.
     ///
     /// # Errors
-    /// When a name comes twice, parts do not cover a parameter's rows, the dtypes do not fit, or
-    /// memory is short.
+    /// When a name comes twice, the dtypes do not fit, or memory is short.
     pub fn new(
         specs: Vec<ParameterSpec>,
         compute: Kind,
@@ -158,7 +175,6 @@ impl ParameterSet {
         let mut starts = Vec::with_capacity(specs.len());
         let mut total = 0;
         for spec in &specs {
-            check_spec(spec)?;
             starts.push(total);
             let elements: i64 = spec.shape.iter().product();
             total += (elements + ALIGNMENT_ELEMENTS - 1) / ALIGNMENT_ELEMENTS * ALIGNMENT_ELEMENTS;
@@ -201,10 +217,10 @@ impl ParameterSet {
         if self.by_name.insert(spec.name.clone(), index).is_some() {
             return Err(ShimError::Invalid(format!("the parameter {} comes twice", spec.name)));
         }
-        let ParameterSpec { name, shape, parts, decay } = spec;
+        let ParameterSpec { name, shape, decay } = spec;
         let range = start..start + elements;
         let parameter =
-            Parameter { index, name, shape, compute, master, grad, decay, parts, range, handle };
+            Parameter { index, name, shape, compute, master, grad, decay, range, handle };
         self.parameters.push(parameter);
         Ok(())
     }
@@ -259,6 +275,21 @@ impl ParameterSet {
         &self.grad
     }
 
+    /// What of the flat buffers is this rank's to update and to save.
+    pub fn owned(&self) -> Vec<Owned> {
+        vec![Owned { elements: 0..self.master.numel() as i64, start: 0 }]
+    }
+
+    /// The master weights of what is owned: `[elements]`.
+    pub fn owned_master(&self) -> &Tensor {
+        &self.master
+    }
+
+    /// The type that forward and backward compute in.
+    pub fn compute_kind(&self) -> Kind {
+        self.compute.kind()
+    }
+
     /// Whether the compute weights are a copy, apart from the master weights.
     pub fn has_compute_copy(&self) -> bool {
         self.compute.kind() != self.master.kind()
@@ -302,6 +333,25 @@ impl ParameterSet {
         })
     }
 
+    /// Runs `backward` with the gradients of linear weights put off: those of inputs come first,
+    /// because another rank waits for them (Qi et al. 2023, "Zero Bubble Pipeline Parallelism").
+    ///
+    /// # Errors
+    /// What `backward` failed with.
+    pub fn deferring<E: From<ShimError>>(
+        &self,
+        backward: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Deferred, E> {
+        // SAFETY: the hook is alive with `self`.
+        check(unsafe { sys::phx_hook_defer(self.hook.0) })?;
+        let outcome = backward();
+        let mut pointer = null_mut();
+        // SAFETY: as above; the place for the answer lives through the call.
+        check(unsafe { sys::phx_hook_take_deferred(self.hook.0, &mut pointer) })?;
+        let deferred = Deferred(pointer);
+        outcome.map(|()| deferred)
+    }
+
     /// Takes the ready hook away.
     ///
     /// # Errors
@@ -329,24 +379,4 @@ fn check_kinds(compute: Kind, master: Kind) -> Result<()> {
              and Float for all else"
         ))),
     }
-}
-
-fn check_spec(spec: &ParameterSpec) -> Result<()> {
-    let rows = spec.shape.first().copied().unwrap_or(1);
-    let mut next = 0;
-    for part in &spec.parts {
-        if part.row_start != next || part.row_count <= 0 {
-            let text =
-                format!("part {} of {} starts at row {}", part.hf_name, spec.name, part.row_start);
-            return Err(ShimError::Invalid(format!("{text}, where row {next} is next")));
-        }
-        next += part.row_count;
-    }
-    if !spec.parts.is_empty() && next != rows {
-        return Err(ShimError::Invalid(format!(
-            "the parts of {} cover {next} of {rows} rows",
-            spec.name
-        )));
-    }
-    Ok(())
 }

@@ -32,6 +32,18 @@ pub(crate) struct RawParameter {
     _private: [u8; 0],
 }
 
+/// `phalanx::Deferred`.
+#[repr(C)]
+pub(crate) struct RawDeferred {
+    _private: [u8; 0],
+}
+
+/// `phalanx::Use`.
+#[repr(C)]
+pub(crate) struct RawUse {
+    _private: [u8; 0],
+}
+
 /// `phx_gloo`.
 #[repr(C)]
 pub(crate) struct RawGloo {
@@ -176,6 +188,33 @@ unsafe extern "C" {
     ) -> ErrorText;
     pub(crate) fn phx_parameter_share(parameter: *mut RawParameter) -> *mut RawParameter;
     pub(crate) fn phx_parameter_free(parameter: *mut RawParameter);
+    pub(crate) fn phx_hook_defer(hook: *mut RawHook) -> ErrorText;
+    pub(crate) fn phx_hook_take_deferred(
+        hook: *mut RawHook,
+        out: *mut *mut RawDeferred,
+    ) -> ErrorText;
+    pub(crate) fn phx_deferred_run(deferred: *mut RawDeferred) -> ErrorText;
+    pub(crate) fn phx_deferred_free(deferred: *mut RawDeferred);
+    pub(crate) fn phx_project(
+        x: RawTensor,
+        weight: *mut RawParameter,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_product(
+        a: RawTensor,
+        weight: *mut RawParameter,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_use_open(parameter: *mut RawParameter, out: *mut *mut RawUse) -> ErrorText;
+    pub(crate) fn phx_use_accumulate(r#use: *mut RawUse, dy: RawTensor, x: RawTensor) -> ErrorText;
+    pub(crate) fn phx_use_accumulate_rows(
+        r#use: *mut RawUse,
+        tokens: RawTensor,
+        dy: RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_use_done(r#use: *mut RawUse) -> ErrorText;
+    pub(crate) fn phx_use_counts(r#use: *mut RawUse) -> bool;
+    pub(crate) fn phx_use_free(r#use: *mut RawUse);
 
     pub(crate) fn phx_linear(
         x: RawTensor,

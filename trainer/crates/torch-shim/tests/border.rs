@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use torch_shim::params::{ParameterSet, ParameterSpec, Part};
+use torch_shim::params::{ParameterSet, ParameterSpec};
 use torch_shim::tch::{self, Device, Kind, Tensor};
 use torch_shim::{ShimError, autograd, fused, ops};
 
@@ -13,7 +13,7 @@ fn values(tensor: &Tensor) -> Vec<f64> {
 }
 
 fn spec(name: &str, shape: &[i64]) -> ParameterSpec {
-    ParameterSpec { name: name.into(), shape: shape.to_vec(), parts: vec![], decay: true }
+    ParameterSpec { name: name.into(), shape: shape.to_vec(), decay: true }
 }
 
 fn set_of(specs: Vec<ParameterSpec>) -> ParameterSet {
@@ -154,15 +154,11 @@ fn parameters_are_aligned_views_of_the_buffers() {
 
 #[test]
 fn specs_that_do_not_fit_are_refused() {
-    let part = |start, count| Part { hf_name: "q".into(), row_start: start, row_count: count };
-    let with = |parts| ParameterSpec { parts, ..spec("w", &[4, 2]) };
     let refused =
         |specs, compute, master| ParameterSet::new(specs, compute, master, Device::Cpu).is_err();
     assert!(refused(vec![spec("w", &[2]), spec("w", &[2])], Kind::Float, Kind::Float));
-    assert!(refused(vec![with(vec![part(0, 3)])], Kind::Float, Kind::Float));
-    assert!(refused(vec![with(vec![part(0, 2), part(3, 1)])], Kind::Float, Kind::Float));
     assert!(refused(vec![spec("w", &[2])], Kind::Double, Kind::Float));
-    assert!(!refused(vec![with(vec![part(0, 3), part(3, 1)])], Kind::BFloat16, Kind::Float));
+    assert!(!refused(vec![spec("w", &[4, 2])], Kind::BFloat16, Kind::Float));
 }
 
 #[test]

@@ -35,8 +35,7 @@ fn leaf(shape: &[i64], kind: Kind) -> Tensor {
 
 fn parameter(shape: &[i64], kind: Kind) -> (ParameterSet, Parameter) {
     let master = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-    let spec =
-        ParameterSpec { name: "w".into(), shape: shape.to_vec(), parts: vec![], decay: true };
+    let spec = ParameterSpec { name: "w".into(), shape: shape.to_vec(), decay: true };
     let set = ParameterSet::new(vec![spec], kind, master, Device::Cpu).unwrap();
     set.flat_master().shallow_clone().copy_(&random(&set.flat_master().size(), master));
     set.refresh_compute().unwrap();

@@ -115,7 +115,8 @@ fn push_span(line: &mut String, cell: usize, span: &Span, chunks: usize, num_uni
 /// its micro-batch, darker for the first virtual stage and lighter for the last.
 pub fn svg(timeline: &Timeline) -> String {
     let schedule = &timeline.schedule;
-    let (left, top, row, unit) = (70u64, 30u64, 26u64, 22u64);
+    let digits = (schedule.micro_batches() - 1).to_string().len() as u64;
+    let (left, top, row, unit) = (70u64, 30u64, 26u64, 22.max(7 * digits + 4));
     let all = timeline.stages.iter().map(|spans| spans.len() as u64).sum::<u64>();
     let shown = timeline.makespan / all.div_ceil(MAX_RECTANGLES).max(1);
     let num_rows = timeline.stages.len() as u64;

@@ -43,6 +43,16 @@ impl Attention {
         })
     }
 
+    /// Another owner of the same weights.
+    pub fn share(&self) -> Self {
+        Self {
+            qkv: self.qkv.shallow_clone(),
+            output: self.output.shallow_clone(),
+            heads: self.heads,
+            head_dim: self.head_dim,
+        }
+    }
+
     /// `[B, S, D]` to `[B, S, D]`; with a `cache`, over the tokens that follow those in it.
     ///
     /// # Errors
@@ -64,7 +74,7 @@ impl Attention {
         )?;
         let qkv = Qkv { query_BHSE, key_BKSE, value_BKSE };
         let mixed_BSF = match cache {
-            None => forward.builder.attention(&qkv, forward.inputs)?,
+            None => forward.builder.attention(&qkv, &forward.inputs)?,
             Some(cache) => cache.attend(&qkv)?,
         };
         forward.builder.linear(&mixed_BSF, &self.output, LinearRole::AttentionOutput)

@@ -3,30 +3,42 @@
 use super::attention::Attention;
 use super::feed_forward::FeedForward;
 use super::rope::RopeFactors;
-use crate::builder::LayerBuilder;
+use crate::builder::{LayerBuilder, Recompute};
 use crate::cache::LayerCache;
-use crate::error::Result;
+use crate::error::{Result, bad_input};
 use crate::inputs::Inputs;
+use crate::recompute::recomputed;
 use crate::residual::Residual;
 use crate::weights::find;
 use model_spec::names;
 use run_config::ModelConfig;
+use std::sync::Arc;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::Tensor;
 
 /// What every layer of a forward pass may look at.
-pub struct Forward<'a> {
+pub struct Forward {
     /// Builds each layer's graph.
-    pub builder: &'a dyn LayerBuilder,
+    pub builder: Arc<dyn LayerBuilder>,
     /// Tokens, positions, documents.
-    pub inputs: &'a Inputs,
+    pub inputs: Inputs,
     /// Rotary factors of each token.
     pub rope: RopeFactors,
     /// Added to the mean square in norms.
     pub norm_eps: f64,
 }
 
-impl Forward<'_> {
+impl Forward {
+    /// Another owner of the same.
+    fn share(&self) -> Self {
+        Self {
+            builder: self.builder.clone(),
+            inputs: self.inputs.share(),
+            rope: self.rope.share(),
+            norm_eps: self.norm_eps,
+        }
+    }
+
     /// Completes the stream's pending addition and norms it: (stream, normed stream).
     ///
     /// # Errors
@@ -86,11 +98,61 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Result<Residual> {
         let stream = forward.builder.enter_block(self.layer, stream)?;
+        let stream = match forward.builder.recompute() {
+            Recompute::Block if cache.is_none() => self.recomputed(forward, stream)?,
+            _ => self.compute(forward, stream, cache)?,
+        };
+        forward.builder.leave_block(self.layer, stream)
+    }
+
+    fn compute(
+        &self,
+        forward: &Forward,
+        stream: Residual,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Residual> {
         let (stream_BSD, normed_BSD) = forward.norm(stream, &self.attention_norm)?;
-        let branch_BSD = self.attention.forward(forward, &normed_BSD, cache)?;
+        let branch_BSD = match forward.builder.recompute() {
+            Recompute::Attention if cache.is_none() => {
+                let (attention, shared) = (self.attention.share(), forward.share());
+                let body = move |x: &[Tensor]| Ok(vec![attention.forward(&shared, &x[0], None)?]);
+                recomputed(&[&normed_BSD], 1, Box::new(body))?.remove(0)
+            }
+            _ => self.attention.forward(forward, &normed_BSD, cache)?,
+        };
         let stream = Residual::with_branch(stream_BSD, branch_BSD);
         let (stream_BSD, normed_BSD) = forward.norm(stream, &self.feed_forward_norm)?;
         let branch_BSD = self.feed_forward.forward(forward, &normed_BSD)?;
-        forward.builder.leave_block(self.layer, Residual::with_branch(stream_BSD, branch_BSD))
+        Ok(Residual::with_branch(stream_BSD, branch_BSD))
+    }
+
+    /// As [`Block::compute`], keeping only the input.
+    fn recomputed(&self, forward: &Forward, stream: Residual) -> Result<Residual> {
+        let (block, shared) = (self.share(), forward.share());
+        let Residual { stream_BSD, branch_BSD } = stream;
+        let body = move |x: &[Tensor]| {
+            let branch_BSD = x.get(1).map(Tensor::shallow_clone);
+            let stream = Residual { stream_BSD: x[0].shallow_clone(), branch_BSD };
+            let Residual { stream_BSD, branch_BSD } = block.compute(&shared, stream, None)?;
+            Ok([Some(stream_BSD), branch_BSD].into_iter().flatten().collect())
+        };
+        let inputs: Vec<&Tensor> =
+            [Some(&stream_BSD), branch_BSD.as_ref()].into_iter().flatten().collect();
+        let mut outputs = recomputed(&inputs, 2, Box::new(body))?.into_iter();
+        match (outputs.next(), outputs.next()) {
+            (Some(stream_BSD), branch_BSD) => Ok(Residual { stream_BSD, branch_BSD }),
+            (None, _) => Err(bad_input("outputs of a block", 0, "2")),
+        }
+    }
+
+    /// Another owner of the same weights.
+    fn share(&self) -> Self {
+        Self {
+            layer: self.layer,
+            attention_norm: self.attention_norm.shallow_clone(),
+            attention: self.attention.share(),
+            feed_forward_norm: self.feed_forward_norm.shallow_clone(),
+            feed_forward: self.feed_forward.share(),
+        }
     }
 }

@@ -28,6 +28,11 @@ impl FeedForward {
         Ok(Self { gate_up: find(names::GATE_UP)?, down: find(names::DOWN)? })
     }
 
+    /// Another owner of the same weights.
+    pub fn share(&self) -> Self {
+        Self { gate_up: self.gate_up.shallow_clone(), down: self.down.shallow_clone() }
+    }
+
     /// `[B, S, D]` to `[B, S, D]`.
     ///
     /// # Errors

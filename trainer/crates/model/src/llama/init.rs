@@ -6,19 +6,25 @@
 
 use crate::error::Result;
 use crate::random::RandomStream;
-use model_spec::{Init, ParameterSpec};
+use model_spec::{Init, LocalParameter, LocalPart};
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Tensor, no_grad};
 
 /// Elements made at a time: bounds the memory beside the weights themselves.
 const CHUNK_ELEMENTS: usize = 1 << 22;
 
+/// Elements that are not worth a thread of their own.
+const THREAD_ELEMENTS: usize = 1 << 16;
+
 /// Fills `out` with elements `first..first + out.len()` of the tensor `name`: normal, around 0.
 /// Values are rounded to FP32 whatever the compute dtype, so that all start from the same model.
 pub fn fill_normal(seed: u64, name: &str, std: f64, first: u64, out: &mut [f32]) {
     let stream = RandomStream::new(seed, name);
+    if out.len() <= THREAD_ELEMENTS {
+        return fill_piece(stream, std, first, out);
+    }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let per_thread = out.len().div_ceil(threads).max(1 << 16);
+    let per_thread = out.len().div_ceil(threads).max(THREAD_ELEMENTS);
     std::thread::scope(|scope| {
         for (index, piece) in out.chunks_mut(per_thread).enumerate() {
             let first = first + (index * per_thread) as u64;
@@ -46,39 +52,58 @@ fn fill_piece(stream: RandomStream, std: f64, first: u64, out: &mut [f32]) {
     }
 }
 
-/// Writes the initial values of whole (unsharded) parameters into the master copies, and refreshes
-/// the compute copies. `specs` are those that `parameters` was allocated from.
+/// Writes the initial values of what is held into the master copies, and refreshes the compute
+/// copies. `held` is what `parameters` was allocated from.
 ///
 /// # Errors
 /// Where libtorch refuses the copies.
-pub fn initialize(seed: u64, specs: &[ParameterSpec], parameters: &ParameterSet) -> Result<()> {
-    for (spec, parameter) in specs.iter().zip(parameters.iter()) {
-        match spec.init {
+pub fn initialize(seed: u64, held: &[LocalParameter], parameters: &ParameterSet) -> Result<()> {
+    for (local, parameter) in held.iter().zip(parameters.iter()) {
+        match local.spec.init {
             Init::Ones => fill_ones(&parameter.master)?,
-            Init::Normal { std } => fill_parts(seed, spec, std, &parameter.master)?,
+            Init::Normal { std } => fill_parts(seed, local, std, &parameter.master)?,
         }
     }
     parameters.refresh_compute()?;
     Ok(())
 }
 
-/// Fills a fused parameter, each part as the tensor of its own that it is outside.
-fn fill_parts(seed: u64, spec: &ParameterSpec, std: f64, master: &Tensor) -> Result<()> {
+/// Fills a fused parameter, each part with its elements of the tensor that it is outside.
+fn fill_parts(seed: u64, local: &LocalParameter, std: f64, master: &Tensor) -> Result<()> {
     let flat = master.f_view([-1])?;
-    let columns: usize = spec.shape.iter().skip(1).product();
+    let width: usize = local.shape.iter().skip(1).product();
     let mut chunk = vec![0.0_f32; CHUNK_ELEMENTS.min(flat.numel())];
-    for part in &spec.parts {
-        let (start, count) = (part.row_start * columns, part.row_count * columns);
+    for part in &local.parts {
+        let whole_width = part.shape.get(1).copied().unwrap_or(1);
+        let (start, count) = (part.row_start * width, part.num_elements());
         for offset in (0..count).step_by(CHUNK_ELEMENTS) {
             let length = CHUNK_ELEMENTS.min(count - offset);
-            let values = &mut chunk[..length];
-            fill_normal(seed, &part.hf_name, std, offset as u64, values);
-            let values = Tensor::f_from_slice(values)?;
+            fill_run(seed, part, std, (offset, width, whole_width), &mut chunk[..length]);
+            let values = Tensor::f_from_slice(&chunk[..length])?;
             let mut target = flat.f_narrow(0, (start + offset) as i64, length as i64)?;
             no_grad(|| target.f_copy_(&values))?;
         }
     }
     Ok(())
+}
+
+/// Elements of a part from `offset` on, counted as they are held.
+fn fill_run(
+    seed: u64,
+    part: &LocalPart,
+    std: f64,
+    (offset, width, whole_width): (usize, usize, usize),
+    out: &mut [f32],
+) {
+    for piece in part.rectangles(offset..offset + out.len()) {
+        let rows = if width == whole_width { 1 } else { piece.rows.len() };
+        let run = piece.num_elements() / rows;
+        for row in 0..rows {
+            let first = (piece.rows.start + row) * whole_width + piece.columns.start;
+            let at = piece.start - offset + row * run;
+            fill_normal(seed, &part.hf_name, std, first as u64, &mut out[at..at + run]);
+        }
+    }
 }
 
 fn fill_ones(master: &Tensor) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::weights::find;
 use model_spec::{ParameterSpec, Place, names, parameters};
 use run_config::ModelConfig;
 use std::ops::Range;
+use std::sync::Arc;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
@@ -56,7 +57,7 @@ struct Head {
 pub struct Llama {
     config: ModelConfig,
     stage: Stage,
-    builder: Box<dyn LayerBuilder>,
+    builder: Arc<dyn LayerBuilder>,
     rope: RopeTables,
     embedding: Option<Parameter>,
     blocks: Vec<Block>,
@@ -73,7 +74,7 @@ impl Llama {
         config: &ModelConfig,
         stage: Stage,
         parameters: &ParameterSet,
-        builder: Box<dyn LayerBuilder>,
+        builder: Arc<dyn LayerBuilder>,
         num_positions: usize,
     ) -> Result<Self> {
         let find = |name| find(parameters, name);
@@ -225,11 +226,11 @@ impl Llama {
         })
     }
 
-    fn forward<'a>(&'a self, inputs: &'a Inputs) -> Result<Forward<'a>> {
+    fn forward(&self, inputs: &Inputs) -> Result<Forward> {
         inputs.check(self.config.vocab_size, self.num_positions())?;
         Ok(Forward {
-            builder: self.builder.as_ref(),
-            inputs,
+            builder: self.builder.clone(),
+            inputs: inputs.share(),
             rope: self.rope.factors(inputs)?,
             norm_eps: self.config.norm_eps,
         })

@@ -29,6 +29,13 @@ pub struct RopeFactors {
     pub sin: Tensor,
 }
 
+impl RopeFactors {
+    /// Another owner of the same tensors.
+    pub fn share(&self) -> Self {
+        Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
+    }
+}
+
 impl RopeTables {
     /// Tables for positions `0..num_positions` on `device`.
     ///

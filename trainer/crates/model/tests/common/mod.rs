@@ -1,8 +1,9 @@
 //! A small random model that several tests run.
 
 use model::{Dense, Llama, Stage, allocate, llama::init::initialize};
-use model_spec::parameters;
+use model_spec::{LocalParameter, parameters};
 use run_config::{ComputeDtype, ModelConfig, Rope, RopeFrequencies};
+use std::sync::Arc;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Device;
 
@@ -31,9 +32,9 @@ pub fn small_config() -> ModelConfig {
 /// The whole model with random weights.
 pub fn small_model(config: &ModelConfig, compute: ComputeDtype) -> (Llama, ParameterSet) {
     torch_shim::tch::set_num_threads(1);
-    let specs = parameters(config);
-    let set = allocate(&specs, false, compute, Device::Cpu).unwrap();
-    initialize(11, &specs, &set).unwrap();
-    let model = Llama::new(config, Stage::whole(config), &set, Box::new(Dense), POSITIONS).unwrap();
+    let held: Vec<_> = parameters(config).iter().map(LocalParameter::whole).collect();
+    let set = allocate(&held, false, compute, Device::Cpu).unwrap();
+    initialize(11, &held, &set).unwrap();
+    let model = Llama::new(config, Stage::whole(config), &set, Arc::new(Dense), POSITIONS).unwrap();
     (model, set)
 }

@@ -1,0 +1,89 @@
+//! The sharded builder: each layer as one rank of a tensor- and context-parallel group builds it.
+//!
+//! Where an axis has one rank, the dense form is used, so that a run without parallelism is the
+//! oracle itself.
+
+use model::{Dense, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Result};
+use torch_shim::params::Parameter;
+use torch_shim::tch::Tensor;
+
+use crate::context::ContextGroup;
+use crate::tensor::TensorGroup;
+
+/// Tokens whose logits are held at a time in the loss.
+const LOSS_CHUNK_TOKENS: i64 = 1024;
+
+/// Builds sharded layers.
+pub(crate) struct Sharded {
+    pub(crate) tensor: Option<TensorGroup>,
+    pub(crate) context: Option<ContextGroup>,
+    pub(crate) recompute: Recompute,
+}
+
+impl LayerBuilder for Sharded {
+    fn heads(&self, global: Heads) -> Heads {
+        let ranks = self.tensor.as_ref().map_or(1, |tensor| tensor.comm.size());
+        Heads { query: global.query / ranks, kv: (global.kv / ranks).max(1) }
+    }
+
+    fn embedding(&self, tokens_BS: &Tensor, weight: &Parameter) -> Result<Tensor> {
+        match &self.tensor {
+            Some(tensor) => Ok(tensor.embedding(tokens_BS, weight)?),
+            None => Dense.embedding(tokens_BS, weight),
+        }
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
+        let Some(tensor) = &self.tensor else { return Dense.linear(x, weight, role) };
+        Ok(match role {
+            LinearRole::Qkv | LinearRole::GateUp => tensor.column(x, weight)?,
+            LinearRole::AttentionOutput | LinearRole::Down => tensor.row(x, weight)?,
+        })
+    }
+
+    fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {
+        Dense.norm(x_BSD, weight, eps)
+    }
+
+    fn add_norm(
+        &self,
+        stream_BSD: &Tensor,
+        branch_BSD: &Tensor,
+        weight: &Parameter,
+        eps: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        Dense.add_norm(stream_BSD, branch_BSD, weight, eps)
+    }
+
+    fn attention(&self, qkv: &Qkv, inputs: &Inputs) -> Result<Tensor> {
+        match &self.context {
+            Some(context) => Ok(context.attention(qkv, &inputs.documents)?),
+            None => Dense.attention(qkv, inputs),
+        }
+    }
+
+    fn logits(&self, x_BSD: &Tensor, weight: &Parameter) -> Result<Tensor> {
+        match &self.tensor {
+            // Whoever wants logits loads the whole model: training and validation do not.
+            Some(_) => Err(ModelError::NotOnThisStage { piece: "all logits".into() }),
+            None => Dense.logits(x_BSD, weight),
+        }
+    }
+
+    fn loss(
+        &self,
+        x_BSD: &Tensor,
+        weight: &Parameter,
+        targets_BS: &Tensor,
+        scale: f64,
+    ) -> Result<Tensor> {
+        match &self.tensor {
+            Some(tensor) => Ok(tensor.loss(x_BSD, weight, targets_BS, scale, LOSS_CHUNK_TOKENS)?),
+            None => Dense.loss(x_BSD, weight, targets_BS, scale),
+        }
+    }
+
+    fn recompute(&self) -> Recompute {
+        self.recompute
+    }
+}

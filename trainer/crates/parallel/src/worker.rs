@@ -1,0 +1,310 @@
+//! One rank of a training run: its piece of the model, and the passes of a step over it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use collectives::{Communicator, ReduceOp};
+use layout::Schedule;
+use layout::mesh::Axis;
+use layout::plan::{PartialSum, SumOver, TensorPlace, partial_sums};
+use layout::schedule::Action;
+use model::{Inputs, LayerBuilder, Llama, Recompute, allocate};
+use model_spec::LocalParameter;
+use run_config::RunConfig;
+use torch_shim::ShimError;
+use torch_shim::params::ParameterSet;
+use torch_shim::tch::{Device, Tensor, no_grad};
+
+use crate::builder::Sharded;
+use crate::context::{self, ContextGroup};
+use crate::data_parallel::DataParallel;
+use crate::error::{ParallelError, Result};
+use crate::failure::Failure;
+use crate::groups::{Groups, tensor_place};
+use crate::pieces::{held, stages};
+use crate::pipeline::{Batch, Boundary};
+use crate::tensor::TensorGroup;
+
+/// One micro-batch: what the model reads, and the targets `[B, S]`, of whole sequences.
+#[derive(Debug)]
+pub struct Pass {
+    /// Tokens, positions, documents.
+    pub inputs: Inputs,
+    /// Target ids; -100 for none.
+    pub targets_BS: Tensor,
+}
+
+/// A rank's piece of the model and its part in the step.
+pub struct Worker {
+    /// Its parameters.
+    pub params: ParameterSet,
+    /// What the parameters are of the whole.
+    pub held: Vec<LocalParameter>,
+    /// The ranks it works with.
+    pub groups: Groups,
+    /// The chunks of the model that this rank's pipeline stage holds.
+    chunks: Vec<Llama>,
+    pipeline: run_config::Pipeline,
+    /// Whether the stream between chunks is cut along the sequence, over how many ranks.
+    stream_parts: usize,
+    data_parallel: Option<DataParallel>,
+    sums: Vec<PartialSum>,
+    failure: Failure,
+}
+
+impl Worker {
+    /// Applies the parallel forms in their order, outside in; each decides what the next one finds.
+    ///
+    /// # Errors
+    /// Where memory runs out or libtorch refuses.
+    pub fn new(
+        config: &RunConfig,
+        groups: Groups,
+        device: Device,
+        num_positions: usize,
+        bucket_bytes: usize,
+    ) -> Result<Self> {
+        let (model, failure) = (&config.model, Failure::default());
+        // 1. Pipeline: which blocks. All else is decided parameter by parameter.
+        let stages = stages(config, groups.coordinate(Axis::Pipeline));
+        // 2. Tensor: which rows and columns, before memory is taken for them.
+        let place = tensor_place(config, &groups.mesh, groups.rank);
+        let held = held(config, place, &stages)?;
+        let compute = config.precision.compute;
+        let params = allocate(&held, config.optimizer.decay_norms, compute, device)?;
+        // 3. Sequence, context and recomputation: how each layer's graph is built.
+        let builder: Arc<dyn LayerBuilder> = Arc::new(builder(config, &groups, place, &failure));
+        let chunk = |stage| Llama::new(model, stage, &params, builder.clone(), num_positions);
+        let chunks = stages.into_iter().map(chunk).collect::<Result<_, _>>()?;
+        // 4. Data: sums of the gradients of what is held, once all else has made them.
+        let data_parallel = match &groups.data {
+            Some(data) => Some(DataParallel::new(&params, data.clone(), bucket_bytes)?),
+            None => None,
+        };
+        Ok(Self {
+            sums: partial_sums(model, place, &held, groups.tied_stages.is_some()),
+            stream_parts: if place.sequence { place.ranks } else { 1 },
+            pipeline: config.parallelism.pipeline.clone(),
+            params,
+            held,
+            groups,
+            chunks,
+            data_parallel,
+            failure,
+        })
+    }
+
+    /// Accumulates the gradients of all micro-batches, summed over the ranks; returns this rank's
+    /// part of the loss. `scale` is the reciprocal of the global number of targets.
+    ///
+    /// # Errors
+    /// Where libtorch or a peer fails; the gradients are worth nothing then.
+    pub fn forward_backward(&self, passes: &[Pass], scale: f64) -> Result<f64> {
+        let loss = self.run_step(passes, scale).map_err(|error| self.cause(error))?;
+        if let Some(data) = &self.data_parallel {
+            data.finish()?;
+        }
+        self.sum_partial_gradients()?;
+        Ok(if self.counts_loss() { loss } else { 0.0 })
+    }
+
+    /// A collective that fails in the graph ends the pass: it names the peer, the graph does not.
+    fn cause(&self, error: ParallelError) -> ParallelError {
+        if let Some(error) = self.failure.take() {
+            return error.into();
+        }
+        match self.data_parallel.as_ref().map(DataParallel::finish) {
+            Some(Err(error)) => error,
+            _ => error,
+        }
+    }
+
+    fn run_step(&self, passes: &[Pass], scale: f64) -> Result<f64> {
+        let batches = passes.iter().map(|pass| self.own_part(pass)).collect::<Result<Vec<_>>>()?;
+        let schedule = self.schedule(passes.len())?;
+        let actions = schedule.actions(self.stage());
+        let stage = self.at_work(schedule, &batches, (scale, true))?;
+        stage.run(&actions, &batches, |action| {
+            if let Some(data) =
+                self.data_parallel.as_ref().filter(|_| self.is_last(action, passes.len()))
+            {
+                data.begin_last_micro_batch();
+            }
+        })
+    }
+
+    /// Whether an action completes gradients one by one, so that their sums can begin.
+    fn is_last(&self, action: Action, num_passes: usize) -> bool {
+        let completes = matches!(action, Action::Backward { .. } | Action::BackwardWeight { .. });
+        completes && self.chunks.len() == 1 && action.micro_batch() + 1 == num_passes
+    }
+
+    /// The sum of the losses of a micro-batch over this rank's targets, without gradients.
+    ///
+    /// # Errors
+    /// Where libtorch or a peer fails.
+    pub fn evaluate(&self, pass: &Pass) -> Result<f64> {
+        let batches = [self.own_part(pass)?];
+        let forward = |chunk| Action::Forward { chunk, micro_batch: 0 };
+        let actions: Vec<Action> = (0..self.chunks.len()).map(forward).collect();
+        let stage = self.at_work(self.schedule(1)?, &batches, (1.0, false))?;
+        let loss = no_grad(|| stage.run(&actions, &batches, |_| ()));
+        let loss = loss.map_err(|error| self.cause(error))?;
+        Ok(if self.counts_loss() { loss } else { 0.0 })
+    }
+
+    fn stage(&self) -> usize {
+        self.groups.coordinate(Axis::Pipeline)
+    }
+
+    fn schedule(&self, num_passes: usize) -> Result<Schedule> {
+        Schedule::of(&self.pipeline, num_passes)
+            .map_err(|error| ShimError::Invalid(error.to_string()).into())
+    }
+
+    fn at_work(
+        &self,
+        schedule: Schedule,
+        batches: &[Batch],
+        goal: (f64, bool),
+    ) -> Result<crate::pipeline::Stage<'_>> {
+        let first = batches.first();
+        let first = first.ok_or_else(|| ShimError::Invalid("a step without a batch".into()))?;
+        let (rows, tokens) = (first.inputs.batch(), first.inputs.sequence());
+        let dim = self.chunks[0].config().dim as i64;
+        let boundary = Boundary {
+            shape: [rows, tokens / self.stream_parts as i64, dim],
+            kind: self.params.compute_kind(),
+            device: self.device(),
+        };
+        let group = self.groups.pipeline.as_ref();
+        let at = (self.stage(), schedule);
+        Ok(crate::pipeline::Stage::new(at, &self.chunks, &self.params, group, boundary, goal))
+    }
+
+    /// Where its piece of the model lives.
+    pub fn device(&self) -> Device {
+        self.params.flat_grad().device()
+    }
+
+    /// Whether this rank's loss is not another's too: tensor-parallel ranks all have the same.
+    fn counts_loss(&self) -> bool {
+        self.groups.coordinate(Axis::Tensor) == 0
+    }
+
+    /// This rank's tokens of whole sequences.
+    fn own_part(&self, pass: &Pass) -> Result<Batch> {
+        let Some(context) = &self.groups.context else {
+            let targets_BS = pass.targets_BS.shallow_clone();
+            return Ok(Batch { inputs: pass.inputs.share(), targets_BS });
+        };
+        let sequence = pass.inputs.sequence() as usize;
+        let pieces = context::chunks(sequence, context.rank(), context.size());
+        let targets_BS = model::take(&pass.targets_BS, &pieces)?;
+        Ok(Batch { inputs: pass.inputs.take(&pieces)?, targets_BS })
+    }
+
+    /// Sums the gradients that ranks of one tensor-parallel group, or two stages, share.
+    fn sum_partial_gradients(&self) -> Result<()> {
+        for over in [SumOver::Tensor, SumOver::KvCopies, SumOver::TiedStages] {
+            let group = match over {
+                SumOver::Tensor => &self.groups.tensor,
+                SumOver::KvCopies => &self.groups.kv_copies,
+                SumOver::TiedStages => &self.groups.tied_stages,
+            };
+            let Some(group) = group else { continue };
+            let views: Vec<Tensor> = self
+                .sums
+                .iter()
+                .filter(|sum| sum.over == over)
+                .map(|sum| self.gradient_rows(sum.parameter, &sum.rows))
+                .collect::<Result<_>>()?;
+            if !views.is_empty() {
+                sum_together(group.as_ref(), &views)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn gradient_rows(&self, parameter: usize, rows: &Range<usize>) -> Result<Tensor> {
+        let parameter = self.params.at(parameter);
+        let parameter = parameter
+            .ok_or_else(|| ShimError::Invalid("a sum of a parameter that is not held".into()))?;
+        let rows = parameter.grad.f_narrow(0, rows.start as i64, rows.len() as i64);
+        Ok(rows.map_err(ShimError::from)?)
+    }
+
+    /// The gradients that count here in the norm of all: each element of the model counts on one
+    /// rank.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn counted_gradients(&self) -> Result<Vec<Tensor>> {
+        let axes = [Axis::Context, Axis::Shard, Axis::Replicate];
+        if axes.iter().any(|&axis| self.groups.coordinate(axis) > 0) {
+            // Ranks that differ in their tokens alone have the same gradients.
+            return Ok(Vec::new());
+        }
+        let narrow = |range: &Range<i64>| {
+            self.params.flat_grad().f_narrow(0, range.start, range.end - range.start)
+        };
+        let ranges = counted(&self.held, &self.params);
+        Ok(ranges.iter().map(narrow).collect::<Result<_, _>>().map_err(ShimError::from)?)
+    }
+}
+
+/// The longest runs of the flat buffers whose elements all count here; the padding between two
+/// parameters, which is zero, with them.
+fn counted(held: &[LocalParameter], params: &ParameterSet) -> Vec<Range<i64>> {
+    let mut runs: Vec<Range<i64>> = Vec::new();
+    let mut open = false;
+    for (local, parameter) in held.iter().zip(params.iter()) {
+        let width: usize = local.shape.iter().skip(1).product();
+        for part in &local.parts {
+            let start = parameter.range.start + (part.row_start * width) as i64;
+            let end = start + part.num_elements() as i64;
+            match runs.last_mut() {
+                Some(run) if open && part.counts => run.end = end,
+                _ if part.counts => runs.push(start..end),
+                _ => {}
+            }
+            open = part.counts;
+        }
+    }
+    runs
+}
+
+/// Sums tensors over a group in one operation.
+fn sum_together(group: &dyn Communicator, views: &[Tensor]) -> Result<()> {
+    let torch = |error| ParallelError::Torch(ShimError::from(error));
+    let flat: Vec<Tensor> =
+        views.iter().map(|view| view.f_reshape([-1])).collect::<Result<_, _>>().map_err(torch)?;
+    let joined = Tensor::f_cat(&flat, 0).map_err(torch)?;
+    group.all_reduce(&joined, ReduceOp::Sum)?.wait()?;
+    let mut at = 0;
+    for view in views {
+        let count = view.numel() as i64;
+        let sum = joined.f_narrow(0, at, count).and_then(|sum| sum.f_view(view.size().as_slice()));
+        view.shallow_clone().f_copy_(&sum.map_err(torch)?).map_err(torch)?;
+        at += count;
+    }
+    Ok(())
+}
+
+fn builder(config: &RunConfig, groups: &Groups, place: TensorPlace, failure: &Failure) -> Sharded {
+    let tensor = groups.tensor.as_ref().map(|comm| TensorGroup {
+        comm: comm.clone(),
+        sequence: place.sequence,
+        failure: failure.clone(),
+    });
+    let context = groups
+        .context
+        .as_ref()
+        .map(|comm| ContextGroup { comm: comm.clone(), failure: failure.clone() });
+    let recompute = match config.parallelism.recompute {
+        run_config::Recompute::None => Recompute::None,
+        run_config::Recompute::Selective => Recompute::Attention,
+        run_config::Recompute::Full => Recompute::Block,
+    };
+    Sharded { tensor, context, recompute }
+}

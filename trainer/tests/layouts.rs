@@ -1,0 +1,101 @@
+//! Any layout trains the same model to the same losses: ranks are threads of this process.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+#[path = "layouts/harness.rs"]
+mod harness;
+
+use harness::{Trained, config, train};
+use torch_shim::tch::Tensor;
+
+/// Steps compared.
+const STEPS: usize = 10;
+
+fn relative(a: f64, b: f64) -> f64 {
+    (a - b).abs() / b.abs()
+}
+
+#[track_caller]
+fn compare(found: &Trained, expected: &Trained, limit: f64, what: &str) {
+    for (step, (a, b)) in found.losses.iter().zip(&expected.losses).enumerate() {
+        assert!(relative(*a, *b) < limit, "{what}: loss of step {step}: {a} for {b}");
+    }
+    for (step, (a, b)) in found.norms.iter().zip(&expected.norms).enumerate() {
+        assert!(relative(*a, *b) < limit, "{what}: norm of step {step}: {a} for {b}");
+    }
+    assert!(found.weights.keys().eq(expected.weights.keys()));
+    for (name, weight) in &found.weights {
+        let expected = &expected.weights[name];
+        let norm = |x: &Tensor| x.norm().double_value(&[]);
+        let difference = norm(&(weight - expected)) / norm(expected);
+        assert!(difference < limit, "{what}: {name} is off by {difference:e}");
+    }
+}
+
+/// Trains each layout and the unsharded model on one rank, both with `base`, and compares them.
+#[track_caller]
+fn check_with(base: &[&str], layouts: &[&[&str]]) {
+    let expected = train(&config(base), STEPS);
+    assert!(expected.losses[9] < expected.losses[0], "it learns: {:?}", expected.losses);
+    for sets in layouts {
+        let all = [base, sets].concat();
+        compare(&train(&config(&all), STEPS), &expected, 1e-10, &all.join(" "));
+    }
+}
+
+#[track_caller]
+fn check(layouts: &[&[&str]]) {
+    check_with(&[], layouts);
+}
+
+#[test]
+fn replicas() {
+    check(&[&["parallelism.replicate=2"], &["parallelism.replicate=4"]]);
+}
+
+#[test]
+fn tensor_parallel() {
+    check(&[
+        &["parallelism.tensor=2"],
+        &["parallelism.tensor=2", "parallelism.sequence=false"],
+        // More ranks than key and value heads.
+        &["parallelism.tensor=4"],
+        &["parallelism.tensor=8", "parallelism.sequence=false"],
+    ]);
+}
+
+#[test]
+fn context_parallel() {
+    check(&[&["parallelism.context=2"], &["parallelism.context=4"]]);
+    check_with(&["data.document_mask=false"], &[&["parallelism.context=2"]]);
+}
+
+#[test]
+fn pipeline_parallel() {
+    let stages = |schedule: &str| format!("parallelism.pipeline={{{schedule}}}");
+    for schedule in [
+        "stages: 2, schedule: gpipe",
+        "stages: 4, schedule: 1f1b",
+        "stages: 2, schedule: interleaved-1f1b, virtual_stages: 2",
+        "stages: 2, schedule: zero-bubble",
+    ] {
+        check(&[&[&stages(schedule)]]);
+    }
+    check_with(&["model.tied_embeddings=true"], &[&[&stages("stages: 2")]]);
+}
+
+#[test]
+fn recomputation() {
+    check(&[&["parallelism.recompute=full"], &["parallelism.recompute=selective"]]);
+}
+
+#[test]
+fn combined() {
+    check(&[
+        &["parallelism.tensor=2", "parallelism.context=2", "parallelism.replicate=2"],
+        &["parallelism.tensor=4", "parallelism.context=2", "parallelism.recompute=full"],
+        &["parallelism.tensor=2", "parallelism.replicate=2", "training.micro_batch=2"],
+        &["parallelism.tensor=2", "parallelism.pipeline.stages=2", "parallelism.replicate=2"],
+        &["parallelism.context=2", "parallelism.pipeline={stages: 2, schedule: zero-bubble}"],
+    ]);
+}

@@ -1,0 +1,206 @@
+//! Trains a small model on any layout with one thread a rank, and gathers what came of it.
+
+use collectives::{CommError, Communicator, GroupOptions};
+use layout::Mesh;
+use model::{Inputs, llama::init::initialize, targets};
+use optim::{AdamW, clip_coefficient};
+use parallel::{Groups, Pass, Worker, all_reduce_scalars};
+use run_config::RunConfig;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+use torch_shim::tch::{Device, Kind, Tensor, no_grad};
+
+/// Tokens of a sequence.
+pub const SEQUENCE: usize = 32;
+/// Sequences of a step.
+pub const GLOBAL_BATCH: usize = 8;
+
+/// What a run leaves; the same on every rank.
+#[derive(Debug, Default)]
+pub struct Trained {
+    /// Loss of each step.
+    pub losses: Vec<f64>,
+    /// Gradient norm of each step, before clipping.
+    pub norms: Vec<f64>,
+    /// All weights at the end under their Hugging Face names, in FP64.
+    pub weights: BTreeMap<String, Tensor>,
+}
+
+/// A config of the small model with `sets` over it.
+pub fn config(sets: &[&str]) -> RunConfig {
+    let text = format!(
+        "name: layouts\nseed: 3\n\
+         model: {{dim: 32, layers: 4, heads: 8, kv_heads: 2, head_dim: 8, ffn_dim: 48, \
+         vocab_size: 64, init_std: 0.2, rope: {{theta: 10000.0}}}}\n\
+         data: {{tokenizer: t, sources: [{{name: a, path: b}}], sequence_length: {SEQUENCE}}}\n\
+         training: {{steps: 10, global_batch: {GLOBAL_BATCH}, micro_batch: 1, clip_norm: 0.5}}\n\
+         optimizer: {{learning_rate: 0.01}}\n\
+         precision: {{compute: fp64}}\n"
+    );
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    match RunConfig::from_yaml_str(&text, Path::new("/"), &sets) {
+        Ok(loaded) => loaded.config,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Number of ranks that the degrees make.
+pub fn num_ranks(config: &RunConfig) -> usize {
+    let p = &config.parallelism;
+    p.tensor * p.context * p.pipeline.stages * p.shard.ranks * p.replicate.unwrap_or(1)
+}
+
+/// Trains `steps` steps on the `local` backend.
+pub fn train(config: &RunConfig, steps: usize) -> Trained {
+    let meeting = Meeting::default();
+    let weights = Mutex::new(BTreeMap::new());
+    let results: Vec<(Vec<f64>, Vec<f64>)> = std::thread::scope(|scope| {
+        let ranks = 0..num_ranks(config);
+        let run = |rank| {
+            let (meeting, weights) = (&meeting, &weights);
+            scope.spawn(move || run_rank(config, rank, steps, meeting, weights))
+        };
+        let handles: Vec<_> = ranks.map(run).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+    });
+    for result in &results[1..] {
+        assert_eq!(result, &results[0], "every rank reports the same numbers");
+    }
+    let (losses, norms) = results.into_iter().next().unwrap();
+    Trained { losses, norms, weights: weights.into_inner().unwrap() }
+}
+
+fn run_rank(
+    config: &RunConfig,
+    rank: usize,
+    steps: usize,
+    meeting: &Meeting,
+    weights: &Mutex<BTreeMap<String, Tensor>>,
+) -> (Vec<f64>, Vec<f64>) {
+    torch_shim::tch::set_num_threads(1);
+    let mesh = Mesh::new(&config.parallelism, num_ranks(config)).unwrap();
+    let mut connect = |name: &str, ranks: &[usize]| meeting.join(name, ranks, rank);
+    let groups = Groups::connect(config, mesh, rank, &mut connect).unwrap();
+    let worker = Worker::new(config, groups.clone(), Device::Cpu, SEQUENCE, 4096).unwrap();
+    initialize(config.seed, &worker.held, &worker.params).unwrap();
+    let mut optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for step in 0..steps {
+        let (passes, num_targets) = batch(config, &groups, step);
+        let mut targets = [if groups.reads_first() { num_targets } else { 0.0 }];
+        let sum = collectives::ReduceOp::Sum;
+        all_reduce_scalars(groups.world.as_ref(), &mut targets, sum).unwrap();
+        worker.params.zero_grad().unwrap();
+        let loss = worker.forward_backward(&passes, 1.0 / targets[0]).unwrap();
+        let gradients = worker.counted_gradients().unwrap();
+        let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
+        let mut sums = [loss, gradients.iter().map(square).sum()];
+        all_reduce_scalars(groups.world.as_ref(), &mut sums, sum).unwrap();
+        let norm = sums[1].sqrt();
+        losses.push(sums[0]);
+        norms.push(norm);
+        let coefficient = clip_coefficient(norm, config.training.clip_norm);
+        let rate = config.optimizer.learning_rate;
+        optimizer.step(&worker.params, rate, coefficient).unwrap();
+    }
+    gather(&worker, weights);
+    // Nobody leaves while another still talks to it.
+    groups.world.barrier().unwrap().wait().unwrap();
+    (losses, norms)
+}
+
+/// Puts this rank's weights in their places of the whole; copies must be the same.
+fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
+    let mut weights = weights.lock().unwrap();
+    for (local, parameter) in worker.held.iter().zip(worker.params.iter()) {
+        for part in &local.parts {
+            let shape: Vec<i64> = part.shape.iter().map(|&size| size as i64).collect();
+            let options = (Kind::Double, Device::Cpu);
+            let nan = || Tensor::full(&shape, f64::NAN, options);
+            let whole = weights.entry(part.hf_name.clone()).or_insert_with(nan);
+            let own = parameter.master.narrow(0, part.row_start as i64, part.rows.len() as i64);
+            let mut place = whole.narrow(0, part.rows.start as i64, part.rows.len() as i64);
+            if shape.len() > 1 {
+                let (first, count) = (part.columns.start as i64, part.columns.len() as i64);
+                place = place.narrow(1, first, count);
+            }
+            let own = own.to_kind(Kind::Double);
+            if place.isnan().any().int64_value(&[]) == 0 {
+                assert!(place.equal(&own), "copies of {} differ", part.hf_name);
+            }
+            no_grad(|| place.copy_(&own));
+        }
+    }
+}
+
+/// A step's micro-batches of this rank, and how many targets they have. Documents of uneven
+/// lengths, some tokens without a target.
+fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
+    let per_rank = GLOBAL_BATCH / groups.mesh.data_size();
+    let first = groups.mesh.data_rank(groups.rank) * per_rank;
+    let micro = config.training.micro_batch;
+    let mut num_targets = 0.0;
+    let rows: Vec<usize> = (first..first + per_rank).collect();
+    let passes = rows.chunks(micro).map(|rows| {
+        let (mut tokens, mut goals, mut positions, mut documents) =
+            (vec![], vec![], vec![], vec![]);
+        for &row in rows {
+            let mut document = 0;
+            let mut position = 0;
+            for at in 0..SEQUENCE {
+                let noise = mix((step * GLOBAL_BATCH + row) as u64, at as u64);
+                if noise.is_multiple_of(7) && at > 0 {
+                    (document, position) = (document + 1, 0);
+                }
+                tokens.push((noise % 64) as i32);
+                goals.push(if noise.is_multiple_of(11) { -100 } else { (noise >> 8) as i32 % 64 });
+                positions.push(position);
+                documents.push(document);
+                position += 1;
+            }
+        }
+        num_targets += goals.iter().filter(|&&goal| goal >= 0).count() as f64;
+        let documents = config.data.document_mask.then_some(documents.as_slice());
+        let inputs = Inputs::new(&tokens, &positions, documents, rows.len(), Device::Cpu).unwrap();
+        Pass { inputs, targets_BS: targets(&goals, rows.len(), Device::Cpu).unwrap() }
+    });
+    let passes = passes.collect();
+    (passes, num_targets)
+}
+
+/// Numbers below 2^24 that look random.
+fn mix(a: u64, b: u64) -> u64 {
+    let mut x = a.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 30)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (x ^ (x >> 31)) >> 40
+}
+
+/// Where the threads of a group find each other.
+#[derive(Default)]
+struct Meeting {
+    groups: Mutex<HashMap<String, Vec<Option<collectives::Group>>>>,
+    changed: Condvar,
+}
+
+impl Meeting {
+    fn join(
+        &self,
+        name: &str,
+        ranks: &[usize],
+        rank: usize,
+    ) -> Result<Arc<dyn Communicator>, CommError> {
+        let mut groups = self.groups.lock().unwrap();
+        if !groups.contains_key(name) {
+            let timeout = Duration::from_secs(30);
+            let options = GroupOptions { timeout, ..GroupOptions::new(name, 1) };
+            let made = collectives::local::group(ranks.len(), &options)?;
+            groups.insert(name.to_owned(), made.into_iter().map(Some).collect());
+            self.changed.notify_all();
+        }
+        let at = ranks.iter().position(|&other| other == rank).unwrap();
+        let own = groups.get_mut(name).and_then(|group| group[at].take()).unwrap();
+        Ok(Arc::new(own))
+    }
+}
