@@ -360,7 +360,7 @@ fn grouped(number: u64) -> String {
 }
 
 /// Bytes in GiB, or in MiB below one.
-fn gibibytes(bytes: u64) -> String {
+pub(crate) fn gibibytes(bytes: u64) -> String {
     let mib = bytes as f64 / f64::from(1 << 20);
     if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.2} MiB") }
 }
@@ -415,6 +415,7 @@ mod tests {
         assert!(table.contains("\npipeline          1f1b, 4 stages\n"), "{table}");
         assert!(table.contains("\nblocks per chunk  4 times 8;"), "{table}");
         assert!(table.contains("\nstage 3  "), "{table}");
+        assert_eq!(plan.json()["pipeline"]["memory_per_stage"][0], plan.memory.total());
         // 512 sequences on 2 replicas.
         assert_eq!(plan.json()["pipeline"]["steps"][0]["micro_batches"], 256);
     }

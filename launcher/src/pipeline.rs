@@ -1,11 +1,14 @@
 //! What `phalanx check` says about a pipeline: which blocks are where, the order of the passes, its
 //! bubble, and the activations that each stage holds.
 
+use crate::check::gibibytes;
 use crate::error::UserError;
+use layout::memory::memory_of_stage;
 use layout::schedule::{Costs, Schedule, ScheduleError, Timeline, draw, simulate};
 use layout::{ChunkSpan, Mesh, chunks};
 use run_config::{Pipeline, RunConfig};
 use serde_json::{Value, json};
+use std::fmt::Display;
 use std::path::Path;
 
 /// Longer schedules are neither run against the clock nor drawn.
@@ -19,6 +22,8 @@ const MAX_VALUES: usize = 24;
 pub struct PipelinePlan {
     pipeline: Pipeline,
     chunks: Vec<ChunkSpan>,
+    /// Bytes of the fullest rank of each stage.
+    memory: Vec<u64>,
     /// One per batch stage.
     steps: Vec<StepPlan>,
 }
@@ -53,7 +58,9 @@ impl PipelinePlan {
             let schedule = Schedule::of(pipeline, micro_batches)?;
             Ok(StepPlan::new(*first_step, schedule))
         });
+        let memory = (0..pipeline.stages).map(|stage| memory_of_stage(config, mesh, stage).total());
         Ok(Some(Self {
+            memory: memory.collect(),
             chunks: chunks(config.model.layers, pipeline.stages, pipeline.virtual_stages),
             steps: steps.collect::<Result<_, _>>()?,
             pipeline: pipeline.clone(),
@@ -70,6 +77,8 @@ impl PipelinePlan {
         row("pipeline", format!("{}, {stages}", self.name()));
         let blocks = runs(self.chunks.iter().map(|chunk| chunk.blocks.len()));
         row("blocks per chunk", format!("{blocks}; embedding on the first, head on the last"));
+        let memory = runs(self.memory.iter().map(|bytes| gibibytes(*bytes)));
+        row("memory by stage", format!("{memory} (total ~)"));
         for (index, step) in self.steps.iter().enumerate() {
             let name = |name| if index == 0 { name } else { "" };
             let bubble = step.bubble_fraction().map_or_else(
@@ -142,6 +151,7 @@ impl PipelinePlan {
             "stages": self.pipeline.stages,
             "virtual_stages": self.pipeline.virtual_stages,
             "chunks": self.chunks.iter().map(chunk).collect::<Vec<_>>(),
+            "memory_per_stage": self.memory,
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
             "drawing": self.drawing(),
         })
@@ -176,15 +186,15 @@ impl StepPlan {
 }
 
 /// `7, 8, 8, 8, 7` as `7, 3 times 8, 7`.
-fn runs(values: impl Iterator<Item = usize>) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
+fn runs<T: PartialEq + Display>(values: impl Iterator<Item = T>) -> String {
+    let mut runs: Vec<(T, usize)> = Vec::new();
     for value in values {
         match runs.last_mut() {
             Some((last, times)) if *last == value => *times += 1,
             _ => runs.push((value, 1)),
         }
     }
-    let one = |(value, times): &(usize, usize)| match times {
+    let one = |(value, times): &(T, usize)| match times {
         1 => value.to_string(),
         _ => format!("{times} times {value}"),
     };
@@ -234,7 +244,11 @@ bubble: 31.9 % of a step of 32 micro-batch(es), from step 1
 : activations held, by stage: 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1 \
 (micro-batches x chunks)
 ";
-        assert_eq!(table(&plan), expected);
+        let table = table(&plan);
+        let (memory, others): (Vec<&str>, Vec<&str>) =
+            table.split_inclusive('\n').partition(|line| line.starts_with("memory by stage"));
+        assert_eq!(others.concat(), expected);
+        assert_eq!(memory[0].matches(" GiB").count(), 16, "{memory:?}");
         let drawing = plan.drawing();
         assert!(drawing.starts_with("schedule of step 1; a column is the forward pass"));
         assert!(drawing.contains("\nstage 0   F0  F1  F2"), "{drawing}");
@@ -261,6 +275,7 @@ bubble: 31.9 % of a step of 32 micro-batch(es), from step 1
         assert_eq!(json["chunks"][5]["virtual_stage"], 1);
         assert_eq!(json["chunks"][5]["first_block"], 20);
         assert_eq!(json["chunks"][7]["head"], true);
+        assert_eq!(json["memory_per_stage"].as_array().unwrap().len(), 4);
         assert_eq!(json["steps"][0]["micro_batches"], 8);
         assert_eq!(json["steps"][0]["peak_activations"], json!([11, 9, 7, 5]));
         let fraction = json["steps"][0]["bubble_fraction"].as_f64().unwrap();
