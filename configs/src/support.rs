@@ -7,14 +7,8 @@ use crate::rules::Rules;
 
 /// Refuses each feature that is asked for and not there.
 pub(crate) fn check(rules: &mut Rules) {
-    let (p, c) = (&rules.config.parallelism, &rules.config.cluster);
-    let asked: [(bool, &str, &str, &str); 4] = [
-        (
-            p.shard.level != ShardLevel::None,
-            "parallelism.shard.level",
-            "sharded data parallelism",
-            "none",
-        ),
+    let c = &rules.config.cluster;
+    let asked: [(bool, &str, &str, &str); 3] = [
         (
             rules.config.precision.matmul == Matmul::Fp8,
             "precision.matmul",

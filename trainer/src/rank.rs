@@ -105,6 +105,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
             initialize(&config, &worker.held, &worker.params, runs)?;
         }
     }
+    worker.weights_changed()?;
     // From here on ranks wait for each other's steps, and no longer for their reading.
     storage.barrier()?.wait()?;
     tracing::debug!(

@@ -59,6 +59,7 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
     if !skipped {
         let coefficient = clip_coefficient(grad_norm, config.training.clip_norm);
         rank.optimizer.step(&rank.worker.params, learning_rate, coefficient)?;
+        rank.worker.weights_changed()?;
     }
     rank.step = step;
     Ok(StepResult {

@@ -85,6 +85,29 @@ fn pipeline_parallel() {
 }
 
 #[test]
+fn sharded_data_parallel() {
+    let shard =
+        |ranks: usize, level: &str| format!("parallelism.shard={{ranks: {ranks}, level: {level}}}");
+    for level in ["optimizer", "gradients", "parameters", "parameters, reshard_after_forward: true"]
+    {
+        check(&[&[&shard(2, level)], &[&shard(4, level)]]);
+    }
+    check(&[
+        &[&shard(2, "parameters"), "parallelism.replicate=2"],
+        &[&shard(2, "gradients"), "parallelism.context=2", "parallelism.tensor=2"],
+        &[&shard(2, "parameters"), "parallelism.pipeline={stages: 2, schedule: zero-bubble}"],
+        &[
+            &shard(2, "parameters"),
+            "parallelism.pipeline={stages: 2, schedule: 1f1b}",
+            "parallelism.tensor=2",
+        ],
+        &[&shard(2, "gradients"), "parallelism.pipeline={stages: 2, schedule: gpipe}"],
+        &[&shard(2, "parameters"), "parallelism.recompute=full"],
+    ]);
+    check_with(&["model.tied_embeddings=true"], &[&[&shard(2, "parameters")]]);
+}
+
+#[test]
 fn recomputation() {
     check(&[&["parallelism.recompute=full"], &["parallelism.recompute=selective"]]);
 }

@@ -85,6 +85,7 @@ fn run_rank(
     let groups = Groups::connect(config, mesh, rank, &mut connect).unwrap();
     let worker = Worker::new(config, groups.clone(), Device::Cpu, SEQUENCE, 4096).unwrap();
     initialize(config.seed, &worker.held, &worker.params).unwrap();
+    worker.weights_changed().unwrap();
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();
     let (mut losses, mut norms) = (Vec::new(), Vec::new());
     for step in 0..steps {
@@ -104,6 +105,7 @@ fn run_rank(
         let coefficient = clip_coefficient(norm, config.training.clip_norm);
         let rate = config.optimizer.learning_rate;
         optimizer.step(&worker.params, rate, coefficient).unwrap();
+        worker.weights_changed().unwrap();
     }
     gather(&worker, weights);
     // Nobody leaves while another still talks to it.
@@ -111,26 +113,42 @@ fn run_rank(
     (losses, norms)
 }
 
-/// Puts this rank's weights in their places of the whole; copies must be the same.
+/// Puts the weights that this rank owns in their places of the whole; copies must be the same.
 fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
     let mut weights = weights.lock().unwrap();
+    let owned = worker.params.owned();
     for (local, parameter) in worker.held.iter().zip(worker.params.iter()) {
+        let width: usize = local.shape.iter().skip(1).product();
         for part in &local.parts {
             let shape: Vec<i64> = part.shape.iter().map(|&size| size as i64).collect();
             let options = (Kind::Double, Device::Cpu);
             let nan = || Tensor::full(&shape, f64::NAN, options);
             let whole = weights.entry(part.hf_name.clone()).or_insert_with(nan);
-            let own = parameter.master.narrow(0, part.row_start as i64, part.rows.len() as i64);
-            let mut place = whole.narrow(0, part.rows.start as i64, part.rows.len() as i64);
-            if shape.len() > 1 {
-                let (first, count) = (part.columns.start as i64, part.columns.len() as i64);
-                place = place.narrow(1, first, count);
+            let first = parameter.range.start as usize + part.row_start * width;
+            for run in &owned {
+                let (from, to) = (run.elements.start as usize, run.elements.end as usize);
+                let (low, high) = (first.max(from), (first + part.num_elements()).min(to));
+                if low >= high {
+                    continue;
+                }
+                for piece in part.rectangles(low - first..high - first) {
+                    let start = run.start as usize + first + piece.start - from;
+                    let count = piece.num_elements() as i64;
+                    let own = worker.params.owned_master().narrow(0, start as i64, count);
+                    let own = own.to_kind(Kind::Double);
+                    let rows = piece.rows.len() as i64;
+                    let mut place = whole.narrow(0, piece.rows.start as i64, rows);
+                    if shape.len() > 1 {
+                        let columns = piece.columns.len() as i64;
+                        place = place.narrow(1, piece.columns.start as i64, columns);
+                    }
+                    let own = own.view_as(&place);
+                    if place.isnan().any().int64_value(&[]) == 0 {
+                        assert!(place.equal(&own), "copies of {} differ", part.hf_name);
+                    }
+                    no_grad(|| place.copy_(&own));
+                }
             }
-            let own = own.to_kind(Kind::Double);
-            if place.isnan().any().int64_value(&[]) == 0 {
-                assert!(place.equal(&own), "copies of {} differ", part.hf_name);
-            }
-            no_grad(|| place.copy_(&own));
         }
     }
 }

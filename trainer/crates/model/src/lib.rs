@@ -30,4 +30,4 @@ pub use inputs::{Inputs, take, targets};
 pub use llama::{Llama, Stage};
 pub use random::RandomStream;
 pub use residual::Residual;
-pub use weights::allocate;
+pub use weights::{allocate, allocate_sharded};

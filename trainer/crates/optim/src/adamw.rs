@@ -132,19 +132,28 @@ impl AdamW {
     }
 }
 
-/// The longest runs of the flat buffers whose parameters all decay, or all do not. The padding
-/// between two parameters of a run is updated with them: it is zero and stays so.
+/// The longest runs of what is owned whose parameters all decay, or all do not. The padding between
+/// two parameters of a run is updated with them: it is zero and stays so.
 fn runs(parameters: &ParameterSet, decay: bool) -> Vec<Range<i64>> {
+    let owned = parameters.owned();
     let mut runs: Vec<Range<i64>> = Vec::new();
     let mut open = false;
     for parameter in parameters.iter() {
-        if parameter.decay == decay {
-            match runs.last_mut() {
-                Some(run) if open => run.end = parameter.range.end,
-                _ => runs.push(parameter.range.clone()),
+        for run in &owned {
+            let low = parameter.range.start.max(run.elements.start);
+            let high = parameter.range.end.min(run.elements.end);
+            if low >= high {
+                continue;
             }
+            let place = |element| run.start + element - run.elements.start;
+            if parameter.decay == decay {
+                match runs.last_mut() {
+                    Some(last) if open => last.end = place(high),
+                    _ => runs.push(place(low)..place(high)),
+                }
+            }
+            open = parameter.decay == decay;
         }
-        open = parameter.decay == decay;
     }
     runs
 }

@@ -3,11 +3,16 @@
 //! Where an axis has one rank, the dense form is used, so that a run without parallelism is the
 //! oracle itself.
 
-use model::{Dense, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Result};
+use std::collections::HashMap;
+
+use model::{
+    Dense, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Residual, Result,
+};
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
 
 use crate::context::ContextGroup;
+use crate::shards::Shards;
 use crate::tensor::TensorGroup;
 
 /// Tokens whose logits are held at a time in the loss.
@@ -18,6 +23,18 @@ pub(crate) struct Sharded {
     pub(crate) tensor: Option<TensorGroup>,
     pub(crate) context: Option<ContextGroup>,
     pub(crate) recompute: Recompute,
+    /// Sharded weights, and the unit of each block.
+    pub(crate) shards: Option<(Shards, HashMap<usize, usize>)>,
+}
+
+impl Sharded {
+    /// The weight is there.
+    fn need(&self, weight: &Parameter) -> Result<()> {
+        match &self.shards {
+            Some((shards, _)) => Ok(shards.need(weight)?),
+            None => Ok(()),
+        }
+    }
 }
 
 impl LayerBuilder for Sharded {
@@ -27,6 +44,7 @@ impl LayerBuilder for Sharded {
     }
 
     fn embedding(&self, tokens_BS: &Tensor, weight: &Parameter) -> Result<Tensor> {
+        self.need(weight)?;
         match &self.tensor {
             Some(tensor) => Ok(tensor.embedding(tokens_BS, weight)?),
             None => Dense.embedding(tokens_BS, weight),
@@ -34,6 +52,7 @@ impl LayerBuilder for Sharded {
     }
 
     fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
+        self.need(weight)?;
         let Some(tensor) = &self.tensor else { return Dense.linear(x, weight, role) };
         Ok(match role {
             LinearRole::Qkv | LinearRole::GateUp => tensor.column(x, weight)?,
@@ -42,6 +61,7 @@ impl LayerBuilder for Sharded {
     }
 
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {
+        self.need(weight)?;
         Dense.norm(x_BSD, weight, eps)
     }
 
@@ -52,6 +72,7 @@ impl LayerBuilder for Sharded {
         weight: &Parameter,
         eps: f64,
     ) -> Result<(Tensor, Tensor)> {
+        self.need(weight)?;
         Dense.add_norm(stream_BSD, branch_BSD, weight, eps)
     }
 
@@ -77,6 +98,7 @@ impl LayerBuilder for Sharded {
         targets_BS: &Tensor,
         scale: f64,
     ) -> Result<Tensor> {
+        self.need(weight)?;
         match &self.tensor {
             Some(tensor) => Ok(tensor.loss(x_BSD, weight, targets_BS, scale, LOSS_CHUNK_TOKENS)?),
             None => Dense.loss(x_BSD, weight, targets_BS, scale),
@@ -85,5 +107,19 @@ impl LayerBuilder for Sharded {
 
     fn recompute(&self) -> Recompute {
         self.recompute
+    }
+
+    fn enter_block(&self, layer: usize, stream: Residual) -> Result<Residual> {
+        match self.shards.as_ref().and_then(|(shards, units)| Some((shards, units.get(&layer)?))) {
+            Some((shards, &unit)) => Ok(shards.enter(unit, stream)?),
+            None => Ok(stream),
+        }
+    }
+
+    fn leave_block(&self, layer: usize, stream: Residual) -> Result<Residual> {
+        match self.shards.as_ref().and_then(|(shards, units)| Some((shards, units.get(&layer)?))) {
+            Some((shards, &unit)) => Ok(shards.leave(unit, stream)?),
+            None => Ok(stream),
+        }
     }
 }

@@ -10,6 +10,7 @@
 mod buckets;
 mod builder;
 pub mod context;
+mod data;
 mod data_parallel;
 mod error;
 mod failure;
@@ -17,6 +18,7 @@ pub mod groups;
 mod pieces;
 mod pipeline;
 mod scalars;
+mod shards;
 mod slices;
 mod slot;
 mod tensor;

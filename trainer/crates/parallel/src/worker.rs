@@ -1,5 +1,6 @@
 //! One rank of a training run: its piece of the model, and the passes of a step over it.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,21 +9,22 @@ use layout::Schedule;
 use layout::mesh::Axis;
 use layout::plan::{PartialSum, SumOver, TensorPlace, partial_sums};
 use layout::schedule::Action;
-use model::{Inputs, LayerBuilder, Llama, Recompute, allocate};
+use model::{Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
 use model_spec::LocalParameter;
 use run_config::RunConfig;
 use torch_shim::ShimError;
-use torch_shim::params::ParameterSet;
+use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::builder::Sharded;
 use crate::context::{self, ContextGroup};
-use crate::data_parallel::DataParallel;
+use crate::data::Data;
 use crate::error::{ParallelError, Result};
 use crate::failure::Failure;
 use crate::groups::{Groups, tensor_place};
 use crate::pieces::{held, stages};
 use crate::pipeline::{Batch, Boundary};
+use crate::shards::Shards;
 use crate::tensor::TensorGroup;
 
 /// One micro-batch: what the model reads, and the targets `[B, S]`, of whole sequences.
@@ -47,7 +49,7 @@ pub struct Worker {
     pipeline: run_config::Pipeline,
     /// Whether the stream between chunks is cut along the sequence, over how many ranks.
     stream_parts: usize,
-    data_parallel: Option<DataParallel>,
+    data: Data,
     sums: Vec<PartialSum>,
     failure: Failure,
 }
@@ -71,16 +73,16 @@ impl Worker {
         let place = tensor_place(config, &groups.mesh, groups.rank);
         let held = held(config, place, &stages)?;
         let compute = config.precision.compute;
-        let params = allocate(&held, config.optimizer.decay_norms, compute, device)?;
-        // 3. Sequence, context and recomputation: how each layer's graph is built.
-        let builder: Arc<dyn LayerBuilder> = Arc::new(builder(config, &groups, place, &failure));
+        // 3. Shards: whose piece of each unit, so that no rank ever holds the state of another's.
+        let sharding = sharding(&groups);
+        let decay_norms = config.optimizer.decay_norms;
+        let params = allocate_sharded(&held, decay_norms, compute, device, sharding)?;
+        let data = Data::new(config, &groups, &params, &held, bucket_bytes, &failure)?;
+        // 4. Sequence, context and recomputation: how each layer's graph is built.
+        let builder = builder(config, &groups, place, &failure, data.shards(&params, &held));
+        let builder: Arc<dyn LayerBuilder> = Arc::new(builder);
         let chunk = |stage| Llama::new(model, stage, &params, builder.clone(), num_positions);
         let chunks = stages.into_iter().map(chunk).collect::<Result<_, _>>()?;
-        // 4. Data: sums of the gradients of what is held, once all else has made them.
-        let data_parallel = match &groups.data {
-            Some(data) => Some(DataParallel::new(&params, data.clone(), bucket_bytes)?),
-            None => None,
-        };
         Ok(Self {
             sums: partial_sums(model, place, &held, groups.tied_stages.is_some()),
             stream_parts: if place.sequence { place.ranks } else { 1 },
@@ -89,7 +91,7 @@ impl Worker {
             held,
             groups,
             chunks,
-            data_parallel,
+            data,
             failure,
         })
     }
@@ -101,9 +103,7 @@ impl Worker {
     /// Where libtorch or a peer fails; the gradients are worth nothing then.
     pub fn forward_backward(&self, passes: &[Pass], scale: f64) -> Result<f64> {
         let loss = self.run_step(passes, scale).map_err(|error| self.cause(error))?;
-        if let Some(data) = &self.data_parallel {
-            data.finish()?;
-        }
+        self.data.finish().map_err(|error| self.cause(error))?;
         self.sum_partial_gradients()?;
         Ok(if self.counts_loss() { loss } else { 0.0 })
     }
@@ -113,22 +113,21 @@ impl Worker {
         if let Some(error) = self.failure.take() {
             return error.into();
         }
-        match self.data_parallel.as_ref().map(DataParallel::finish) {
-            Some(Err(error)) => error,
-            _ => error,
+        match self.data.failure() {
+            Some(first) => first,
+            None => error,
         }
     }
 
     fn run_step(&self, passes: &[Pass], scale: f64) -> Result<f64> {
         let batches = passes.iter().map(|pass| self.own_part(pass)).collect::<Result<Vec<_>>>()?;
+        self.data.begin_step()?;
         let schedule = self.schedule(passes.len())?;
         let actions = schedule.actions(self.stage());
         let stage = self.at_work(schedule, &batches, (scale, true))?;
         stage.run(&actions, &batches, |action| {
-            if let Some(data) =
-                self.data_parallel.as_ref().filter(|_| self.is_last(action, passes.len()))
-            {
-                data.begin_last_micro_batch();
+            if self.is_last(action, passes.len()) {
+                self.data.begin_last_micro_batch();
             }
         })
     }
@@ -184,7 +183,7 @@ impl Worker {
 
     /// Where its piece of the model lives.
     pub fn device(&self) -> Device {
-        self.params.flat_grad().device()
+        self.params.owned_grad().device()
     }
 
     /// Whether this rank's loss is not another's too: tensor-parallel ranks all have the same.
@@ -213,12 +212,10 @@ impl Worker {
                 SumOver::TiedStages => &self.groups.tied_stages,
             };
             let Some(group) = group else { continue };
-            let views: Vec<Tensor> = self
-                .sums
-                .iter()
-                .filter(|sum| sum.over == over)
-                .map(|sum| self.gradient_rows(sum.parameter, &sum.rows))
-                .collect::<Result<_>>()?;
+            let mut views = Vec::new();
+            for sum in self.sums.iter().filter(|sum| sum.over == over) {
+                views.extend(self.gradient_rows(sum.parameter, &sum.rows)?);
+            }
             if !views.is_empty() {
                 sum_together(group.as_ref(), &views)?;
             }
@@ -226,12 +223,20 @@ impl Worker {
         Ok(())
     }
 
-    fn gradient_rows(&self, parameter: usize, rows: &Range<usize>) -> Result<Tensor> {
+    /// What is owned of the gradient of some rows of a parameter.
+    fn gradient_rows(&self, parameter: usize, rows: &Range<usize>) -> Result<Vec<Tensor>> {
         let parameter = self.params.at(parameter);
         let parameter = parameter
             .ok_or_else(|| ShimError::Invalid("a sum of a parameter that is not held".into()))?;
-        let rows = parameter.grad.f_narrow(0, rows.start as i64, rows.len() as i64);
-        Ok(rows.map_err(ShimError::from)?)
+        let width: i64 = parameter.shape.iter().skip(1).product();
+        let start = parameter.range.start + rows.start as i64 * width;
+        let range = start..start + rows.len() as i64 * width;
+        owned_parts(&self.params, &range).map(|part| self.gradient(&part)).collect()
+    }
+
+    fn gradient(&self, owned: &Range<i64>) -> Result<Tensor> {
+        let part = self.params.owned_grad().f_narrow(0, owned.start, owned.end - owned.start);
+        Ok(part.map_err(ShimError::from)?)
     }
 
     /// The gradients that count here in the norm of all: each element of the model counts on one
@@ -240,20 +245,35 @@ impl Worker {
     /// # Errors
     /// Where libtorch refuses.
     pub fn counted_gradients(&self) -> Result<Vec<Tensor>> {
-        let axes = [Axis::Context, Axis::Shard, Axis::Replicate];
+        let axes = [Axis::Context, Axis::Replicate];
         if axes.iter().any(|&axis| self.groups.coordinate(axis) > 0) {
             // Ranks that differ in their tokens alone have the same gradients.
             return Ok(Vec::new());
         }
-        let narrow = |range: &Range<i64>| {
-            self.params.flat_grad().f_narrow(0, range.start, range.end - range.start)
-        };
-        let ranges = counted(&self.held, &self.params);
-        Ok(ranges.iter().map(narrow).collect::<Result<_, _>>().map_err(ShimError::from)?)
+        counted(&self.held, &self.params).iter().map(|run| self.gradient(run)).collect()
+    }
+
+    /// Says that the master weights were written: the weights that compute follow them.
+    ///
+    /// # Errors
+    /// Where libtorch or a peer fails.
+    pub fn weights_changed(&self) -> Result<()> {
+        self.data.weights_changed().map_err(|error| self.cause(error))
     }
 }
 
-/// The longest runs of the flat buffers whose elements all count here; the padding between two
+/// What is owned of a run of the flat index space, in the buffers of what is owned.
+fn owned_parts(params: &ParameterSet, range: &Range<i64>) -> impl Iterator<Item = Range<i64>> {
+    let range = range.clone();
+    params.owned().into_iter().filter_map(move |owned| {
+        let low = range.start.max(owned.elements.start);
+        let high = range.end.min(owned.elements.end);
+        let start = owned.start + low - owned.elements.start;
+        (low < high).then(|| start..start + high - low)
+    })
+}
+
+/// The longest runs of what is owned whose elements all count here; the padding between two
 /// parameters, which is zero, with them.
 fn counted(held: &[LocalParameter], params: &ParameterSet) -> Vec<Range<i64>> {
     let mut runs: Vec<Range<i64>> = Vec::new();
@@ -262,13 +282,14 @@ fn counted(held: &[LocalParameter], params: &ParameterSet) -> Vec<Range<i64>> {
         let width: usize = local.shape.iter().skip(1).product();
         for part in &local.parts {
             let start = parameter.range.start + (part.row_start * width) as i64;
-            let end = start + part.num_elements() as i64;
-            match runs.last_mut() {
-                Some(run) if open && part.counts => run.end = end,
-                _ if part.counts => runs.push(start..end),
-                _ => {}
+            for owned in owned_parts(params, &(start..start + part.num_elements() as i64)) {
+                match runs.last_mut() {
+                    Some(run) if open && part.counts => run.end = owned.end,
+                    _ if part.counts => runs.push(owned),
+                    _ => {}
+                }
+                open = part.counts;
             }
-            open = part.counts;
         }
     }
     runs
@@ -291,7 +312,21 @@ fn sum_together(group: &dyn Communicator, views: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
-fn builder(config: &RunConfig, groups: &Groups, place: TensorPlace, failure: &Failure) -> Sharded {
+/// This rank's place among those that cut one copy among them.
+fn sharding(groups: &Groups) -> Sharding {
+    Sharding {
+        ranks: groups.degree(Axis::Shard) as i64,
+        rank: groups.coordinate(Axis::Shard) as i64,
+    }
+}
+
+fn builder(
+    config: &RunConfig,
+    groups: &Groups,
+    place: TensorPlace,
+    failure: &Failure,
+    shards: Option<(Shards, HashMap<usize, usize>)>,
+) -> Sharded {
     let tensor = groups.tensor.as_ref().map(|comm| TensorGroup {
         comm: comm.clone(),
         sequence: place.sequence,
@@ -306,5 +341,5 @@ fn builder(config: &RunConfig, groups: &Groups, place: TensorPlace, failure: &Fa
         run_config::Recompute::Selective => Recompute::Attention,
         run_config::Recompute::Full => Recompute::Block,
     };
-    Sharded { tensor, context, recompute }
+    Sharded { tensor, context, recompute, shards }
 }

@@ -43,6 +43,8 @@ struct PostAccumulateHook : torch::autograd::PostAccumulateGradHook {
 
 extern "C" {
 
+bool phx_is_recording() { return c10::GradMode::is_enabled(); }
+
 void phx_free(void* pointer) { std::free(pointer); }
 
 // Takes both closures over whatever happens.

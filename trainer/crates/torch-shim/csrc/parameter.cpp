@@ -2,6 +2,7 @@
 #include "parameter.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/Allocator.h>
 
 using at::Tensor;
 using phalanx::guarded;
@@ -22,6 +23,26 @@ char* phx_hook_clear(ReadyHook* hook) {
 }
 
 void phx_hook_free(ReadyHook* hook) { c10::intrusive_ptr<ReadyHook>::reclaim(hook); }
+
+// The memory of a tensor that is all of its storage goes and comes back, while views and what autograd saved keep the
+// same storage object.
+char* phx_storage_release(Tensor* tensor) {
+  return guarded([&] {
+    auto* storage = tensor->storage().unsafeGetStorageImpl();
+    storage->set_data_ptr_noswap(c10::DataPtr(nullptr, tensor->device()));
+    storage->set_nbytes(0);
+  });
+}
+
+char* phx_storage_allocate(Tensor* tensor) {
+  return guarded([&] {
+    auto* storage = tensor->storage().unsafeGetStorageImpl();
+    size_t bytes = tensor->numel() * tensor->element_size();
+    if (storage->nbytes() == bytes) return;
+    storage->set_data_ptr_noswap(c10::GetAllocator(tensor->device().type())->allocate(bytes));
+    storage->set_nbytes(bytes);
+  });
+}
 
 char* phx_hook_defer(ReadyHook* hook) {
   return guarded([&] { hook->deferred = c10::make_intrusive<phalanx::Deferred>(); });

@@ -14,6 +14,12 @@ use crate::sys;
 /// Tensors in and out of a closure; `None` stands for an undefined one (no gradient).
 pub type Tensors = Vec<Option<Tensor>>;
 
+/// Whether gradients are on, so that what is computed now records a graph.
+pub fn is_recording() -> bool {
+    // SAFETY: reads a thread-local flag.
+    unsafe { sys::phx_is_recording() }
+}
+
 /// Runs `forward` on `inputs` as one node of the graph, with `backward` as its derivative.
 /// `forward` runs with gradients off and returns `num_out` tensors; `backward` gets the outputs'
 /// gradients and returns one for each input.

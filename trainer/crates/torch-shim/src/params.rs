@@ -41,7 +41,7 @@ pub struct Parameter {
     /// What forward and backward read: a leaf that requires a gradient.
     pub compute: Tensor,
     /// What the optimizer updates (FP32, or FP64): the same storage as `compute` where the dtypes
-    /// are equal.
+    /// are equal; empty where the set is sharded, which owns pieces of units.
     pub master: Tensor,
     /// The accumulator (FP32, or FP64) that the fused operators add to.
     pub grad: Tensor,
@@ -148,14 +148,82 @@ pub struct Owned {
     pub start: i64,
 }
 
+/// Over how many ranks the master weights, their gradients and their state are cut, and which of
+/// them this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sharding {
+    /// Ranks.
+    pub ranks: i64,
+    /// Which of them.
+    pub rank: i64,
+}
+
+impl Sharding {
+    /// One rank owns all.
+    pub const NONE: Self = Self { ranks: 1, rank: 0 };
+}
+
+/// Memory that can be given back and taken again while views of it live on. The values are lost.
+#[derive(Debug)]
+pub struct Memory(Tensor);
+
+impl Memory {
+    /// All of it: `[elements]`.
+    pub fn tensor(&self) -> &Tensor {
+        &self.0
+    }
+
+    /// Another owner of the same memory.
+    pub fn share(&self) -> Memory {
+        Memory(self.0.shallow_clone())
+    }
+
+    /// Gives the memory back; what views it must not be read until it is taken again.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn release(&self) -> Result<()> {
+        // SAFETY: the tensor is all of its storage, and lives through the call.
+        check(unsafe { sys::phx_storage_release(raw(&self.0)) })
+    }
+
+    /// Takes memory, of any content; nothing happens where it is there.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn take(&self) -> Result<()> {
+        // SAFETY: as above.
+        check(unsafe { sys::phx_storage_allocate(raw(&self.0)) })
+    }
+}
+
+/// Parameters whose weights are gathered, and whose gradients are reduced, together.
+#[derive(Debug)]
+pub struct Unit {
+    /// Their places in the set.
+    pub parameters: Range<usize>,
+    /// Their elements of the flat index space, padding included.
+    pub elements: Range<i64>,
+    /// What of them is this rank's.
+    pub owned: Owned,
+    /// The weights that compute, `[elements]`.
+    pub compute: Memory,
+    /// The accumulators, `[elements]`.
+    pub grad: Memory,
+}
+
 /// All parameters of a model (or of a shard of one) and their flat buffers.
+///
+/// Every parameter has a place in one flat index space. A set that is not sharded has one buffer
+/// of each kind over all of it. A sharded one has buffers of each unit, and of what this rank owns.
 #[derive(Debug)]
 pub struct ParameterSet {
     parameters: Vec<Parameter>,
     by_name: BTreeMap<String, usize>,
+    units: Vec<Unit>,
+    sharding: Sharding,
     master: Tensor,
-    compute: Tensor,
-    grad: Tensor,
+    owned_grad: Tensor,
     hook: Hook,
 }
 
@@ -171,42 +239,93 @@ impl ParameterSet {
         master: Kind,
         device: Device,
     ) -> Result<Self> {
+        Self::sharded(vec![specs], (compute, master), device, Sharding::NONE)
+    }
+
+    /// As [`ParameterSet::new`], in units, with master weights and state cut over ranks: each unit's
+    /// elements in as many equal pieces. Without cuts, all are one unit.
+    ///
+    /// # Errors
+    /// As [`ParameterSet::new`].
+    pub fn sharded(
+        units: Vec<Vec<ParameterSpec>>,
+        (compute, master): (Kind, Kind),
+        device: Device,
+        sharding: Sharding,
+    ) -> Result<Self> {
         check_kinds(compute, master)?;
-        let mut starts = Vec::with_capacity(specs.len());
-        let mut total = 0;
-        for spec in &specs {
-            starts.push(total);
-            let elements: i64 = spec.shape.iter().product();
-            total += (elements + ALIGNMENT_ELEMENTS - 1) / ALIGNMENT_ELEMENTS * ALIGNMENT_ELEMENTS;
-        }
-        let master_buffer = Tensor::f_zeros([total], (master, device))?;
-        let compute_buffer = if compute == master {
-            master_buffer.shallow_clone()
-        } else {
-            Tensor::f_zeros([total], (compute, device))?
+        let Sharding { ranks, rank } = sharding;
+        let units = if ranks == 1 { vec![units.concat()] } else { units };
+        let ends = |specs: &[ParameterSpec]| -> Vec<i64> {
+            let sizes = specs.iter().map(|spec| spec.shape.iter().product());
+            let end = |at: &mut i64, size: i64| {
+                *at += up_to_multiple(size, ALIGNMENT_ELEMENTS);
+                Some(*at)
+            };
+            sizes.scan(0, end).collect()
         };
-        let grad = Tensor::f_zeros([total], (master, device))?;
+        let length = |specs: &Vec<ParameterSpec>| {
+            up_to_multiple(ends(specs).last().copied().unwrap_or(0), ALIGNMENT_ELEMENTS * ranks)
+        };
+        let total: i64 = units.iter().map(length).sum();
+        let owned_master = Tensor::f_zeros([total / ranks], (master, device))?;
+        // Without shards, what is owned is what there is.
+        let shared = ranks == 1;
+        let owned_grad = Tensor::f_zeros([total / ranks], (master, device))?;
         let mut set = ParameterSet {
-            parameters: Vec::with_capacity(specs.len()),
+            parameters: Vec::new(),
             by_name: BTreeMap::new(),
-            master: master_buffer,
-            compute: compute_buffer,
-            grad,
+            units: Vec::with_capacity(units.len()),
+            sharding,
+            master: owned_master,
+            owned_grad,
             hook: new_hook()?,
         };
-        for (spec, start) in specs.into_iter().zip(starts) {
-            set.push(spec, start)?;
+        let mut first = 0;
+        for specs in units {
+            let elements = first..first + length(&specs);
+            first = elements.end;
+            let size = elements.end - elements.start;
+            let share = size / ranks;
+            let start = elements.start / ranks;
+            let mine = elements.start + rank * share;
+            let zeros = |kind| Tensor::f_zeros([size], (kind, device));
+            let compute_buffer = match shared && compute == master {
+                true => set.master.shallow_clone(),
+                false => zeros(compute)?,
+            };
+            let grad = if shared { set.owned_grad.shallow_clone() } else { zeros(master)? };
+            let place = set.parameters.len();
+            set.units.push(Unit {
+                parameters: place..place + specs.len(),
+                owned: Owned { elements: mine..mine + share, start },
+                elements: elements.clone(),
+                compute: Memory(compute_buffer),
+                grad: Memory(grad),
+            });
+            let mut start = 0;
+            for (end, spec) in ends(&specs).into_iter().zip(specs) {
+                set.push(spec, start, elements.start)?;
+                start = end;
+            }
         }
         Ok(set)
     }
 
-    fn push(&mut self, spec: ParameterSpec, start: i64) -> Result<()> {
+    /// Adds a parameter of the newest unit, `start` elements into it.
+    fn push(&mut self, spec: ParameterSpec, start: i64, unit_start: i64) -> Result<()> {
         let index = self.parameters.len();
         let elements: i64 = spec.shape.iter().product();
         let view =
             |buffer: &Tensor| buffer.f_narrow(0, start, elements)?.f_view(spec.shape.as_slice());
-        let compute = view(&self.compute)?.f_detach()?.f_set_requires_grad(true)?;
-        let (master, grad) = (view(&self.master)?, view(&self.grad)?);
+        let none = || ShimError::Invalid("a parameter without a unit".to_string());
+        let unit = self.units.last().ok_or_else(none)?;
+        let compute = view(&unit.compute.0)?.f_detach()?.f_set_requires_grad(true)?;
+        let grad = view(&unit.grad.0)?;
+        let master = match self.sharding.ranks {
+            1 => view(&self.master)?,
+            _ => self.master.f_narrow(0, 0, 0)?,
+        };
         let mut handle = null_mut();
         // SAFETY: the tensors and the hook live through the call; the shim keeps references of its
         // own.
@@ -218,7 +337,7 @@ impl ParameterSet {
             return Err(ShimError::Invalid(format!("the parameter {} comes twice", spec.name)));
         }
         let ParameterSpec { name, shape, decay } = spec;
-        let range = start..start + elements;
+        let range = unit_start + start..unit_start + start + elements;
         let parameter =
             Parameter { index, name, shape, compute, master, grad, decay, range, handle };
         self.parameters.push(parameter);
@@ -260,24 +379,36 @@ impl ParameterSet {
         self.parameters.get(index)
     }
 
-    /// The master weights of all, padding included: `[elements]`.
+    /// The master weights of all, padding included: `[elements]`; of what is owned where the set
+    /// is sharded.
     pub fn flat_master(&self) -> &Tensor {
         &self.master
     }
 
-    /// The compute copy of all (the master itself where the dtypes are equal): `[elements]`.
+    /// The compute copy of all (the master itself where the dtypes are equal): `[elements]`; of the
+    /// first unit where the set is sharded.
     pub fn flat_compute(&self) -> &Tensor {
-        &self.compute
+        self.units.first().map_or(&self.master, |unit| &unit.compute.0)
     }
 
-    /// The gradient accumulators of all: `[elements]`.
+    /// The gradient accumulators of all: `[elements]`; of what is owned where the set is sharded.
     pub fn flat_grad(&self) -> &Tensor {
-        &self.grad
+        &self.owned_grad
     }
 
-    /// What of the flat buffers is this rank's to update and to save.
+    /// The units: what is gathered and reduced together.
+    pub fn units(&self) -> &[Unit] {
+        &self.units
+    }
+
+    /// How the set is cut over ranks.
+    pub fn sharding(&self) -> Sharding {
+        self.sharding
+    }
+
+    /// What of the flat index space is this rank's to update and to save.
     pub fn owned(&self) -> Vec<Owned> {
-        vec![Owned { elements: 0..self.master.numel() as i64, start: 0 }]
+        self.units.iter().map(|unit| unit.owned.clone()).collect()
     }
 
     /// The master weights of what is owned: `[elements]`.
@@ -285,33 +416,39 @@ impl ParameterSet {
         &self.master
     }
 
+    /// The gradients of what is owned: `[elements]`.
+    pub fn owned_grad(&self) -> &Tensor {
+        &self.owned_grad
+    }
+
     /// The type that forward and backward compute in.
     pub fn compute_kind(&self) -> Kind {
-        self.compute.kind()
+        self.flat_compute().kind()
     }
 
-    /// Whether the compute weights are a copy, apart from the master weights.
+    /// Whether the compute weights are of another type than the master weights.
     pub fn has_compute_copy(&self) -> bool {
-        self.compute.kind() != self.master.kind()
+        self.compute_kind() != self.master.kind()
     }
 
-    /// Clears all gradients.
+    /// Clears the gradients of what is owned.
     ///
     /// # Errors
     /// When libtorch refuses.
     pub fn zero_grad(&self) -> Result<()> {
-        self.grad.shallow_clone().f_zero_().map(drop)?;
+        self.owned_grad.shallow_clone().f_zero_().map(drop)?;
         Ok(())
     }
 
-    /// Casts the master weights into the compute copy; nothing to do where they are one.
+    /// Casts the master weights into the compute copy. Nothing to do where they are one; a sharded
+    /// set's weights must be gathered from all ranks instead.
     ///
     /// # Errors
     /// When libtorch refuses.
     pub fn refresh_compute(&self) -> Result<()> {
-        if self.has_compute_copy() {
+        if self.has_compute_copy() && self.sharding.ranks == 1 {
             let _guard = tch::no_grad_guard();
-            self.compute.shallow_clone().f_copy_(&self.master).map(drop)?;
+            self.flat_compute().shallow_clone().f_copy_(&self.master).map(drop)?;
         }
         Ok(())
     }
@@ -360,6 +497,10 @@ impl ParameterSet {
         // SAFETY: the hook is alive with `self`.
         check(unsafe { sys::phx_hook_clear(self.hook.0) })
     }
+}
+
+fn up_to_multiple(size: i64, of: i64) -> i64 {
+    (size + of - 1) / of * of
 }
 
 fn new_hook() -> Result<Hook> {

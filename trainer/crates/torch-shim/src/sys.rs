@@ -188,6 +188,9 @@ unsafe extern "C" {
     ) -> ErrorText;
     pub(crate) fn phx_parameter_share(parameter: *mut RawParameter) -> *mut RawParameter;
     pub(crate) fn phx_parameter_free(parameter: *mut RawParameter);
+    pub(crate) fn phx_is_recording() -> bool;
+    pub(crate) fn phx_storage_release(tensor: RawTensor) -> ErrorText;
+    pub(crate) fn phx_storage_allocate(tensor: RawTensor) -> ErrorText;
     pub(crate) fn phx_hook_defer(hook: *mut RawHook) -> ErrorText;
     pub(crate) fn phx_hook_take_deferred(
         hook: *mut RawHook,

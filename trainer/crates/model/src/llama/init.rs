@@ -7,6 +7,7 @@
 use crate::error::Result;
 use crate::random::RandomStream;
 use model_spec::{Init, LocalParameter, LocalPart};
+use std::ops::Range;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Tensor, no_grad};
 
@@ -52,37 +53,55 @@ fn fill_piece(stream: RandomStream, std: f64, first: u64, out: &mut [f32]) {
     }
 }
 
-/// Writes the initial values of what is held into the master copies, and refreshes the compute
+/// Writes the initial values of what is owned into the master copies, and refreshes the compute
 /// copies. `held` is what `parameters` was allocated from.
 ///
 /// # Errors
 /// Where libtorch refuses the copies.
 pub fn initialize(seed: u64, held: &[LocalParameter], parameters: &ParameterSet) -> Result<()> {
+    let owned = parameters.owned();
     for (local, parameter) in held.iter().zip(parameters.iter()) {
-        match local.spec.init {
-            Init::Ones => fill_ones(&parameter.master)?,
-            Init::Normal { std } => fill_parts(seed, local, std, &parameter.master)?,
+        let width: usize = local.shape.iter().skip(1).product();
+        for part in &local.parts {
+            let first = parameter.range.start as usize + part.row_start * width;
+            for run in &owned {
+                let (from, to) = (run.elements.start as usize, run.elements.end as usize);
+                let (low, high) = (first.max(from), (first + part.num_elements()).min(to));
+                if low >= high {
+                    continue;
+                }
+                let start = run.start as usize + low - from;
+                let target = parameters.owned_master();
+                let target = target.f_narrow(0, start as i64, (high - low) as i64)?;
+                match local.spec.init {
+                    Init::Ones => fill_ones(&target)?,
+                    Init::Normal { std } => {
+                        fill_elements(seed, part, std, low - first..high - first, &target)?;
+                    }
+                }
+            }
         }
     }
     parameters.refresh_compute()?;
     Ok(())
 }
 
-/// Fills a fused parameter, each part with its elements of the tensor that it is outside.
-fn fill_parts(seed: u64, local: &LocalParameter, std: f64, master: &Tensor) -> Result<()> {
-    let flat = master.f_view([-1])?;
-    let width: usize = local.shape.iter().skip(1).product();
-    let mut chunk = vec![0.0_f32; CHUNK_ELEMENTS.min(flat.numel())];
-    for part in &local.parts {
-        let whole_width = part.shape.get(1).copied().unwrap_or(1);
-        let (start, count) = (part.row_start * width, part.num_elements());
-        for offset in (0..count).step_by(CHUNK_ELEMENTS) {
-            let length = CHUNK_ELEMENTS.min(count - offset);
-            fill_run(seed, part, std, (offset, width, whole_width), &mut chunk[..length]);
-            let values = Tensor::f_from_slice(&chunk[..length])?;
-            let mut target = flat.f_narrow(0, (start + offset) as i64, length as i64)?;
-            no_grad(|| target.f_copy_(&values))?;
-        }
+/// Fills a buffer with the elements `range` of a part, counted as they are held.
+fn fill_elements(
+    seed: u64,
+    part: &LocalPart,
+    std: f64,
+    range: Range<usize>,
+    target: &Tensor,
+) -> Result<()> {
+    let widths = (part.columns.len(), part.shape.get(1).copied().unwrap_or(1));
+    let mut chunk = vec![0.0_f32; CHUNK_ELEMENTS.min(range.len())];
+    for offset in range.clone().step_by(CHUNK_ELEMENTS) {
+        let length = CHUNK_ELEMENTS.min(range.end - offset);
+        fill_run(seed, part, std, (offset, widths.0, widths.1), &mut chunk[..length]);
+        let values = Tensor::f_from_slice(&chunk[..length])?;
+        let mut place = target.f_narrow(0, (offset - range.start) as i64, length as i64)?;
+        no_grad(|| place.f_copy_(&values))?;
     }
     Ok(())
 }
@@ -96,6 +115,7 @@ fn fill_run(
     out: &mut [f32],
 ) {
     for piece in part.rectangles(offset..offset + out.len()) {
+        // Whole rows lie one after another in the whole tensor too.
         let rows = if width == whole_width { 1 } else { piece.rows.len() };
         let run = piece.num_elements() / rows;
         for row in 0..rows {
