@@ -5,32 +5,10 @@
 #[path = "layouts/harness.rs"]
 mod harness;
 
-use harness::{Trained, config, train};
-use torch_shim::tch::Tensor;
+use harness::{compare, config, train};
 
 /// Steps compared.
 const STEPS: usize = 10;
-
-fn relative(a: f64, b: f64) -> f64 {
-    (a - b).abs() / b.abs()
-}
-
-#[track_caller]
-fn compare(found: &Trained, expected: &Trained, limit: f64, what: &str) {
-    for (step, (a, b)) in found.losses.iter().zip(&expected.losses).enumerate() {
-        assert!(relative(*a, *b) < limit, "{what}: loss of step {step}: {a} for {b}");
-    }
-    for (step, (a, b)) in found.norms.iter().zip(&expected.norms).enumerate() {
-        assert!(relative(*a, *b) < limit, "{what}: norm of step {step}: {a} for {b}");
-    }
-    assert!(found.weights.keys().eq(expected.weights.keys()));
-    for (name, weight) in &found.weights {
-        let expected = &expected.weights[name];
-        let norm = |x: &Tensor| x.norm().double_value(&[]);
-        let difference = norm(&(weight - expected)) / norm(expected);
-        assert!(difference < limit, "{what}: {name} is off by {difference:e}");
-    }
-}
 
 /// Trains each layout and the unsharded model on one rank, both with `base`, and compares them.
 #[track_caller]

@@ -153,6 +153,38 @@ fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
     }
 }
 
+fn relative(a: f64, b: f64) -> f64 {
+    (a - b).abs() / b.abs()
+}
+
+/// Losses, norms and weights are those expected but for a relative difference of `limit`.
+#[track_caller]
+pub fn compare(found: &Trained, expected: &Trained, limit: f64, what: &str) {
+    for (step, (a, b)) in found.norms.iter().zip(&expected.norms).enumerate() {
+        assert!(relative(*a, *b) < limit, "{what}: norm of step {step}: {a} for {b}");
+    }
+    compare_losses_and_weights(found, expected, limit, what);
+}
+
+/// As [`compare`], without the norms.
+#[track_caller]
+pub fn compare_losses_and_weights(found: &Trained, expected: &Trained, limit: f64, what: &str) {
+    for (step, (a, b)) in found.losses.iter().zip(&expected.losses).enumerate() {
+        assert!(relative(*a, *b) < limit, "{what}: loss of step {step}: {a} for {b}");
+    }
+    assert!(found.weights.keys().eq(expected.weights.keys()));
+    for (name, weight) in &found.weights {
+        let expected = &expected.weights[name];
+        let norm = |x: &Tensor| x.norm().double_value(&[]);
+        let difference = norm(&(weight - expected)) / norm(expected);
+        assert!(difference < limit, "{what}: {name} is off by {difference:e}");
+    }
+}
+
+fn relative(a: f64, b: f64) -> f64 {
+    (a - b).abs() / b.abs()
+}
+
 /// A step's micro-batches of this rank, and how many targets they have. Documents of uneven
 /// lengths, some tokens without a target.
 fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
