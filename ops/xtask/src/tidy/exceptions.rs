@@ -7,6 +7,7 @@ use super::source::{Source, words};
 /// Files and folders (ending in '/') in which `unsafe` may stand.
 const UNSAFE_ALLOWED: &[(&str, &str)] = &[
     ("trainer/crates/torch-shim/src/", "the one crate that calls libtorch"),
+    ("trainer/crates/nccl-rs/src/", "the one crate that calls NCCL"),
     ("launcher/src/supervisor/unix.rs", "what a child does between fork and exec"),
     ("trainer/crates/checkpoint-format/src/mapped.rs", "memory maps of read-only files"),
 ];

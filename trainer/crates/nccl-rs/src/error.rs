@@ -50,7 +50,10 @@ pub enum NcclError {
         version: Version,
     },
     /// NCCL refused a call, or reports that earlier work failed.
-    #[error("group {group}: {function} failed with code {code} ({meaning}): {detail}; hint: {hint}")]
+    #[error(
+        "group {group}: {function} failed with code {code} ({meaning}): {detail}; hint: {}",
+        hint(*code)
+    )]
     Call {
         /// The communicator's name.
         group: String,
@@ -62,8 +65,6 @@ pub enum NcclError {
         meaning: String,
         /// NCCL's last error, which may be of an earlier call.
         detail: String,
-        /// What to do.
-        hint: &'static str,
     },
     /// Work was not done in time.
     #[error(
@@ -107,9 +108,11 @@ pub enum NcclError {
 }
 
 /// What to do about a code.
-pub(crate) fn hint(code: i32) -> &'static str {
+fn hint(code: i32) -> &'static str {
     match code {
-        1 => "a CUDA call failed: look at the GPU's driver and free memory; NCCL_DEBUG=WARN names it",
+        1 => {
+            "a CUDA call failed: look at the GPU's driver and free memory; NCCL_DEBUG=WARN names it"
+        }
         2 => {
             "a system call failed: look at NCCL_SOCKET_IFNAME, /dev/shm and the limit on open \
              files; NCCL_DEBUG=WARN names it"
@@ -121,6 +124,7 @@ pub(crate) fn hint(code: i32) -> &'static str {
              they issue"
         }
         6 => "a peer ended or the network broke: look at the first error of the other ranks",
+        8 => "NCCL's own time-out has passed: a rank is missing or stalled",
         _ => "NCCL_DEBUG=WARN says more",
     }
 }

@@ -10,9 +10,10 @@
 //!
 //! **Who keeps the memory alive.** This crate sees addresses, not owners. A [`DeviceBuffer`]'s
 //! memory must stay allocated, and its output untouched, from the call until the work has passed
-//! its [`Stream`], or until an abort has returned; a stream must live as long. The caller holds
-//! what owns them until an event behind the work has passed. On the host these addresses are never
-//! followed; a GPU that is given a dangling one reads or writes whatever lies there now.
+//! its [`Stream`]; a stream must live as long. The caller holds what owns them until an event
+//! behind the work has passed, after an abort too: that makes the work leave the stream, soon but
+//! not at once. On the host these addresses are never followed; a GPU that is given a dangling one
+//! reads or writes whatever lies there now.
 //!
 //! **Threads.** Any thread may use a communicator; its calls take turns. The calls of different
 //! communicators on one device should come from one thread, in the same order on every rank:

@@ -1,5 +1,6 @@
 //! Finding NCCL's library, and what needs no communicator.
 
+use std::error::Error;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::error::{NcclError, Result};
 use crate::result::{self, Api};
-use crate::sys::Functions;
+use crate::sys::{Functions, GET_VERSION};
 use crate::types::UniqueId;
 
 /// Where to look for the library, in the order of the fields.
@@ -33,7 +34,8 @@ impl Search {
     /// The places, each once.
     fn places(&self) -> Vec<PathBuf> {
         let file = |folder: &Path| folder.join(&self.name);
-        let given = self.path.iter().map(|path| if path.is_dir() { file(path) } else { path.clone() });
+        let given =
+            self.path.iter().map(|path| if path.is_dir() { file(path) } else { path.clone() });
         let linker = [PathBuf::from(&self.name)];
         let beside = self.libtorch_lib.iter().map(|lib| {
             // Links are followed first: `..` of a link's target is meant.
@@ -96,7 +98,7 @@ impl Nccl {
                     }
                     return adopt(library, &place);
                 }
-                Err(error) => tried.push(format!("{} ({error})", place.display())),
+                Err(error) => tried.push(failure(&place, &error)),
             }
         }
         Err(NcclError::Absent { name: search.name.clone(), tried })
@@ -134,14 +136,24 @@ fn open(place: &Path) -> Result<Library, libloading::Error> {
     unsafe { Library::open(Some(place), RTLD_NOW | RTLD_LOCAL) }
 }
 
+/// The place and the linker's words, which mostly begin with the place.
+fn failure(place: &Path, error: &libloading::Error) -> String {
+    let words = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let place = place.display().to_string();
+    let place_and_colon = format!("{place}: ");
+    format!("{place} ({})", words.strip_prefix(&place_and_colon).unwrap_or(&words))
+}
+
 fn adopt(library: Library, place: &Path) -> Result<Nccl> {
     let path = place.to_path_buf();
     let version = result::version(&library);
+    let missing = |symbol: &str| {
+        let (path, symbol) = (path.clone(), symbol.to_string());
+        NcclError::MissingSymbol { path, version, symbol }
+    };
     // SAFETY: the library says that it is NCCL by its name; it is never unloaded, see below.
-    let functions = unsafe { Functions::find(&library) }.map_err(|symbol| {
-        NcclError::MissingSymbol { path: path.clone(), version, symbol: symbol.to_string() }
-    })?;
-    let version = version.unwrap_or(Version { major: 0, minor: 0, patch: 0 });
+    let functions = unsafe { Functions::find(&library) }.map_err(missing)?;
+    let version = version.ok_or_else(|| missing(GET_VERSION))?;
     if version < Version::OLDEST {
         return Err(NcclError::TooOld { path, version });
     }
@@ -157,7 +169,8 @@ mod tests {
 
     #[test]
     fn versions_are_read_as_the_header_writes_them() {
-        let check = |code, expected: &str| assert_eq!(Version::from_code(code).to_string(), expected);
+        let check =
+            |code, expected: &str| assert_eq!(Version::from_code(code).to_string(), expected);
         check(22_809, "2.28.9");
         check(21_903, "2.19.3");
         check(20_906, "2.9.6");

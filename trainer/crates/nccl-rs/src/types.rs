@@ -67,8 +67,8 @@ impl ReduceOp {
 /// Contiguous elements in a device's memory: an address, not an owner.
 ///
 /// Whoever makes one answers for it: the memory is of the communicator's device, holds that many
-/// elements, and lives until the work it is given to has passed its stream, or an abort has
-/// returned. The crate's page says more.
+/// elements, and lives until the work it is given to has passed its stream. The crate's page says
+/// more.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DeviceBuffer {
     address: usize,
