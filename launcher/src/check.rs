@@ -2,6 +2,7 @@
 
 use crate::error::UserError;
 use crate::pipeline::PipelinePlan;
+use crate::plan::LayoutPlan;
 use crate::print::err;
 use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
@@ -51,6 +52,7 @@ struct Plan {
     memory: Memory,
     /// `None` where there is one stage.
     pipeline: Option<PipelinePlan>,
+    layout: LayoutPlan,
     parameters: u64,
     /// Tokens per sequence, and FLOP per token with full attention and with its causal half.
     flops: (usize, f64, f64),
@@ -84,11 +86,14 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
     let first_steps: Vec<u64> = first_steps(stages).into_iter().flatten().collect();
     let pipeline = PipelinePlan::new(&config, &mesh, &first_steps)
         .map_err(|error| conflict("parallelism.pipeline", error.to_string()))?;
+    let layout = LayoutPlan::new(&config, &mesh, &first_steps)
+        .map_err(|error| conflict("parallelism", error.to_string()))?;
     let longest = stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(1);
     let flops = |convention| flops_per_token(&config.model, longest, convention);
     Ok(Plan {
         memory: memory_per_rank(&config, &mesh),
         pipeline,
+        layout,
         parameters: num_parameters(&config.model),
         flops: (longest, flops(FlopConvention::FullAttention), flops(FlopConvention::CausalHalf)),
         first_steps,
@@ -181,6 +186,8 @@ impl Plan {
             "precision": c.precision,
             "memory_per_rank": memory,
             "pipeline": self.pipeline.as_ref().map(PipelinePlan::json),
+            "plan": self.layout.parameters_json(),
+            "communication": self.layout.communication_json(),
             "flops_per_token": {
                 "sequence_length": self.flops.0,
                 "full_attention": self.flops.1,
@@ -226,6 +233,7 @@ impl Plan {
         if let Some(pipeline) = &self.pipeline {
             out.push_str(&pipeline.drawing());
         }
+        out.push_str(&self.layout.tables());
         for note in &self.notes {
             let _ = writeln!(out, "{note}");
         }

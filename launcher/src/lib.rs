@@ -17,6 +17,7 @@ pub mod init_from;
 pub mod logs;
 pub mod machine;
 mod pipeline;
+mod plan;
 mod print;
 pub mod runs;
 pub mod start;

@@ -14,8 +14,7 @@ use run_config::RunConfig;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Bytes of gradients that are reduced together.
-pub const BUCKET_BYTES: usize = 8 << 20;
+pub use layout::communication::BUCKET_BYTES;
 
 /// All of a training rank.
 pub struct Rank {

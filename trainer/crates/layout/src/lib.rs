@@ -2,14 +2,21 @@
 //!
 //! [`mesh`] names the axes and says who is where; [`memory`] estimates the bytes of a rank;
 //! [`plan`] says which piece of each parameter it holds;
+//! [`plan_table`] prints that; [`communication`] says what a rank sends in a step;
 //! [`stages`] cuts the model for a pipeline, and [`schedule`] says what each stage does when.
 
+pub mod communication;
+pub mod held;
 pub mod memory;
 pub mod mesh;
 pub mod plan;
+pub mod plan_table;
 pub mod schedule;
+pub mod sharded;
 pub mod stages;
 
+pub use communication::{Communication, communication};
+pub use held::Held;
 pub use memory::{Memory, memory_per_rank};
 pub use mesh::{Axis, Mesh, MeshError};
 pub use schedule::Schedule;

@@ -1,8 +1,8 @@
 //! Which piece of each parameter a rank of a tensor-parallel group holds.
 //!
 //! A parameter's logical axes say how it splits: a dimension of heads, of the feed-forward's inner
-//! width or of the vocabulary is cut over the tensor axis of the mesh, one of the residual stream is
-//! not (Shoeybi et al. 2019, "Megatron-LM"). So QKV, gate and up are cut by rows, the attention's
+//! width or of the vocabulary is cut over the tensor axis of the mesh, one of the residual stream
+//! is not (Shoeybi et al. 2019, "Megatron-LM"). So QKV, gate and up are cut by rows, the attention's
 //! and the feed-forward's output by columns, embedding and head by tokens, and norms not at all.
 
 use crate::mesh;
