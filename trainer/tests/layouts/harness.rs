@@ -52,70 +52,85 @@ pub fn num_ranks(config: &RunConfig) -> usize {
     p.tensor * p.context * p.pipeline.stages * p.shard.ranks * p.replicate.unwrap_or(1)
 }
 
-/// Trains `steps` steps on the `local` backend.
-pub fn train(config: &RunConfig, steps: usize) -> Trained {
-    let meeting = Meeting::default();
-    let weights = Mutex::new(BTreeMap::new());
-    let results: Vec<(Vec<f64>, Vec<f64>)> = std::thread::scope(|scope| {
-        let ranks = 0..num_ranks(config);
-        let run = |rank| {
-            let (meeting, weights) = (&meeting, &weights);
-            scope.spawn(move || run_rank(config, rank, steps, meeting, weights))
-        };
-        let handles: Vec<_> = ranks.map(run).collect();
-        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
-    });
-    for result in &results[1..] {
-        assert_eq!(result, &results[0], "every rank reports the same numbers");
-    }
-    let (losses, norms) = results.into_iter().next().unwrap();
-    Trained { losses, norms, weights: weights.into_inner().unwrap() }
+/// One rank: its piece of the model, and the optimizer of what it owns.
+pub struct Member {
+    /// The model.
+    pub worker: Worker,
+    /// The optimizer.
+    pub optimizer: AdamW,
 }
 
-fn run_rank(
-    config: &RunConfig,
-    rank: usize,
-    steps: usize,
-    meeting: &Meeting,
-    weights: &Mutex<BTreeMap<String, Tensor>>,
-) -> (Vec<f64>, Vec<f64>) {
+/// Calls `body` on a thread for each rank, at its initial weights.
+pub fn on_ranks<T: Send>(config: &RunConfig, body: impl Fn(&mut Member) -> T + Sync) -> Vec<T> {
+    let meeting = Meeting::default();
+    std::thread::scope(|scope| {
+        let run = |rank| {
+            let (meeting, body) = (&meeting, &body);
+            scope.spawn(move || {
+                let mut member = member(config, rank, meeting);
+                let result = body(&mut member);
+                // Nobody leaves while another still talks to it.
+                member.worker.groups.world.barrier().unwrap().wait().unwrap();
+                result
+            })
+        };
+        let handles: Vec<_> = (0..num_ranks(config)).map(run).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+    })
+}
+
+fn member(config: &RunConfig, rank: usize, meeting: &Meeting) -> Member {
     torch_shim::tch::set_num_threads(1);
     let mesh = Mesh::new(&config.parallelism, num_ranks(config)).unwrap();
     let mut connect = |name: &str, ranks: &[usize]| meeting.join(name, ranks, rank);
     let groups = Groups::connect(config, mesh, rank, &mut connect).unwrap();
-    let worker = Worker::new(config, groups.clone(), Device::Cpu, SEQUENCE, 4096).unwrap();
+    let worker = Worker::new(config, groups, Device::Cpu, SEQUENCE, 4096).unwrap();
     initialize(config.seed, &worker.held, &worker.params).unwrap();
     worker.weights_changed().unwrap();
-    let mut optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    for step in 0..steps {
-        let (passes, num_targets) = batch(config, &groups, step);
-        let mut targets = [if groups.reads_first() { num_targets } else { 0.0 }];
-        let sum = collectives::ReduceOp::Sum;
-        all_reduce_scalars(groups.world.as_ref(), &mut targets, sum).unwrap();
-        worker.params.zero_grad().unwrap();
-        let loss = worker.forward_backward(&passes, 1.0 / targets[0]).unwrap();
-        let gradients = worker.counted_gradients().unwrap();
-        let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
-        let mut sums = [loss, gradients.iter().map(square).sum()];
-        all_reduce_scalars(groups.world.as_ref(), &mut sums, sum).unwrap();
-        let norm = sums[1].sqrt();
-        losses.push(sums[0]);
-        norms.push(norm);
-        let coefficient = clip_coefficient(norm, config.training.clip_norm);
-        let rate = config.optimizer.learning_rate;
-        optimizer.step(&worker.params, rate, coefficient).unwrap();
-        worker.weights_changed().unwrap();
-    }
-    gather(&worker, weights);
-    // Nobody leaves while another still talks to it.
-    groups.world.barrier().unwrap().wait().unwrap();
-    (losses, norms)
+    let optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();
+    Member { worker, optimizer }
 }
 
-/// Puts the weights that this rank owns in their places of the whole; copies must be the same.
-fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
-    let mut weights = weights.lock().unwrap();
+/// Trains `steps` steps on the `local` backend.
+pub fn train(config: &RunConfig, steps: usize) -> Trained {
+    let weights = Mutex::new(BTreeMap::new());
+    let results = on_ranks(config, |member| {
+        let numbers: Vec<_> = (0..steps).map(|at| step(config, member, at)).collect();
+        gather(&member.worker, member.worker.params.owned_master(), &weights);
+        numbers
+    });
+    for result in &results[1..] {
+        assert_eq!(result, &results[0], "every rank reports the same numbers");
+    }
+    let (losses, norms) = results[0].iter().copied().unzip();
+    Trained { losses, norms, weights: weights.into_inner().unwrap() }
+}
+
+/// Does a step; returns its loss and its gradient norm.
+pub fn step(config: &RunConfig, member: &mut Member, step: usize) -> (f64, f64) {
+    let Member { worker, optimizer } = member;
+    let groups = worker.groups.clone();
+    let (passes, num_targets) = batch(config, &groups, step);
+    let mut targets = [if groups.reads_first() { num_targets } else { 0.0 }];
+    let sum = collectives::ReduceOp::Sum;
+    all_reduce_scalars(groups.world.as_ref(), &mut targets, sum).unwrap();
+    worker.params.zero_grad().unwrap();
+    let loss = worker.forward_backward(&passes, 1.0 / targets[0]).unwrap();
+    let gradients = worker.counted_gradients().unwrap();
+    let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
+    let mut sums = [loss, gradients.iter().map(square).sum()];
+    all_reduce_scalars(groups.world.as_ref(), &mut sums, sum).unwrap();
+    let norm = sums[1].sqrt();
+    let coefficient = clip_coefficient(norm, config.training.clip_norm);
+    optimizer.step(&worker.params, config.optimizer.learning_rate, coefficient).unwrap();
+    worker.weights_changed().unwrap();
+    (sums[0], norm)
+}
+
+/// Puts what this rank owns of a buffer, laid out as the master weights are, in its place of the
+/// whole tensors; copies must be the same.
+pub fn gather(worker: &Worker, buffer: &Tensor, whole: &Mutex<BTreeMap<String, Tensor>>) {
+    let mut tensors = whole.lock().unwrap();
     let owned = worker.params.owned();
     for (local, parameter) in worker.held.iter().zip(worker.params.iter()) {
         let width: usize = local.shape.iter().skip(1).product();
@@ -123,7 +138,7 @@ fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
             let shape: Vec<i64> = part.shape.iter().map(|&size| size as i64).collect();
             let options = (Kind::Double, Device::Cpu);
             let nan = || Tensor::full(&shape, f64::NAN, options);
-            let whole = weights.entry(part.hf_name.clone()).or_insert_with(nan);
+            let whole = tensors.entry(part.hf_name.clone()).or_insert_with(nan);
             let first = parameter.range.start as usize + part.row_start * width;
             for run in &owned {
                 let (from, to) = (run.elements.start as usize, run.elements.end as usize);
@@ -134,7 +149,7 @@ fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
                 for piece in part.rectangles(low - first..high - first) {
                     let start = run.start as usize + first + piece.start - from;
                     let count = piece.num_elements() as i64;
-                    let own = worker.params.owned_master().narrow(0, start as i64, count);
+                    let own = buffer.narrow(0, start as i64, count);
                     let own = own.to_kind(Kind::Double);
                     let rows = piece.rows.len() as i64;
                     let mut place = whole.narrow(0, piece.rows.start as i64, rows);
@@ -151,10 +166,6 @@ fn gather(worker: &Worker, weights: &Mutex<BTreeMap<String, Tensor>>) {
             }
         }
     }
-}
-
-fn relative(a: f64, b: f64) -> f64 {
-    (a - b).abs() / b.abs()
 }
 
 /// Losses, norms and weights are those expected but for a relative difference of `limit`.

@@ -1,15 +1,10 @@
 //! The grid of layouts: every factorisation of 1, 2, 4 and 8 ranks over the five axes, with every
 //! level of sharding, every schedule, and recomputation on and off. Ranks are threads.
 //!
-//! All of it: `cargo nextest run -p trainer --test grid --run-ignored only`. Here a set that covers
+//! All of it: `cargo nextest run -p trainer --test layouts --run-ignored only`. Here a set that covers
 //! every pair of choices, in four parts.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
-
-#[path = "layouts/harness.rs"]
-mod harness;
-
-use harness::{Trained, compare, compare_losses_and_weights, config, train};
+use crate::harness::{Trained, compare, compare_losses_and_weights, config, train};
 use std::collections::BTreeSet;
 use std::fmt;
 

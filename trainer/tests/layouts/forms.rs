@@ -1,11 +1,6 @@
-//! Any layout trains the same model to the same losses: ranks are threads of this process.
+//! Each parallel form by itself, and some together, against one rank.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
-
-#[path = "layouts/harness.rs"]
-mod harness;
-
-use harness::{compare, config, train};
+use crate::harness::{compare, config, train};
 
 /// Steps compared.
 const STEPS: usize = 10;

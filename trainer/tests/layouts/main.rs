@@ -1,0 +1,8 @@
+//! Any layout trains the same model to the same losses: ranks are threads of this process.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod forms;
+mod grid;
+mod harness;
+mod reshard;
