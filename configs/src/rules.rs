@@ -311,17 +311,13 @@ impl Rules<'_, '_> {
         let chunks = p.stages * p.virtual_stages;
         let stages = "parallelism.pipeline.stages";
         let virtual_stages = "parallelism.pipeline.virtual_stages";
-        let even = layers.is_multiple_of(chunks);
-        // Llama 3's own split: the first and the last stage have one layer fewer.
-        let one_fewer = (layers + 2).is_multiple_of(chunks) && layers + 2 > 2 * chunks;
-        if !even && !one_fewer {
+        if chunks > layers {
             let message = format!(
-                "{layers} layers do not split over {} stages x {} virtual stages",
+                "{layers} layers for {} stages x {} virtual stages = {chunks} chunks",
                 p.stages, p.virtual_stages
             );
-            let limit = "stages x virtual_stages divides layers, or layers + 2 (first and last \
-                         chunk one layer fewer)";
-            self.conflict(&[stages, virtual_stages, "model.layers"], message, limit, "");
+            let limit = format!("at most {layers} chunks: each holds a layer or more");
+            self.conflict(&[stages, virtual_stages, "model.layers"], message, &limit, "");
         }
         let schedule = "parallelism.pipeline.schedule";
         let plain =

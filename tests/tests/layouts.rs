@@ -1,5 +1,5 @@
-//! Real processes over Gloo: every pair of parallel forms trains as one rank does, and a run goes on
-//! from its checkpoint at any other layout.
+//! Real processes over Gloo: every pair of parallel forms trains as one rank does, and a run goes
+//! on from its checkpoint at any other layout.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use checkpoint_format::{Checkpoint, TensorBox};

@@ -1,8 +1,8 @@
 //! The grid of layouts: every factorisation of 1, 2, 4 and 8 ranks over the five axes, with every
 //! level of sharding, every schedule, and recomputation on and off. Ranks are threads.
 //!
-//! All of it: `cargo nextest run -p trainer --test layouts --run-ignored only`. Here a set that covers
-//! every pair of choices, in four parts.
+//! All of it: `cargo nextest run -p trainer --test layouts --run-ignored only`. Here a set that
+//! covers every pair of choices, in four parts.
 
 use crate::harness::{Trained, compare, compare_losses_and_weights, config, train};
 use std::collections::BTreeSet;
@@ -174,8 +174,8 @@ fn the_covering_set_has_every_pair() {
     assert_eq!(eight.collect::<BTreeSet<_>>().len(), 1 + 5 + 15 + 35, "factorisations");
 }
 
-/// FP32 rounds differently in another order of summation, and AdamW's first steps divide by the root
-/// of what was rounded.
+/// FP32 rounds differently in another order of summation, and AdamW's first steps divide by the
+/// root of what was rounded.
 #[test]
 fn fp32_stays_close() {
     let sets = [LAYERS, "precision.compute=fp32"];

@@ -2,8 +2,9 @@
 //!
 //! A parameter's logical axes say how it splits: a dimension of heads, of the feed-forward's inner
 //! width or of the vocabulary is cut over the tensor axis of the mesh, one of the residual stream
-//! is not (Shoeybi et al. 2019, "Megatron-LM"). So QKV, gate and up are cut by rows, the attention's
-//! and the feed-forward's output by columns, embedding and head by tokens, and norms not at all.
+//! is not (Shoeybi et al. 2019, "Megatron-LM"). So QKV, gate and up are cut by rows, the
+//! attention's and the feed-forward's output by columns, embedding and head by tokens, and norms
+//! not at all.
 
 use crate::mesh;
 use model_spec::{Axis, LocalParameter, LocalPart, ParameterSpec, Place, axis_unit};

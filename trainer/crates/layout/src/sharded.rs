@@ -3,8 +3,8 @@
 //!
 //! It goes through the actions of a pipeline stage as the parallel forms do. Weights that are cut
 //! are gathered where they are needed, one block ahead, and given back after a block's last
-//! backward pass (after each forward pass with `reshard_after_forward`). Gradients that are cut are reduced
-//! when no graph is alive that would add to them.
+//! backward pass (after each forward pass with `reshard_after_forward`). Gradients that are cut are
+//! reduced when no graph is alive that would add to them.
 
 use crate::held::Held;
 use crate::schedule::{Action, Schedule};

@@ -1,7 +1,7 @@
 //! What a collective inside the graph failed with.
 //!
-//! An error of an autograd function comes out of libtorch as text. The collective's own error, which
-//! names the peer, is kept here on the way, and takes the text's place.
+//! An error of an autograd function comes out of libtorch as text. The collective's own error,
+//! which names the peer, is kept here on the way, and takes the text's place.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -103,11 +103,11 @@ impl<'a> Stage<'a> {
         batches: &[Batch],
         mut before: impl FnMut(Action),
     ) -> Result<f64> {
-        let mut expected = self.expect(actions.first())?;
+        let mut expected = self.begin_receive(actions.first())?;
         for (index, &action) in actions.iter().enumerate() {
             let received = self.received(action, expected.take())?;
             // The next one's message may come while this one computes.
-            expected = self.expect(actions.get(index + 1))?;
+            expected = self.begin_receive(actions.get(index + 1))?;
             before(action);
             let made = self.act(action, batches, received)?;
             if let (Some(message), Some(tensor)) =
@@ -124,7 +124,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Begins to receive what an action needs.
-    fn expect(&self, action: Option<&Action>) -> Result<Option<Expected>> {
+    fn begin_receive(&self, action: Option<&Action>) -> Result<Option<Expected>> {
         let message = action.and_then(|&action| self.needs(action));
         let Some(message) = message.filter(|message| !message.is_local()) else { return Ok(None) };
         let Boundary { shape, kind, device } = self.boundary;

@@ -2,8 +2,8 @@
 //! logits are never gathered (Shoeybi et al. 2019, section 3).
 //!
 //! With `l` the logits of a position, `m` their maximum and `t` the target,
-//! `loss = log(sum exp(l - m)) + m - l[t]`. Each rank has the logits of its own tokens; the maximum,
-//! the sum and the target's logit, three numbers a position, are reduced over the ranks.
+//! `loss = log(sum exp(l - m)) + m - l[t]`. Each rank has the logits of its own tokens; the
+//! maximum, the sum and the target's logit, three numbers a position, are reduced over the ranks.
 //!
 //! Shapes: `N` positions, `D` dim, `v` tokens of this rank.
 

@@ -242,8 +242,8 @@ impl ParameterSet {
         Self::sharded(vec![specs], (compute, master), device, Sharding::NONE)
     }
 
-    /// As [`ParameterSet::new`], in units, with master weights and state cut over ranks: each unit's
-    /// elements in as many equal pieces. Without cuts, all are one unit.
+    /// As [`ParameterSet::new`], in units, with master weights and state cut over ranks: each
+    /// unit's elements in as many equal pieces. Without cuts, all are one unit.
     ///
     /// # Errors
     /// As [`ParameterSet::new`].

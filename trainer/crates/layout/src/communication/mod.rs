@@ -1,9 +1,9 @@
 //! What one rank communicates in an optimizer step: which operation, with whom, why, how often, and
 //! how many bytes the ring algorithms really send.
 //!
-//! It says what the parallel forms do, call by call; a test holds the two against each other. Not in
-//! it: the comparison of operations on their first use, validation, checkpoints, and the gathering
-//! of sharded weights before the first step.
+//! It says what the parallel forms do, call by call; a test holds the two against each other. Not
+//! in it: the comparison of operations on their first use, validation, checkpoints, and the
+//! gathering of sharded weights before the first step.
 
 mod data;
 mod model;

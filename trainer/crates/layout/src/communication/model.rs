@@ -8,7 +8,7 @@ use run_config::Recompute;
 /// Tokens whose logits are held at a time in the loss.
 const LOSS_CHUNK_TOKENS: u64 = 1024;
 
-/// The forms of the stream: what a rank holds of it, and how ranks come to the whole and to the sum.
+/// The forms of the stream: what a rank holds of it, and how ranks come to the whole and the sum.
 impl Counter<'_> {
     pub(super) fn model(&mut self) {
         let micro_batches = self.schedule.micro_batches() as u64;
