@@ -5,17 +5,15 @@ use layout::Mesh;
 use model::{Inputs, llama::init::initialize, targets};
 use optim::{AdamW, clip_coefficient};
 use parallel::{Groups, Pass, Worker, all_reduce_scalars};
-use run_config::RunConfig;
+use run_config::{BatchStage, RunConfig};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
-/// Tokens of a sequence.
-pub const SEQUENCE: usize = 32;
-/// Sequences of a step.
-pub const GLOBAL_BATCH: usize = 8;
+/// Bytes of a bucket of gradients: small, so that there are several.
+pub const BUCKET_BYTES: usize = 4096;
 
 /// What a run leaves; the same on every rank.
 #[derive(Debug, Default)]
@@ -34,8 +32,8 @@ pub fn config(sets: &[&str]) -> RunConfig {
         "name: layouts\nseed: 3\n\
          model: {{dim: 32, layers: 4, heads: 8, kv_heads: 2, head_dim: 8, ffn_dim: 48, \
          vocab_size: 64, init_std: 0.2, rope: {{theta: 10000.0}}}}\n\
-         data: {{tokenizer: t, sources: [{{name: a, path: b}}], sequence_length: {SEQUENCE}}}\n\
-         training: {{steps: 10, global_batch: {GLOBAL_BATCH}, micro_batch: 1, clip_norm: 0.5}}\n\
+         data: {{tokenizer: t, sources: [{{name: a, path: b}}], sequence_length: 32}}\n\
+         training: {{steps: 10, global_batch: 8, micro_batch: 1, clip_norm: 0.5}}\n\
          optimizer: {{learning_rate: 0.01}}\n\
          precision: {{compute: fp64}}\n"
     );
@@ -44,6 +42,11 @@ pub fn config(sets: &[&str]) -> RunConfig {
         Ok(loaded) => loaded.config,
         Err(error) => panic!("{error}"),
     }
+}
+
+/// The sequences of every step.
+pub fn batch_stage(config: &RunConfig) -> &BatchStage {
+    &config.training.batch_stages[0]
 }
 
 /// Number of ranks that the degrees make.
@@ -84,7 +87,8 @@ fn member(config: &RunConfig, rank: usize, meeting: &Meeting) -> Member {
     let mesh = Mesh::new(&config.parallelism, num_ranks(config)).unwrap();
     let mut connect = |name: &str, ranks: &[usize]| meeting.join(name, ranks, rank);
     let groups = Groups::connect(config, mesh, rank, &mut connect).unwrap();
-    let worker = Worker::new(config, groups, Device::Cpu, SEQUENCE, 4096).unwrap();
+    let positions = batch_stage(config).sequence_length;
+    let worker = Worker::new(config, groups, Device::Cpu, positions, BUCKET_BYTES).unwrap();
     initialize(config.seed, &worker.held, &worker.params).unwrap();
     worker.weights_changed().unwrap();
     let optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();
@@ -118,7 +122,8 @@ pub fn step(config: &RunConfig, member: &mut Member, step: usize) -> (f64, f64) 
     let loss = worker.forward_backward(&passes, 1.0 / targets[0]).unwrap();
     let gradients = worker.counted_gradients().unwrap();
     let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
-    let mut sums = [loss, gradients.iter().map(square).sum()];
+    // As many numbers as in training, where a rank's wish to stop is the third.
+    let mut sums = [loss, gradients.iter().map(square).sum(), 0.0];
     all_reduce_scalars(groups.world.as_ref(), &mut sums, sum).unwrap();
     let norm = sums[1].sqrt();
     let coefficient = clip_coefficient(norm, config.training.clip_norm);
@@ -199,7 +204,8 @@ fn relative(a: f64, b: f64) -> f64 {
 /// A step's micro-batches of this rank, and how many targets they have. Documents of uneven
 /// lengths, some tokens without a target.
 fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
-    let per_rank = GLOBAL_BATCH / groups.mesh.data_size();
+    let BatchStage { global_batch, sequence_length, .. } = *batch_stage(config);
+    let per_rank = global_batch / groups.mesh.data_size();
     let first = groups.mesh.data_rank(groups.rank) * per_rank;
     let micro = config.training.micro_batch;
     let mut num_targets = 0.0;
@@ -210,8 +216,8 @@ fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
         for &row in rows {
             let mut document = 0;
             let mut position = 0;
-            for at in 0..SEQUENCE {
-                let noise = mix((step * GLOBAL_BATCH + row) as u64, at as u64);
+            for at in 0..sequence_length {
+                let noise = mix((step * global_batch + row) as u64, at as u64);
                 if noise.is_multiple_of(7) && at > 0 {
                     (document, position) = (document + 1, 0);
                 }

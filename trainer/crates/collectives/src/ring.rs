@@ -3,14 +3,12 @@
 //! small ones go to every rank at once, in one hop. The order of summation is fixed by the group's
 //! size: ring order, or rank order.
 
+use layout::communication::SMALL_BYTES;
 use torch_shim::reduce::{self, Combine};
 use torch_shim::tch::{Kind, Tensor};
 
 use crate::ReduceOp;
 use crate::error::Result;
-
-/// Tensors of at most so many bytes are reduced in one hop.
-const SMALL_BYTES: usize = 16 * 1024;
 
 /// The messages of one operation.
 pub(crate) trait Exchange {

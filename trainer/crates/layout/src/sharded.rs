@@ -13,7 +13,7 @@ use run_config::{Recompute, RunConfig, ShardLevel};
 use std::collections::VecDeque;
 
 /// Reductions under way at a time: their gradients are held.
-const REDUCTIONS: usize = 2;
+pub const REDUCTIONS: usize = 2;
 
 /// What is counted.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use layout::communication::LOSS_CHUNK_TOKENS;
 use model::{
     Dense, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Residual, Result,
 };
@@ -14,9 +15,6 @@ use torch_shim::tch::Tensor;
 use crate::context::ContextGroup;
 use crate::shards::Shards;
 use crate::tensor::TensorGroup;
-
-/// Tokens whose logits are held at a time in the loss.
-const LOSS_CHUNK_TOKENS: i64 = 1024;
 
 /// Builds sharded layers.
 pub(crate) struct Sharded {
@@ -100,7 +98,10 @@ impl LayerBuilder for Sharded {
     ) -> Result<Tensor> {
         self.need(weight)?;
         match &self.tensor {
-            Some(tensor) => Ok(tensor.loss(x_BSD, weight, targets_BS, scale, LOSS_CHUNK_TOKENS)?),
+            Some(tensor) => {
+                let chunk = LOSS_CHUNK_TOKENS as i64;
+                Ok(tensor.loss(x_BSD, weight, targets_BS, scale, chunk)?)
+            }
             None => Dense.loss(x_BSD, weight, targets_BS, scale),
         }
     }

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use collectives::{CommError, Communicator, ReduceOp, Work};
+use layout::sharded::REDUCTIONS;
 use model::Residual;
 use run_config::ShardLevel;
 use torch_shim::autograd::{self, is_recording};
@@ -20,9 +21,6 @@ use torch_shim::{Result as ShimResult, ShimError};
 
 use crate::error::Result;
 use crate::failure::Failure;
-
-/// Reductions under way at a time: their gradients are held.
-const REDUCTIONS: usize = 2;
 
 /// What is cut, and when gathered weights are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,6 +9,9 @@ mod data;
 mod model;
 mod ring;
 
+pub use model::LOSS_CHUNK_TOKENS;
+pub use ring::SMALL_BYTES;
+
 use crate::held::Held;
 use crate::mesh::{Axis, Mesh};
 use crate::plan::PlanError;

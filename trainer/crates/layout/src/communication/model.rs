@@ -5,8 +5,8 @@ use crate::mesh::Axis;
 use crate::schedule::MessageKind;
 use run_config::Recompute;
 
-/// Tokens whose logits are held at a time in the loss.
-const LOSS_CHUNK_TOKENS: u64 = 1024;
+/// Tokens whose logits are held at a time in the loss over a vocabulary that is cut over ranks.
+pub const LOSS_CHUNK_TOKENS: usize = 1024;
 
 /// The forms of the stream: what a rank holds of it, and how ranks come to the whole and the sum.
 impl Counter<'_> {
@@ -58,8 +58,8 @@ impl Counter<'_> {
         self.whole(micro_batches, "gather the sequence before the head");
         let tokens = self.rank_tokens();
         let wide = self.state();
-        let chunks =
-            [(LOSS_CHUNK_TOKENS, tokens / LOSS_CHUNK_TOKENS), (tokens % LOSS_CHUNK_TOKENS, 1)];
+        let chunk = LOSS_CHUNK_TOKENS as u64;
+        let chunks = [(chunk, tokens / chunk), (tokens % chunk, 1)];
         for (size, times) in chunks {
             let times = micro_batches * times;
             let reduce = (Operation::AllReduce, Group::Tensor);

@@ -3,7 +3,7 @@
 use super::Operation;
 
 /// Tensors of at most so many bytes are all-reduced in one hop: to every other rank at once.
-const SMALL_BYTES: u64 = 16 * 1024;
+pub const SMALL_BYTES: usize = 16 * 1024;
 
 /// Elements that the rank at `position` of `ranks` sends in an operation on a tensor of `elements`
 /// (the whole of a gathered or scattered one), each of `width` bytes.
@@ -18,7 +18,7 @@ pub(super) fn elements_sent(
     let piece = |index: u64| elements * (index + 1) / ranks - elements * index / ranks;
     match operation {
         Operation::Send => elements,
-        Operation::AllReduce if elements * width <= SMALL_BYTES => (ranks - 1) * elements,
+        Operation::AllReduce if elements * width <= SMALL_BYTES as u64 => (ranks - 1) * elements,
         // Once round the ring with summands, all pieces but its own, and once with the sums, all
         // but its right neighbour's.
         Operation::AllReduce => 2 * elements - piece(position) - piece((position + 1) % ranks),
