@@ -3,7 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use layout::schedule::{Action, Costs, Message, Schedule, Timeline, simulate, simulate_actions};
+use layout::schedule::{
+    Action, Costs, Message, MessageKind, Schedule, Timeline, simulate, simulate_actions,
+};
 use run_config::PipelineSchedule::{self, Gpipe, Interleaved, OneForwardOneBackward, ZeroBubble};
 use std::collections::HashMap;
 
@@ -67,10 +69,10 @@ fn check_complete(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<(), Stri
     Ok(())
 }
 
-/// Every message is sent and received once, and those with one tag between two stages come in the
-/// order in which they are expected.
+/// Every message is sent and received once, and those of a kind between two stages come in the order in
+/// which they are expected.
 fn check_matched(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<usize, String> {
-    type Lane = (usize, usize, u32);
+    type Lane = (usize, usize, MessageKind);
     let mut lanes: HashMap<Lane, [Vec<Message>; 2]> = HashMap::new();
     for (stage, action) in
         lists.iter().enumerate().flat_map(|(stage, list)| list.iter().map(move |a| (stage, *a)))
@@ -82,7 +84,7 @@ fn check_matched(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<usize, St
             if own != stage || message.is_local() != (schedule.stages() == 1) {
                 return Err(format!("stage {stage}: {message:?}"));
             }
-            let lane = lanes.entry((message.from, message.to, message.tag)).or_default();
+            let lane = lanes.entry((message.from, message.to, message.kind)).or_default();
             lane[side].push(message);
         }
     }
@@ -227,22 +229,6 @@ fn forwards_alone_run_through() {
     }
 }
 
-/// Also where there are more micro-batches than tags for them.
-#[test]
-fn tags_come_round_again() {
-    for kind in [Interleaved, ZeroBubble] {
-        let schedule = schedule(kind, [16, 1100, 4]);
-        let tag = |micro_batch| {
-            let action = Action::Forward { chunk: 0, micro_batch };
-            schedule.messages(0, action).send.unwrap().tag
-        };
-        assert_eq!(tag(0), tag(512));
-        let lists = lists(&schedule);
-        assert_eq!(check_complete(&schedule, &lists), Ok(()));
-        assert_eq!(check_matched(&schedule, &lists), Ok(2 * 1100 * 63));
-    }
-}
-
 /// The checks above find planted errors.
 #[test]
 fn planted_errors_are_found() {
@@ -260,7 +246,7 @@ fn planted_errors_are_found() {
     found(one, &|lists| lists[0].swap(3, 4), "idle, by formula");
     found(one, &|lists| lists[0].swap(4, 5), "a peak of 5, by formula 4");
     // Chunks in the wrong order, one micro-batch twice, another never.
-    found(interleaved, &|lists| lists[1].swap(3, 4), "idle, by formula");
+    found(interleaved, &|lists| lists[1].swap(3, 4), "received [");
     found(interleaved, &|lists| lists[1].swap(0, 1), "out of order");
     found(one, &|lists| lists[2][0] = lists[2][1], "out of order");
     found(one, &|lists| lists[2].truncate(15), "in place of");

@@ -129,7 +129,7 @@ impl<'a> Stage<'a> {
         let Some(message) = message.filter(|message| !message.is_local()) else { return Ok(None) };
         let Boundary { shape, kind, device } = self.boundary;
         let tensor = Tensor::f_empty(shape, (kind, device)).map_err(ShimError::from)?;
-        let work = self.group()?.recv(&tensor, message.from, message.tag)?;
+        let work = self.group()?.recv(&tensor, message.from, message.tag())?;
         Ok(Some(Expected { message, tensor, work }))
     }
 
@@ -159,7 +159,7 @@ impl<'a> Stage<'a> {
             return Ok(());
         }
         let tensor = tensor.f_contiguous().map_err(ShimError::from)?;
-        let work = self.group()?.send(&tensor, message.to, message.tag)?;
+        let work = self.group()?.send(&tensor, message.to, message.tag())?;
         self.sent.push((work, tensor));
         Ok(())
     }

@@ -1,13 +1,11 @@
 //! What an action needs from another stage, and what another stage needs from it.
 //!
-//! Sends do not wait for their receiver. The passes of one chunk go through its neighbours in the
-//! same order, so between two stages the messages with one tag are sent and received in the same
-//! order, and a transport that keeps that order confuses none.
+//! Sends do not wait for their receiver. All stages take the forward passes in one order, and the
+//! backward passes too, so between two stages the messages of a kind are sent and received in the
+//! same order: a transport that keeps the order of messages with one tag confuses none, and two
+//! tags are enough.
 
 use super::{Action, Schedule};
-
-/// Tags are below this.
-pub const TAG_LIMIT: u32 = 1 << 16;
 
 /// What a message holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,12 +29,17 @@ pub struct Message {
     pub from: usize,
     /// Stage that needs it.
     pub to: usize,
-    /// Tag, below [`TAG_LIMIT`]; the same for messages of a kind into a chunk whose micro-batches
-    /// are far apart.
-    pub tag: u32,
 }
 
 impl Message {
+    /// The tag that it travels with: one for each kind.
+    pub fn tag(&self) -> u32 {
+        match self.kind {
+            MessageKind::Activation => 0,
+            MessageKind::Gradient => 1,
+        }
+    }
+
     /// Whether it stays on its stage: a hand-over, nothing to send.
     pub fn is_local(&self) -> bool {
         self.from == self.to
@@ -62,7 +65,7 @@ impl Schedule {
         let message = |kind, chunk: usize, sender: usize| {
             let micro_batch = action.micro_batch();
             let (from, to) = (sender % self.stages, chunk % self.stages);
-            Message { kind, chunk, micro_batch, from, to, tag: self.tag(kind, chunk, micro_batch) }
+            Message { kind, chunk, micro_batch, from, to }
         };
         match action {
             Action::Forward { .. } => Messages {
@@ -76,20 +79,12 @@ impl Schedule {
             Action::BackwardWeight { .. } => Messages::default(),
         }
     }
-
-    /// A tag of its own for each kind and chunk, and for as many micro-batches one after another
-    /// as there are tags left.
-    fn tag(&self, kind: MessageKind, chunk: usize, micro_batch: usize) -> u32 {
-        let window = TAG_LIMIT as usize / (2 * self.num_chunks());
-        let row = 2 * chunk + usize::from(kind == MessageKind::Gradient);
-        (row * window + micro_batch % window) as u32
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use run_config::PipelineSchedule::{Interleaved, OneForwardOneBackward};
+    use run_config::PipelineSchedule::Interleaved;
 
     const FORWARD: Action = Action::Forward { chunk: 1, micro_batch: 5 };
     const BACKWARD: Action = Action::Backward { chunk: 0, micro_batch: 5 };
@@ -120,25 +115,5 @@ mod tests {
         let schedule = Schedule::new(Interleaved, 1, 2, 3).unwrap();
         let messages = schedule.messages(0, FORWARD);
         assert!(messages.receive.unwrap().is_local() && messages.send.unwrap().is_local());
-    }
-
-    /// Tags of one kind and chunk never meet those of another, up to the most chunks there can be.
-    #[test]
-    fn tags_are_apart_and_below_the_limit() {
-        for (stages, micro_batches) in [(1, 9), (2, 70_000), (3, 40_000), (32_768, 2)] {
-            let schedule = Schedule::new(OneForwardOneBackward, stages, micro_batches, 1).unwrap();
-            let window = TAG_LIMIT as usize / (2 * stages);
-            let kinds = [MessageKind::Activation, MessageKind::Gradient];
-            let mut below = 0;
-            for (chunk, kind) in (0..stages).flat_map(|c| kinds.map(|kind| (c, kind))) {
-                let tags = (0..micro_batches.min(window)).map(|m| schedule.tag(kind, chunk, m));
-                for tag in tags {
-                    assert!(tag >= below && tag < TAG_LIMIT, "{stages} stages, {tag}");
-                    below = tag + 1;
-                }
-            }
-            let far = schedule.tag(MessageKind::Gradient, 0, window);
-            assert_eq!(far, schedule.tag(MessageKind::Gradient, 0, 0));
-        }
     }
 }

@@ -16,11 +16,11 @@ use run_config::{Pipeline, PipelineSchedule};
 use serde::Serialize;
 use thiserror::Error;
 
-pub use messages::{Message, MessageKind, Messages, TAG_LIMIT};
+pub use messages::{Message, MessageKind, Messages};
 pub use simulate::{Costs, Span, Stuck, Timeline, simulate, simulate_actions};
 
-/// Most chunks over all stages: each has a tag of its own in both directions.
-pub const MAX_CHUNKS: usize = TAG_LIMIT as usize / 2;
+/// Most chunks over all stages.
+pub const MAX_CHUNKS: usize = 1 << 15;
 
 /// What a stage does with one micro-batch. `chunk` counts the chunks of the stage: its virtual
 /// stage.
