@@ -16,10 +16,10 @@ pub(crate) fn check(rules: &mut Rules) {
             "same",
         ),
         (
-            c.kind != ClusterKind::Local,
+            !matches!(c.kind, ClusterKind::Local | ClusterKind::Mpi),
             "cluster.kind",
             "a cluster other than this machine",
-            "local",
+            "local or mpi",
         ),
         (c.nodes > 1, "cluster.nodes", "more than one node", "1"),
     ];

@@ -1,15 +1,16 @@
 //! What depends on this machine: cores, GPUs, the trainer's binary, and libtorch.
 
 use crate::error::UserError;
+use crate::supervisor::mpirun::MPIRUN;
 use rank_protocol::{env, libtorch};
 use run_config::{ClusterKind, DeviceKind, Loaded, RunConfig};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Longest time that python3 may take to say where its torch is.
-const PYTHON_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time that a program may take to answer a question: python3 where its torch is, say.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Prints torch's folder without importing it, which would take seconds.
 const FIND_TORCH: &str = "import importlib.util as u; s = u.find_spec('torch'); \
@@ -65,8 +66,9 @@ pub fn resolve(path: &Path, set: &[String]) -> Result<Resolved, UserError> {
 }
 
 fn refuse_other_clusters(kind: ClusterKind, nodes: usize) -> Result<(), UserError> {
-    if kind != ClusterKind::Local {
-        let message = format!("cluster.kind: {kind:?} is not supported yet; the limit is local");
+    if !matches!(kind, ClusterKind::Local | ClusterKind::Mpi) {
+        let message =
+            format!("cluster.kind: {kind:?} is not supported yet; the limit is local or mpi");
         return Err(UserError::usage(message.to_lowercase()));
     }
     if nodes != 1 {
@@ -89,6 +91,31 @@ pub fn trainer() -> Result<PathBuf, UserError> {
     }
     let error = UserError::usage(format!("there is no trainer at {}", path.display()));
     Err(error.hint(format!("build both binaries (cargo build), or set {}", env::TRAINER)))
+}
+
+/// Refuses to hand ranks to `mpirun` where it, or the trainer's part of MPI, is absent.
+pub fn check_mpi(trainer: &Path, library_path: Option<&OsStr>) -> Result<(), UserError> {
+    let mut mpirun = Command::new(MPIRUN);
+    let Some(version) = first_output(mpirun.arg("--version"), ANSWER_TIMEOUT) else {
+        let error = UserError::usage(format!("cluster.kind is mpi, and there is no {MPIRUN}"));
+        return Err(error.hint("`ops/setup --mpi`, or `--set cluster.kind=local`"));
+    };
+    if !version.contains("Open MPI") {
+        let name = version.lines().next().unwrap_or_default().to_owned();
+        let error = UserError::usage(format!("{MPIRUN} is not Open MPI's, but: {name}"));
+        return Err(error.hint("put Open MPI's first on the PATH"));
+    }
+    let mut command = Command::new(trainer);
+    command.arg("backends").envs(library_path.map(|path| (env::LIBRARY_PATH, path)));
+    let backends = first_output(&mut command, ANSWER_TIMEOUT).unwrap_or_default();
+    if !backends.lines().any(|line| line == "mpi") {
+        let trainer = trainer.display();
+        let error =
+            UserError::usage(format!("cluster.kind is mpi, and {trainer} was built without"));
+        let hint = "`ops/setup --mpi`, then `cargo build --release --features trainer/mpi`";
+        return Err(error.hint(hint));
+    }
+    Ok(())
 }
 
 /// Where the dynamic linker shall look for libtorch before its own places: the given one, or on a
@@ -141,23 +168,23 @@ fn cuda_folders(torch: &Path) -> Vec<PathBuf> {
 }
 
 fn python_torch() -> Option<PathBuf> {
-    let mut python = Command::new("python3")
-        .args(["-c", FIND_TORCH])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .ok()?;
-    let deadline = Instant::now() + PYTHON_TIMEOUT;
-    while python.try_wait().ok()?.is_none() {
+    let printed = first_output(Command::new("python3").args(["-c", FIND_TORCH]), ANSWER_TIMEOUT)?;
+    let path = PathBuf::from(printed.trim());
+    path.is_dir().then_some(path)
+}
+
+/// What a program prints, where it ends in time. For a few lines: nobody reads until it has ended.
+fn first_output(command: &mut Command, timeout: Duration) -> Option<String> {
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+    let deadline = Instant::now() + timeout;
+    while child.try_wait().ok()?.is_none() {
         if Instant::now() >= deadline {
-            let _ = python.kill();
-            let _ = python.wait();
+            let _ = child.kill();
+            let _ = child.wait();
             return None;
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    let output = python.wait_with_output().ok()?;
-    let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
-    path.is_dir().then_some(path)
+    String::from_utf8(child.wait_with_output().ok()?.stdout).ok()
 }

@@ -11,7 +11,7 @@ use crate::view::View;
 use checkpoint_format::scan::scan;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
-use run_config::{DeviceKind, RunConfig};
+use run_config::{ClusterKind, DeviceKind, RunConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -254,8 +254,12 @@ fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
         message: error.to_string(),
         hint: None,
     })?;
-    let device = config.cluster.device;
-    Ok(Prepared { trainer: machine::trainer()?, library_path: machine::library_path(device)? })
+    let trainer = machine::trainer()?;
+    let library_path = machine::library_path(config.cluster.device)?;
+    if config.cluster.kind == ClusterKind::Mpi {
+        machine::check_mpi(&trainer, library_path.as_deref())?;
+    }
+    Ok(Prepared { trainer, library_path })
 }
 
 #[expect(clippy::too_many_arguments, reason = "each is made by the caller, once, and moved in")]

@@ -1,5 +1,6 @@
 //! The program that every rank runs: it trains, validates, saves, and lets a model write.
 
+pub mod backend;
 pub mod bench;
 pub mod error;
 pub mod generate;

@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::io::Write;
 use trainer::error::TrainError;
-use trainer::{bench, generate, rank};
+use trainer::{backend, bench, generate, rank};
 
 #[derive(Parser)]
 #[command(name = "phalanx-trainer", version, about = "The part of Phalanx that needs libtorch")]
@@ -17,6 +17,8 @@ struct Cli {
 enum Verb {
     /// Be a rank; started by `phalanx run`.
     Rank,
+    /// Print what can carry the messages between ranks, one a line.
+    Backends,
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
     /// Measure.
@@ -49,6 +51,10 @@ fn main() {
     };
     let code = match cli.verb {
         Verb::Rank => rank::run(),
+        Verb::Backends => {
+            println!("{}", backend::BUILT.join("\n"));
+            exit_code::DONE
+        }
         Verb::Generate(args) => told(generate::run(&args)),
         Verb::Bench { what: Bench::Train(args) } => told(bench::run(&args)),
     };

@@ -1,5 +1,6 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
+use crate::backend::Backend;
 use crate::error::{Result, TrainError};
 use crate::setup::{
     Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
@@ -36,7 +37,7 @@ pub fn run() -> i32 {
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         Err(TrainError::Panic(text.unwrap_or_default()))
     });
-    match outcome {
+    client.exiting(match outcome {
         Ok(Outcome::Finished) => exit_code::DONE,
         Ok(Outcome::Preempted) => exit_code::PREEMPTED,
         Err(error) => {
@@ -51,7 +52,7 @@ pub fn run() -> i32 {
             let _ = client.failure(report);
             error.exit_code()
         }
-    }
+    })
 }
 
 /// Where a rank is, for the report of its failure.
@@ -63,7 +64,7 @@ struct Place {
 fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     client.phase(Phase::Init)?;
     check_libtorch()?;
-    let mut rank = set_up(client, place)?;
+    let (mut rank, backend) = set_up(client, place)?;
     let outcome = train(&mut rank);
     (place.phase, place.step) = (rank.phase, Some(rank.current_step()));
     if let Err(TrainError::NotFinite { step, .. }) = &outcome {
@@ -72,19 +73,24 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     let outcome = outcome?;
     // Nobody leaves while another may still be reading from it.
     rank.storage.barrier()?.wait()?;
+    let step = rank.step;
+    // Its groups go before what carries them.
+    drop(rank);
+    backend.leave()?;
     if outcome == Outcome::Finished {
-        client.finished(rank.step)?;
+        client.finished(step)?;
     }
     Ok(outcome)
 }
 
-fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
+fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let started = Instant::now();
     let assignment = client.assignment();
     prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
-    let Connections { groups, storage } = connect(client, &config)?;
+    let backend = Backend::start(&config, assignment.rank, assignment.world_size)?;
+    let Connections { groups, storage } = connect(client, &config, &backend)?;
     let positions = longest_sequence(&config);
     let worker = Worker::new(&config, groups, device(&config)?, positions, BUCKET_BYTES)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
@@ -115,7 +121,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
         worker.groups.rank,
         worker.groups.mesh.size()
     );
-    Ok(Rank {
+    let rank = Rank {
         config,
         client: client.clone(),
         run_dir,
@@ -127,7 +133,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<Rank> {
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,
-    })
+    };
+    Ok((rank, backend))
 }
 
 /// The longest sequence of all batch stages.

@@ -1,5 +1,6 @@
 //! From the assignment and the config to a model ready to train.
 
+use crate::backend::Backend;
 use crate::error::{Result, TrainError};
 use crate::store::LauncherStore;
 use checkpoint::Target;
@@ -148,11 +149,11 @@ pub struct Connections {
     pub storage: Arc<dyn Communicator>,
 }
 
-/// The groups, over Gloo; an abort by the agent ends every wait in them.
+/// The groups, over this backend; an abort by the agent ends every wait in them.
 ///
 /// # Errors
 /// Where the degrees do not make the number of ranks, or the ranks do not find each other.
-pub fn connect(client: &RankClient, config: &RunConfig) -> Result<Connections> {
+pub fn connect(client: &RankClient, config: &RunConfig, backend: &Backend) -> Result<Connections> {
     let place = client.assignment();
     let mesh = Mesh::new(&config.parallelism, place.world_size)
         .map_err(|error| TrainError::Config(error.to_string()))?;
@@ -160,17 +161,18 @@ pub fn connect(client: &RankClient, config: &RunConfig) -> Result<Connections> {
     let storage = GroupOptions::new("storage", place.generation);
     let storage = GroupOptions { timeout: STORAGE_TIMEOUT, ..storage };
     let mut connect = |name: &str, ranks: &[usize]| {
-        join(client, ranks, &GroupOptions::new(name, place.generation))
+        join(client, backend, ranks, &GroupOptions::new(name, place.generation))
     };
     Ok(Connections {
         groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
-        storage: join(client, &all, &storage)?,
+        storage: join(client, backend, &all, &storage)?,
     })
 }
 
 /// Joins a group of `ranks`, of which this is one.
 fn join(
     client: &RankClient,
+    backend: &Backend,
     ranks: &[usize],
     options: &GroupOptions,
 ) -> std::result::Result<Arc<dyn Communicator>, CommError> {
@@ -178,7 +180,7 @@ fn join(
     let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
     let store = store.with_prefix(&place.run_id);
     let rank = ranks.iter().position(|&rank| rank == place.rank).unwrap_or(0);
-    let group = collectives::gloo::connect(&store, rank, ranks.len(), "127.0.0.1", options)?;
+    let group = backend.connect(&store, rank, ranks.len(), options)?;
     let group: Arc<dyn Communicator> = Arc::new(group);
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {

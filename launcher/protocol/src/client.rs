@@ -8,13 +8,15 @@
 //! is enough), before they act on it.
 
 use crate::env;
+use crate::exit_code;
 use crate::frame::{self, FrameError};
 use crate::message::{Assignment, Event, FailureReport, FromRank, Phase, StepReport, ToRank};
 use crate::store::{StoreError, StoreReply, StoreRequest};
 use std::collections::HashMap;
 use std::io::BufReader;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,11 +40,15 @@ pub enum ClientError {
         env::CONTROL
     )]
     NotARank,
-    /// The variable does not say what it should.
-    #[error("{} is {value:?}, expected {:?}", env::CONTROL, env::CONTROL_STDIN)]
-    BadControl {
+    /// A variable does not say what it should.
+    #[error("{variable} is {value:?}, expected {expected}")]
+    BadVariable {
+        /// Its name.
+        variable: &'static str,
         /// Its value.
         value: String,
+        /// What it should say.
+        expected: &'static str,
     },
     /// The socket or a frame failed.
     #[error(transparent)]
@@ -62,6 +68,7 @@ type AbortCallback = Box<dyn Fn(&str) + Send>;
 
 struct Shared {
     assignment: Assignment,
+    is_under_mpirun: bool,
     writer: Mutex<UnixStream>,
     is_stopping: AtomicBool,
     next_id: AtomicU64,
@@ -81,8 +88,12 @@ impl RankClient {
     /// process then ask the whole run to stop at a step boundary. Call it once, before any work.
     pub fn from_env() -> Result<Self, ClientError> {
         let value = std::env::var(env::CONTROL).map_err(|_| ClientError::NotARank)?;
+        if let Some(name) = value.strip_prefix(env::CONTROL_NAMED) {
+            return Self::from_mpirun(name);
+        }
         if value != env::CONTROL_STDIN {
-            return Err(ClientError::BadControl { value });
+            let (variable, expected) = (env::CONTROL, env::CONTROL_STDIN);
+            return Err(ClientError::BadVariable { variable, value, expected });
         }
         let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
         // Nothing that this process starts shall inherit the socket.
@@ -93,13 +104,44 @@ impl RankClient {
         Ok(client)
     }
 
+    /// Under `mpirun`, which passes on no socket and mixes what the ranks write: connects to the
+    /// agent by name, once for the control socket and once for each output.
+    fn from_mpirun(name: &str) -> Result<Self, ClientError> {
+        let value = std::env::var(env::MPI_RANK).unwrap_or_default();
+        let rank: usize = value.parse().map_err(|_| ClientError::BadVariable {
+            variable: env::MPI_RANK,
+            value,
+            expected: "the rank that mpirun gives",
+        })?;
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .map_err(std::io::Error::from)?;
+        let address = SocketAddr::from_abstract_name(name)?;
+        for is_error in [false, true] {
+            let output = UnixStream::connect_addr(&address)?;
+            frame::write(&mut &output, &FromRank::Output { rank, is_error })?;
+            let moved = match is_error {
+                false => rustix::stdio::dup2_stdout(&output),
+                true => rustix::stdio::dup2_stderr(&output),
+            };
+            moved.map_err(std::io::Error::from)?;
+        }
+        let client = Self::connect(UnixStream::connect_addr(&address)?, Some(rank))?;
+        client.forward_signals()?;
+        Ok(client)
+    }
+
     /// Connects over a given socket; for tests. Installs no signal handler.
     pub fn from_stream(socket: UnixStream) -> Result<Self, ClientError> {
+        Self::connect(socket, None)
+    }
+
+    fn connect(socket: UnixStream, rank: Option<usize>) -> Result<Self, ClientError> {
         socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
         socket.set_read_timeout(Some(ASSIGNMENT_TIMEOUT))?;
         let mut reader = BufReader::new(socket.try_clone()?);
         let build = env!("CARGO_PKG_VERSION").to_owned();
-        frame::write(&mut &socket, &FromRank::Hello { pid: std::process::id(), build })?;
+        let pid = std::process::id();
+        frame::write(&mut &socket, &FromRank::Hello { pid, build, rank })?;
         let assignment = match frame::read(&mut reader)? {
             Some(ToRank::Assignment(assignment)) => assignment,
             Some(other) => return Err(ClientError::NoAssignment { found: format!("{other:?}") }),
@@ -110,6 +152,7 @@ impl RankClient {
         socket.set_read_timeout(None)?;
         let shared = Arc::new(Shared {
             assignment,
+            is_under_mpirun: rank.is_some(),
             writer: Mutex::new(socket),
             is_stopping: AtomicBool::new(false),
             next_id: AtomicU64::new(1),
@@ -169,6 +212,17 @@ impl RankClient {
         self.shared.send(&FromRank::Finished { step })
     }
 
+    /// The code to exit with, where the rank ends with `code`. `mpirun` takes any but 0 for a
+    /// failure of the whole job, so that it gets 0 for an orderly stop too, and the agent is told.
+    pub fn exiting(&self, code: i32) -> i32 {
+        if !self.shared.is_under_mpirun {
+            return code;
+        }
+        // Without an agent there is nobody to tell, and the control thread ends the process.
+        let _ = self.shared.send(&FromRank::Exiting { code });
+        if code == exit_code::PREEMPTED { exit_code::DONE } else { code }
+    }
+
     /// The rendezvous store of this generation.
     pub fn store(&self) -> StoreClient {
         StoreClient { shared: Arc::clone(&self.shared) }
@@ -183,7 +237,11 @@ impl RankClient {
 
     fn forward_signals(&self) -> Result<(), ClientError> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
-        let mut taken = vec![SIGTERM, SIGINT, SIGUSR2];
+        let mut taken = vec![SIGINT, SIGUSR2];
+        if !self.shared.is_under_mpirun {
+            // mpirun sends it to those that are left when one has died.
+            taken.push(SIGTERM);
+        }
         if !crate::signals::ignores_hangup() {
             taken.push(SIGHUP);
         }

@@ -10,13 +10,18 @@ pub const LIBTORCH: &str = "PHALANX_LIBTORCH";
 pub const LOG: &str = "PHALANX_LOG";
 /// Folder of reference cases that the parity tests take besides their own.
 pub const REFERENCES: &str = "PHALANX_REFERENCES";
-/// Set for a rank: where its control socket is. Always [`CONTROL_STDIN`].
+/// Set for a rank: where its control socket is: [`CONTROL_STDIN`], or under `mpirun`
+/// [`CONTROL_NAMED`] and the name of the socket at which the launcher listens.
 pub const CONTROL: &str = "PHALANX_CONTROL";
 /// Set for a rank, for people who look at a process list: its rank.
 pub const RANK: &str = "PHALANX_RANK";
 
-/// The value of [`CONTROL`]: the control socket is the rank's standard input.
+/// A value of [`CONTROL`]: the control socket is the rank's standard input.
 pub const CONTROL_STDIN: &str = "stdin";
+/// The beginning of the other value of [`CONTROL`]: the name of an abstract Unix socket follows.
+pub const CONTROL_NAMED: &str = "@";
+/// Set by Open MPI's `mpirun`: the rank.
+pub const MPI_RANK: &str = "OMPI_COMM_WORLD_RANK";
 
 /// Where the dynamic linker looks for libtorch; set for a rank.
 pub const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";

@@ -40,6 +40,17 @@ pub enum FromRank {
         pid: u32,
         /// Version of the trainer's build.
         build: String,
+        /// The rank, where the agent cannot know which one it hears: under `mpirun`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rank: Option<usize>,
+    },
+    /// Under `mpirun`, the first and only message of a connection that then carries an output of
+    /// the rank as it is.
+    Output {
+        /// The rank.
+        rank: usize,
+        /// Standard error; else standard output.
+        is_error: bool,
     },
     /// What the rank does from now on.
     Phase(Phase),
@@ -54,6 +65,12 @@ pub enum FromRank {
     Event(Event),
     /// The rank is about to fail, and why.
     Failure(Box<FailureReport>),
+    /// Under `mpirun`, the last message: the code that the rank ends with, which the agent cannot
+    /// see, as the process is not its child.
+    Exiting {
+        /// The code.
+        code: i32,
+    },
     /// The last step is done and saved.
     Finished {
         /// The last step.

@@ -4,7 +4,7 @@ use rank_protocol::{FailureClass, FailureReport, Phase, env, exit_code, libtorch
 use serde::{Deserialize, Serialize};
 
 /// With this the dynamic linker ends a process whose libraries are absent or do not fit.
-const LOADER_FAILED: i32 = 127;
+pub const LOADER_FAILED: i32 = 127;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

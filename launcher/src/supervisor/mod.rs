@@ -2,10 +2,12 @@
 //!
 //! [`state`] decides and is pure ([`policy`] holds its words, [`cause`] its failures, [`stall`]
 //! what it knows of progress); [`run`] carries out and is the sole owner of the state; [`rank`]
-//! holds the tasks of one process; [`unix`] is the fence around the operating system; [`relay`]
-//! passes on what ranks log; [`record`] writes the run's files; [`restore`] looks for checkpoints.
+//! holds the tasks of one process, [`mpirun`] those of an MPI job; [`unix`] is the fence around the
+//! operating system; [`relay`] passes on what ranks log; [`record`] writes the run's files;
+//! [`restore`] looks for checkpoints.
 
 pub mod cause;
+pub mod mpirun;
 pub mod policy;
 pub mod rank;
 pub mod record;

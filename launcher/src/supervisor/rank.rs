@@ -1,12 +1,14 @@
 //! The tasks of one rank: what it says, what it is told, what it logs, and its end.
 
 use super::cause::Exit;
+use super::mpirun::Job;
 use super::relay::{RankLog, relay};
 use super::unix::{Group, Process, Spawned, spawn};
 use rank_protocol::frame::{self, Decoder};
 use rank_protocol::{FromRank, ToRank};
 use std::cell::RefCell;
 use std::process::Command;
+use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -14,9 +16,9 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 
 /// Messages that wait for a rank to read them; a rank that leaves more unread is killed.
-const NUM_QUEUED: usize = 1024;
+pub const NUM_QUEUED: usize = 1024;
 /// After a rank's end, the time in which its last messages and lines must have been read.
-const DRAIN: Duration = Duration::from_secs(2);
+pub const DRAIN: Duration = Duration::from_secs(2);
 
 /// What the tasks of ranks tell the supervisor.
 #[derive(Debug)]
@@ -46,31 +48,54 @@ pub enum News {
 }
 
 /// A running rank, for the supervisor.
-#[derive(Debug)]
 pub struct RankHandle {
-    /// Process id.
-    pub pid: u32,
-    group: Group,
+    process: Handle,
     outbox: mpsc::Sender<ToRank>,
 }
 
+enum Handle {
+    /// A child, and what it started.
+    Own { pid: u32, group: Group },
+    /// One of the ranks that `mpirun` started.
+    Mpi { job: Rc<Job>, rank: usize },
+}
+
 impl RankHandle {
-    /// Queues a message; a rank that does not read is killed.
-    pub fn tell(&self, message: ToRank) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbox.try_send(message) {
-            tracing::error!("process {} reads no messages: killing it", self.pid);
-            self.group.kill();
+    /// One of the ranks that `mpirun` started, or will.
+    pub fn of_job(job: Rc<Job>, rank: usize, outbox: mpsc::Sender<ToRank>) -> Self {
+        Self { process: Handle::Mpi { job, rank }, outbox }
+    }
+
+    /// Process id; 0 where it is not yet known.
+    pub fn pid(&self) -> u32 {
+        match &self.process {
+            Handle::Own { pid, .. } => *pid,
+            Handle::Mpi { job, rank } => job.pid(*rank),
         }
     }
 
-    /// SIGTERM to its process group.
-    pub fn terminate(&self) {
-        self.group.terminate();
+    /// Queues a message; a rank that does not read is killed.
+    pub fn tell(&self, message: ToRank) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbox.try_send(message) {
+            tracing::error!("process {} reads no messages: killing it", self.pid());
+            self.kill();
+        }
     }
 
-    /// SIGKILL to its process group.
+    /// SIGTERM to its process group; under `mpirun`, to that.
+    pub fn terminate(&self) {
+        match &self.process {
+            Handle::Own { group, .. } => group.terminate(),
+            Handle::Mpi { job, .. } => job.terminate(),
+        }
+    }
+
+    /// SIGKILL to its process group; under `mpirun`, to the whole job.
     pub fn kill(&self) {
-        self.group.kill();
+        match &self.process {
+            Handle::Own { group, .. } => group.kill(),
+            Handle::Mpi { job, .. } => job.kill(),
+        }
     }
 }
 
@@ -110,11 +135,11 @@ pub fn start(
         let last_lines = log.borrow().last_lines();
         let _ = told(News::Exited { exit, last_lines }).await;
     });
-    Ok(RankHandle { pid, group, outbox })
+    Ok(RankHandle { process: Handle::Own { pid, group }, outbox })
 }
 
 /// Listens until the process has ended and all it said has been passed on.
-async fn until_the_end(process: Process, said: impl Future<Output = ()>) -> Exit {
+pub async fn until_the_end(process: Process, said: impl Future<Output = ()>) -> Exit {
     let mut said = std::pin::pin!(said);
     let mut ended = std::pin::pin!(process.wait());
     tokio::select! {
@@ -126,7 +151,8 @@ async fn until_the_end(process: Process, said: impl Future<Output = ()>) -> Exit
     }
 }
 
-async fn read<F: Future<Output = Result<(), mpsc::error::SendError<Input>>>>(
+/// Passes on what a rank says, until it ends or says what is no message.
+pub async fn read<F: Future<Output = Result<(), mpsc::error::SendError<Input>>>>(
     mut reader: OwnedReadHalf,
     told: &impl Fn(News) -> F,
 ) {
@@ -156,7 +182,7 @@ async fn read<F: Future<Output = Result<(), mpsc::error::SendError<Input>>>>(
 
 /// Writes until the supervisor drops its handle, and so keeps the socket open as long: its end is
 /// the rank's.
-async fn write(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<ToRank>) {
+pub async fn write(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<ToRank>) {
     while let Some(message) = messages.recv().await {
         let frame = match frame::encode(&message) {
             Ok(frame) => frame,

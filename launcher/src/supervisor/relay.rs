@@ -108,7 +108,7 @@ pub fn text_of(object: &Map<String, Value>) -> String {
 }
 
 /// Reads lines until the stream ends. `take` gets each, without its end.
-async fn lines(stream: impl AsyncRead + Unpin, mut take: impl FnMut(&str)) {
+pub async fn lines(stream: impl AsyncRead + Unpin, mut take: impl FnMut(&str)) {
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -120,19 +120,25 @@ async fn lines(stream: impl AsyncRead + Unpin, mut take: impl FnMut(&str)) {
     }
 }
 
+/// Passes on one output of a rank until it ends.
+pub async fn relay_one(
+    log: &std::cell::RefCell<RankLog>,
+    output: impl AsyncRead + Unpin,
+    stream: &str,
+) {
+    let take = |line: &str| {
+        if !line.is_empty() {
+            log.borrow_mut().take(line, stream);
+        }
+    };
+    lines(output, take).await;
+}
+
 /// Passes on both outputs of a rank until both end.
 pub async fn relay(
     log: &std::cell::RefCell<RankLog>,
     stdout: impl AsyncRead + Unpin,
     stderr: impl AsyncRead + Unpin,
 ) {
-    let take = |line: &str, stream| {
-        if !line.is_empty() {
-            log.borrow_mut().take(line, stream);
-        }
-    };
-    tokio::join!(
-        lines(stdout, |line| take(line, "stdout")),
-        lines(stderr, |line| take(line, "stderr"))
-    );
+    tokio::join!(relay_one(log, stdout, "stdout"), relay_one(log, stderr, "stderr"));
 }

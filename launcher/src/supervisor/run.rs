@@ -1,6 +1,7 @@
 //! Carries out what the policy decides. The sole owner of a run's state; every event passes through
 //! one loop on one thread.
 
+use super::mpirun;
 use super::rank::{Input, News, RankHandle, start};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
@@ -9,7 +10,7 @@ use super::state::{Action, Event, Policy, State};
 use crate::view::View;
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
-use run_config::RunConfig;
+use run_config::{ClusterKind, RunConfig};
 use serde_json::json;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -213,7 +214,7 @@ impl Executor {
 
     fn hear(&mut self, rank: usize, message: FromRank) {
         match message {
-            FromRank::Hello { pid, build } => {
+            FromRank::Hello { pid, build, .. } => {
                 tracing::debug!("rank {rank} is process {pid}");
                 let ours = env!("CARGO_PKG_VERSION");
                 if build != ours {
@@ -240,6 +241,8 @@ impl Executor {
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
+            // What only `mpirun`'s tasks need.
+            FromRank::Output { .. } | FromRank::Exiting { .. } => {}
             FromRank::Finished { .. } => self.handle(Event::Finished { rank }),
             FromRank::StopRequested { signal } => {
                 self.handle(Event::RankAskedToStop { rank, signal });
@@ -373,19 +376,41 @@ impl Executor {
             tracing::info!("generation {generation} continues from step {step}");
         }
         self.ranks.clear();
+        let started = match self.plan.config.cluster.kind {
+            ClusterKind::Mpi => self.start_under_mpirun(generation),
+            _ => self.start_ranks(generation),
+        };
+        for (rank, handle) in self.ranks.iter().enumerate() {
+            handle.tell(ToRank::Assignment(self.assignment(generation, rank, resume_step)));
+        }
+        match started {
+            Ok(()) => self.update_status(),
+            Err((rank, error)) => self.could_not_start(rank, &error),
+        }
+    }
+
+    /// Starts every rank; an error comes with the one that it was.
+    fn start_ranks(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
         for rank in 0..self.plan.world_size {
             let log = RankLog::open(&self.plan.run.log(generation, rank), rank);
-            let command = self.command(rank);
-            match start(command, generation, rank, log, self.inputs.clone()) {
-                Ok(handle) => {
-                    let assignment = self.assignment(generation, rank, resume_step);
-                    handle.tell(ToRank::Assignment(assignment));
-                    self.ranks.push(handle);
-                }
-                Err(error) => return self.could_not_start(rank, &error),
-            }
+            let mut command = Command::new(&self.plan.trainer);
+            command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
+            command.env(env::RANK, rank.to_string());
+            self.set_environment(&mut command);
+            let handle = start(command, generation, rank, log, self.inputs.clone());
+            self.ranks.push(handle.map_err(|error| (rank, error))?);
         }
-        self.update_status();
+        Ok(())
+    }
+
+    fn start_under_mpirun(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
+        let log = |rank| RankLog::open(&self.plan.run.log(generation, rank), rank);
+        let logs = (0..self.plan.world_size).map(log).collect();
+        let mut command = mpirun::command(&self.plan.trainer, self.plan.world_size);
+        self.set_environment(&mut command);
+        let handles = mpirun::start(command, generation, logs, self.inputs.clone());
+        self.ranks = handles.map_err(|error| (0, error))?;
+        Ok(())
     }
 
     /// The ranks that never were count as exited, so that the others' end ends the run.
@@ -405,16 +430,13 @@ impl Executor {
         self.handle(Event::Broken { code: exit_code::CONFIG, reason });
     }
 
-    fn command(&self, rank: usize) -> Command {
-        let mut command = Command::new(&self.plan.trainer);
-        command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN).env(env::RANK, rank.to_string());
+    fn set_environment(&self, command: &mut Command) {
         for name in env::THREADS {
             command.env(name, self.plan.threads.to_string());
         }
         if let Some(path) = &self.plan.library_path {
             command.env(env::LIBRARY_PATH, path);
         }
-        command
     }
 
     fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
@@ -435,7 +457,7 @@ impl Executor {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
             rank,
-            pid: handle.pid,
+            pid: handle.pid(),
             state: state.name().to_owned(),
             phase: phase.name().to_owned(),
             step,

@@ -5,7 +5,7 @@
 use super::cause::Exit;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
-    set_parent_process_death_signal, waitid,
+    pidfd_send_signal, set_parent_process_death_signal, waitid,
 };
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -39,11 +39,16 @@ pub struct Spawned {
 pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
     let (control, theirs) = UnixStream::pair()?;
     control.set_nonblocking(true)?;
-    command
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
+    command.stdin(Stdio::from(OwnedFd::from(theirs)));
+    let (process, stdout, stderr) = spawn_in_group(command)?;
+    Ok(Spawned { process, control, stdout, stderr })
+}
+
+/// Spawns `command` in a process group of its own, with both outputs piped; else as [`spawn`].
+pub fn spawn_in_group(
+    mut command: Command,
+) -> std::io::Result<(Process, Option<ChildStdout>, Option<ChildStderr>)> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let launcher = rustix::process::getpid();
     let die_with_the_launcher = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -61,10 +66,7 @@ pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
     let group = Pid::from_child(&child);
     let pidfd = pidfd_open(group, PidfdFlags::NONBLOCK).map_err(std::io::Error::from);
     match pidfd.and_then(register) {
-        Ok(pidfd) => {
-            let process = Process { child, group, pidfd };
-            Ok(Spawned { process, control, stdout, stderr })
-        }
+        Ok(pidfd) => Ok((Process { child, group, pidfd }, stdout, stderr)),
         Err(error) => {
             let _ = child.kill();
             let _ = child.wait();
@@ -77,6 +79,30 @@ fn register(pidfd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` always gives the one descriptor that it owns, open until it is dropped,
     // and the `AsyncFd` lends it out only by shared reference.
     unsafe { AsyncFd::register(pidfd) }.map_err(std::io::Error::from)
+}
+
+/// A process that is no child of this one; it cannot be mistaken for a later one of its id.
+pub struct Stranger {
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Stranger {
+    /// The process that is at the other end of a socket, by its id.
+    pub fn open(pid: i32) -> std::io::Result<Self> {
+        let pid = Pid::from_raw(pid).ok_or(std::io::ErrorKind::NotFound)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+        Ok(Self { pidfd: register(pidfd)? })
+    }
+
+    /// Waits for its end; how it ended is its parent's to know.
+    pub async fn ended(&self) {
+        let _ = self.pidfd.readable().await;
+    }
+
+    /// SIGKILL; also where it is stopped.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
 }
 
 impl Process {

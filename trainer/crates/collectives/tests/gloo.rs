@@ -1,81 +1,19 @@
 //! The conformance suite on processes: this test binary starts itself once a rank.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
+mod common;
+
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use collectives::{CommError, Group, GroupOptions, conformance, gloo};
-use torch_shim::ShimError;
+use common::Files;
 use torch_shim::gloo::{Store, StoreBackend};
 
 const RANK: &str = "CONFORMANCE_RANK";
 const SIZE: &str = "CONFORMANCE_SIZE";
 const FOLDER: &str = "CONFORMANCE_STORE";
 const CASE: &str = "CONFORMANCE_CASE";
-
-/// A store of files, one a key.
-struct Files(PathBuf);
-
-impl Files {
-    fn path(&self, key: &str) -> PathBuf {
-        let name: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
-        // Gloo's keys are long; a file's name is not.
-        self.0.join(
-            name.as_bytes()
-                .chunks(200)
-                .map(|c| String::from_utf8_lossy(c).into_owned())
-                .collect::<PathBuf>(),
-        )
-    }
-}
-
-fn failed(error: &std::io::Error) -> ShimError {
-    ShimError::Store(error.to_string())
-}
-
-fn write(path: &Path, value: &[u8]) -> std::io::Result<()> {
-    let path = path.with_extension("value");
-    let temporary =
-        path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
-    std::fs::create_dir_all(path.parent().unwrap())?;
-    std::fs::write(&temporary, value)?;
-    std::fs::rename(temporary, path)
-}
-
-impl StoreBackend for Files {
-    fn set(&self, key: &str, value: &[u8]) -> torch_shim::Result<()> {
-        write(&self.path(key), value).map_err(|error| failed(&error))
-    }
-
-    fn get(&self, key: &str, timeout: Duration) -> torch_shim::Result<Vec<u8>> {
-        self.wait(&[key.to_string()], timeout)?;
-        std::fs::read(self.path(key).with_extension("value")).map_err(|error| failed(&error))
-    }
-
-    fn add(&self, key: &str, _delta: i64) -> torch_shim::Result<i64> {
-        Err(ShimError::Store(format!("{key}: this store does not count")))
-    }
-
-    fn wait(&self, keys: &[String], timeout: Duration) -> torch_shim::Result<()> {
-        let end = Instant::now() + timeout;
-        while !self.check(keys)? {
-            if Instant::now() > end {
-                return Err(ShimError::Store(format!("{keys:?} did not come")));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
-    }
-
-    fn check(&self, keys: &[String]) -> torch_shim::Result<bool> {
-        Ok(keys.iter().all(|key| self.path(key).with_extension("value").exists()))
-    }
-
-    fn delete(&self, key: &str) -> torch_shim::Result<bool> {
-        Ok(std::fs::remove_file(self.path(key).with_extension("value")).is_ok())
-    }
-}
 
 /// What a child process runs; without the environment of one, nothing.
 #[test]

@@ -1,0 +1,110 @@
+//! Training under `mpirun`, by the trainer built with the feature `mpi`: the numbers of Gloo, and
+//! the launcher's ways with failures and stops.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use end_to_end::losses::{assert_bit_equal, metrics};
+use end_to_end::sandbox::{Running, Sandbox, signal};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const STEPS: usize = 16;
+/// Tensor parallel in pairs, and two replicas.
+const LAYOUT: [&str; 4] = [
+    "cluster.ranks_per_node=4",
+    "cluster.threads_per_rank=1",
+    "parallelism={tensor: 2, replicate: 2}",
+    "training.steps=16",
+];
+const MPI: &str = "cluster.kind=mpi";
+
+/// With the same run over Gloo done, named `straight`.
+fn sandbox() -> Sandbox {
+    let sandbox = Sandbox::real(env!("CARGO_BIN_EXE_phalanx-under-test"));
+    sandbox.train("straight", &LAYOUT);
+    sandbox
+}
+
+fn start(sandbox: &Sandbox) -> Running {
+    let sets = LAYOUT.into_iter().chain([MPI]).flat_map(|set| ["--set", set]);
+    let args: Vec<&str> = ["run", "config.yaml"].into_iter().chain(sets).collect();
+    sandbox.start(&args)
+}
+
+/// Losses, norms, weights and optimizer state are those of the run over Gloo, bit for bit.
+fn assert_as_straight(sandbox: &Sandbox) {
+    assert_bit_equal(sandbox, "straight", "test", STEPS);
+    let (stdout, stderr) = sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+    assert!(stdout.contains("equal"), "{stdout}{stderr}");
+    sandbox.assert_nothing_left();
+}
+
+fn pid_of(status: &Value, rank: usize) -> u32 {
+    u32::try_from(status["ranks"][rank]["pid"].as_u64().unwrap()).unwrap()
+}
+
+#[test]
+fn two_by_two_trains_as_over_gloo() {
+    let sandbox = sandbox();
+    start(&sandbox).expect(0);
+    assert_as_straight(&sandbox);
+    let last = metrics(&sandbox, "test").pop().unwrap();
+    eprintln!("loss {} at step {}, as over Gloo", last.loss, last.step);
+    for rank in 0..4 {
+        let log = std::fs::read_to_string(sandbox.run_dir().log(1, rank)).unwrap();
+        assert!(log.contains(&format!("rank {rank} of 4 is ready for step 1")), "{log}");
+    }
+}
+
+/// A rank's death ends the whole job; the launcher starts it again. A stop is taken at a step, and
+/// the run goes on from there.
+#[test]
+fn a_run_that_was_killed_and_stopped_ends_with_the_same_bits() {
+    let sandbox = sandbox();
+    let running = start(&sandbox);
+    sandbox.wait_for_metrics(7, 1);
+    let status = sandbox.wait_for_step(6);
+    let killed = Instant::now();
+    signal(pid_of(&status, 2), Signal::KILL);
+    sandbox.wait_for(|status| status["generation"] == 2);
+    eprintln!("the next generation began {} ms after the kill", killed.elapsed().as_millis());
+    assert!(killed.elapsed() < Duration::from_secs(4));
+    sandbox.wait_for_metrics(9, 2);
+    running.signal(Signal::TERM);
+    running.expect(75);
+    sandbox.assert_nothing_left();
+    sandbox.expect(0, &["resume", "test"]);
+    let failed = sandbox.events_of("rank_failed");
+    let is_kill = |event: &Value| event["rank"] == 2 && event["exit"] == "killed by SIGKILL";
+    assert!(failed.iter().any(is_kill), "{failed:?}");
+    let (why, _) = sandbox.expect(0, &["why", "test"]);
+    assert!(why.contains("rank 2") && why.contains("SIGKILL"), "{why}");
+    assert_as_straight(&sandbox);
+}
+
+/// A rank that hangs ends with the launcher too, and so does `mpirun`.
+#[test]
+fn nothing_outlives_a_killed_launcher() {
+    let sandbox = Sandbox::real(env!("CARGO_BIN_EXE_phalanx-under-test"));
+    let running = start(&sandbox);
+    sandbox.wait_for_metrics(3, 1);
+    let status = sandbox.wait_for_step(2);
+    signal(pid_of(&status, 1), Signal::STOP);
+    running.signal(Signal::KILL);
+    drop(running);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !sandbox.processes().is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_trainer_without_mpi_is_refused() {
+    let fake = env!("CARGO_BIN_EXE_fake-trainer");
+    let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_phalanx-under-test"), fake);
+    let (_, stderr) = start(&sandbox).expect(64);
+    assert!(stderr.contains("was built without"), "{stderr}");
+    assert!(stderr.contains("hint: `ops/setup --mpi`"), "{stderr}");
+    assert!(!sandbox.run_dir().root().exists());
+}
