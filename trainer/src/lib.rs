@@ -4,6 +4,7 @@ pub mod backend;
 pub mod bench;
 pub mod error;
 pub mod generate;
+pub mod identity;
 pub mod metrics;
 pub mod rank;
 pub mod setup;

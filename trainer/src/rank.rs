@@ -2,6 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
+use crate::identity;
 use crate::setup::{
     Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
 };
@@ -89,10 +90,12 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
+    let device = device(&config, assignment.local_rank)?;
+    identity::agree(client, &config)?;
     let backend = Backend::start(&config, assignment.rank, assignment.world_size)?;
-    let Connections { groups, storage } = connect(client, &config, &backend)?;
+    let Connections { groups, storage } = connect(client, &config, device, &backend)?;
     let positions = longest_sequence(&config);
-    let worker = Worker::new(&config, groups, device(&config)?, positions, BUCKET_BYTES)?;
+    let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
     let loader = open_loader(&config, &worker.groups, first_step)?;

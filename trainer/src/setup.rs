@@ -12,13 +12,15 @@ use collectives::{CommError, Communicator, GroupOptions};
 use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};
 use model_spec::LocalParameter;
+use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
-use rank_protocol::libtorch;
+use rank_protocol::{env, libtorch};
 use run_config::{DeviceKind, InitFrom, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use torch_shim::cuda;
 use torch_shim::gloo::Store;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Device;
@@ -79,19 +81,41 @@ fn libtorch_prefix(maps: &str) -> Option<&Path> {
     paths.find(is_libtorch)?.parent()?.parent()
 }
 
-/// The device of this rank.
+/// The device of the `local_rank`-th process on this machine.
 ///
 /// # Errors
-/// Where the config asks for one that this version cannot train on.
-pub fn device(config: &RunConfig) -> Result<Device> {
-    match config.cluster.device {
-        DeviceKind::Cuda => Err(TrainError::Config(
-            "cluster.device is cuda: training on GPUs is not yet supported in this version; hint: \
-             --set cluster.device=cpu"
-                .into(),
-        )),
-        DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::Cpu),
+/// Where the config asks for a GPU, and there is none for it.
+pub fn device(config: &RunConfig, local_rank: usize) -> Result<Device> {
+    let wanted = config.cluster.device;
+    if wanted == DeviceKind::Cpu || (wanted == DeviceKind::Auto && !has_nvidia_driver()) {
+        return Ok(Device::Cpu);
     }
+    let no_gpu = |detail: String| {
+        let wanted = if wanted == DeviceKind::Cuda { "cuda" } else { "auto" };
+        TrainError::Config(format!(
+            "cluster.device is {wanted}: {detail}; hint: --set cluster.device=cpu trains on the CPU"
+        ))
+    };
+    let gpus = cuda::load().map_err(|error| {
+        let words = error.to_string();
+        no_gpu(format!("libtorch's CUDA part does not load ({words})"))
+    })?;
+    if gpus == 0 {
+        return Err(no_gpu("libtorch finds no GPU that it can use".into()));
+    }
+    if local_rank >= gpus && std::env::var_os(SHARE_GPUS).is_none() {
+        let ranks = local_rank + 1;
+        return Err(no_gpu(format!("{ranks} ranks or more on a machine with {gpus} GPUs")));
+    }
+    cuda::set_device(local_rank % gpus)?;
+    Ok(Device::Cuda(local_rank % gpus))
+}
+
+/// NCCL's own switch: several ranks on one GPU, for tests (NCCL 2.30 and later).
+const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
+
+fn has_nvidia_driver() -> bool {
+    Path::new("/proc/driver/nvidia/gpus").is_dir()
 }
 
 /// The whole model on this rank, its weights all zero: for generation and measurements.
@@ -99,7 +123,7 @@ pub fn device(config: &RunConfig) -> Result<Device> {
 /// # Errors
 /// Where memory runs out.
 pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
-    let device = device(config)?;
+    let device = device(config, 0)?;
     let stage = Stage::whole(&config.model);
     let specs = stage.parameters(&config.model);
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
@@ -149,38 +173,66 @@ pub struct Connections {
     pub storage: Arc<dyn Communicator>,
 }
 
-/// The groups, over this backend; an abort by the agent ends every wait in them.
+/// The groups: NCCL's between GPUs, and this backend's; an abort by the agent ends every wait in them.
 ///
 /// # Errors
 /// Where the degrees do not make the number of ranks, or the ranks do not find each other.
-pub fn connect(client: &RankClient, config: &RunConfig, backend: &Backend) -> Result<Connections> {
+pub fn connect(
+    client: &RankClient,
+    config: &RunConfig,
+    device: Device,
+    backend: &Backend,
+) -> Result<Connections> {
     let place = client.assignment();
     let mesh = Mesh::new(&config.parallelism, place.world_size)
         .map_err(|error| TrainError::Config(error.to_string()))?;
     let all: Vec<usize> = (0..place.world_size).collect();
     let storage = GroupOptions::new("storage", place.generation);
     let storage = GroupOptions { timeout: STORAGE_TIMEOUT, ..storage };
+    let gpu = match device {
+        Device::Cuda(index) => Some((load_nccl()?, index)),
+        _ => None,
+    };
     let mut connect = |name: &str, ranks: &[usize]| {
-        join(client, backend, ranks, &GroupOptions::new(name, place.generation))
+        join(client, backend, ranks, &GroupOptions::new(name, place.generation), gpu.as_ref())
     };
     Ok(Connections {
         groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
-        storage: join(client, backend, &all, &storage)?,
+        storage: join(client, backend, &all, &storage, None)?,
     })
 }
 
-/// Joins a group of `ranks`, of which this is one.
+/// NCCL: the library that `PHALANX_NCCL` names, or libtorch's.
+fn load_nccl() -> Result<Nccl> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let search = Search {
+        path: std::env::var_os(env::NCCL).map(Into::into),
+        libtorch_lib: libtorch_prefix(&maps).map(|prefix| prefix.join("lib")),
+        ..Search::default()
+    };
+    let nccl = Nccl::load(&search).map_err(|error| TrainError::Config(error.to_string()))?;
+    tracing::debug!("{nccl:?}");
+    Ok(nccl)
+}
+
+/// Joins a group of `ranks`, of which this is one; on a GPU where one is given.
 fn join(
     client: &RankClient,
     backend: &Backend,
     ranks: &[usize],
     options: &GroupOptions,
+    gpu: Option<&(Nccl, usize)>,
 ) -> std::result::Result<Arc<dyn Communicator>, CommError> {
     let place = client.assignment();
     let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
     let store = store.with_prefix(&place.run_id);
     let rank = ranks.iter().position(|&rank| rank == place.rank).unwrap_or(0);
-    let group = backend.connect(&store, rank, ranks.len(), options)?;
+    let group = match gpu {
+        Some((nccl, device)) => {
+            collectives::nccl::connect(nccl, *device, &store, (rank, ranks.len()), options)?
+        }
+        None => backend.connect(&store, rank, ranks.len(), options)?,
+    };
     let group: Arc<dyn Communicator> = Arc::new(group);
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {

@@ -144,7 +144,8 @@ impl Rank {
             keep_every_steps: config.checkpoint.keep_every_steps,
         };
         let mut barrier = || {
-            let met = self.storage.barrier().and_then(|work| work.wait());
+            let alive = groups.alive();
+            let met = alive.and_then(|()| self.storage.barrier()).and_then(|work| work.wait());
             met.map_err(|error| error.to_string())
         };
         Ok(checkpoint::save(&request, &mut barrier)?)

@@ -46,6 +46,8 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
     let squares = squared_norm(&rank.worker)?;
     let mut sums = [loss, stop, squares];
     all_reduce_scalars(groups.world.as_ref(), &mut sums, ReduceOp::Sum)?;
+    // What GPUs computed is worth something only if none of its collectives failed.
+    groups.alive()?;
     let (loss, grad_norm) = (sums[0], sums[2].sqrt());
 
     let config = &rank.config;

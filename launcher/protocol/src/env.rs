@@ -6,6 +6,11 @@ pub const RUNS: &str = "PHALANX_RUNS";
 pub const TRAINER: &str = "PHALANX_TRAINER";
 /// Folder of the libtorch to run with (the one that holds `lib/`); found by itself where unset.
 pub const LIBTORCH: &str = "PHALANX_LIBTORCH";
+/// The NCCL library, or its folder, in place of libtorch's.
+pub const NCCL: &str = "PHALANX_NCCL";
+/// Hardware queues of a GPU. A collective that waits for its peers must not hold up another that
+/// shares its queue; CUDA's own number is 8, its limit 32.
+pub const CUDA_QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
 /// Filter of log lines, as `tracing-subscriber`'s `EnvFilter` reads it; `info` where unset.
 pub const LOG: &str = "PHALANX_LOG";
 /// Folder of reference cases that the parity tests take besides their own.

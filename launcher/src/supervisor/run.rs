@@ -437,6 +437,10 @@ impl Executor {
         if let Some(path) = &self.plan.library_path {
             command.env(env::LIBRARY_PATH, path);
         }
+        let (queues, number) = env::CUDA_QUEUES;
+        if std::env::var_os(queues).is_none() {
+            command.env(queues, number);
+        }
     }
 
     fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {

@@ -31,6 +31,7 @@ const SOURCES: &[&str] = &[
     "csrc/kernels.cpp",
     "csrc/reduce.cpp",
     "csrc/cpu_memory.cpp",
+    "csrc/cuda.cpp",
 ];
 
 fn main() {

@@ -175,14 +175,15 @@ fn the_covering_set_has_every_pair() {
 }
 
 /// FP32 rounds differently in another order of summation, and AdamW's first steps divide by the
-/// root of what was rounded.
+/// root of what was rounded: a step is then off by a part of the learning rate. Its ratio to the
+/// weights' standard deviation is that of Llama 3 8B, 3e-4 to 0.02.
 #[test]
 fn fp32_stays_close() {
-    let sets = [LAYERS, "precision.compute=fp32"];
+    let sets = [LAYERS, "precision.compute=fp32", "optimizer.learning_rate=0.003"];
     let expected = train(&config(&sets), STEPS);
     for layout in layouts(2).into_iter().filter(|layout| layout.recompute == "none") {
         let text = layout.to_string();
-        let found = train(&config(&[sets[0], sets[1], &text]), STEPS);
+        let found = train(&config(&[sets[0], sets[1], sets[2], &text]), STEPS);
         compare_losses_and_weights(&found, &expected, 1e-5, &text);
     }
 }

@@ -28,8 +28,14 @@ fn brings(rank: usize, count: i64, kind: Kind) -> Result<Tensor> {
     Ok(value.f_add_scalar(rank as i64)?.f_to_kind(kind)?)
 }
 
+/// [`brings`], where this group takes its tensors.
+fn own(comm: &Group, rank: usize, count: i64, kind: Kind) -> Result<Tensor> {
+    Ok(brings(rank, count, kind)?.f_to_device(comm.device())?)
+}
+
 fn check(what: &str, got: &Tensor, expected: &Tensor) -> Result<()> {
-    let expected = expected.f_to_kind(got.kind())?;
+    let got = got.f_to_device(Device::Cpu)?;
+    let expected = expected.f_to_device(Device::Cpu)?.f_to_kind(got.kind())?;
     if got.size() == expected.size() && got.f_equal(&expected)? {
         return Ok(());
     }
@@ -77,12 +83,12 @@ fn reductions(comm: &Group, kind: Kind, count: i64) -> Result<()> {
         if op == ReduceOp::Avg && kind == Kind::Int64 {
             continue;
         }
-        let tensor = brings(rank, count, kind)?;
+        let tensor = own(comm, rank, count, kind)?;
         comm.all_reduce(&tensor, op)?.wait()?;
         check(&format!("all_reduce {op:?}"), &tensor, &reduced(size, count, op)?)?;
 
-        let input = brings(rank, count * size as i64, kind)?;
-        let output = Tensor::f_zeros([count], (kind, Device::Cpu))?;
+        let input = own(comm, rank, count * size as i64, kind)?;
+        let output = Tensor::f_zeros([count], (kind, comm.device()))?;
         comm.reduce_scatter(&output, &input, op)?.wait()?;
         let expected =
             reduced(size, count * size as i64, op)?.f_narrow(0, count * rank as i64, count)?;
@@ -94,8 +100,8 @@ fn reductions(comm: &Group, kind: Kind, count: i64) -> Result<()> {
 
 fn movements(comm: &Group, kind: Kind, count: i64) -> Result<()> {
     let (rank, size) = (comm.rank(), comm.size());
-    let of_all = |rank: usize| brings(rank, count, kind);
-    let output = Tensor::f_zeros([count * size as i64], (kind, Device::Cpu))?;
+    let of_all = |rank: usize| own(comm, rank, count, kind);
+    let output = Tensor::f_zeros([count * size as i64], (kind, comm.device()))?;
     comm.all_gather(&output, &of_all(rank)?)?.wait()?;
     let expected: Vec<Tensor> = (0..size).map(of_all).collect::<Result<_>>()?;
     check("all_gather", &output, &Tensor::f_cat(&expected, 0)?)?;
@@ -106,7 +112,7 @@ fn movements(comm: &Group, kind: Kind, count: i64) -> Result<()> {
         check("broadcast", &tensor, &of_all(root)?)?;
     }
 
-    let input = brings(rank, count * size as i64, kind)?;
+    let input = own(comm, rank, count * size as i64, kind)?;
     comm.all_to_all(&output, &input)?.wait()?;
     let from = |peer: usize| -> Result<Tensor> {
         Ok(brings(peer, count * size as i64, kind)?.f_narrow(0, count * rank as i64, count)?)
@@ -122,9 +128,9 @@ fn messages(comm: &Group, kind: Kind, count: i64) -> Result<()> {
         return Ok(());
     }
     let (right, left) = ((rank + 1) % size, (rank + size - 1) % size);
-    let (first, second) = (brings(rank, count, kind)?, brings(rank + 1, count, kind)?);
+    let (first, second) = (own(comm, rank, count, kind)?, own(comm, rank + 1, count, kind)?);
     let sent = [comm.send(&first, right, 7)?, comm.send(&second, right, 7)?];
-    for expected in [brings(left, count, kind)?, brings(left + 1, count, kind)?] {
+    for expected in [own(comm, left, count, kind)?, own(comm, left + 1, count, kind)?] {
         let tensor = expected.f_zeros_like()?;
         comm.recv(&tensor, left, 7)?.wait()?;
         check("a message", &tensor, &expected)?;
@@ -135,7 +141,7 @@ fn messages(comm: &Group, kind: Kind, count: i64) -> Result<()> {
 /// Many operations under way at once end in the order of issue, each with its own result.
 fn asynchronous(comm: &Group) -> Result<()> {
     let tensors: Vec<Tensor> =
-        (1..=8).map(|n| brings(comm.rank(), n * 3001, Kind::Float)).collect::<Result<_>>()?;
+        (1..=8).map(|n| own(comm, comm.rank(), n * 3001, Kind::Float)).collect::<Result<_>>()?;
     let works: Vec<Work> = tensors
         .iter()
         .map(|tensor| comm.all_reduce(tensor, ReduceOp::Sum))
@@ -143,6 +149,10 @@ fn asynchronous(comm: &Group) -> Result<()> {
     let mut works: Vec<Option<Work>> = works.into_iter().map(Some).collect();
     if let Some(last) = works.last_mut().and_then(Option::take) {
         last.wait()?;
+    }
+    if let Some(last) = tensors.last() {
+        // On a GPU it is this reading that waits.
+        let _ = last.f_sum(Kind::Double)?.f_double_value(&[])?;
     }
     for work in works.into_iter().flatten() {
         if !work.is_done() {
@@ -166,8 +176,8 @@ fn traffic(comm: &Group) -> Result<()> {
         run()?.wait()?;
         Ok(comm.bytes_sent() - before)
     };
-    let large = brings(comm.rank(), (piece * size) as i64, Kind::Float)?;
-    let small = Tensor::f_zeros([piece as i64], (Kind::Float, Device::Cpu))?;
+    let large = own(comm, comm.rank(), (piece * size) as i64, Kind::Float)?;
+    let small = Tensor::f_zeros([piece as i64], (Kind::Float, comm.device()))?;
     let least = 4 * piece * (size - 1);
     let cases = [
         ("all_reduce", 2 * least, bytes(&|| comm.all_reduce(&large, ReduceOp::Sum))?),
@@ -184,9 +194,9 @@ fn traffic(comm: &Group) -> Result<()> {
 
 /// What cannot be is refused at once, and the group lives on.
 fn refusals(comm: &Group) -> Result<()> {
-    let float = Tensor::f_zeros([6, 4], (Kind::Float, Device::Cpu))?;
-    let whole = Tensor::f_zeros([6], (Kind::Int64, Device::Cpu))?;
-    let half = Tensor::f_zeros([6], (Kind::Half, Device::Cpu))?;
+    let float = Tensor::f_zeros([6, 4], (Kind::Float, comm.device()))?;
+    let whole = Tensor::f_zeros([6], (Kind::Int64, comm.device()))?;
+    let half = Tensor::f_zeros([6], (Kind::Half, comm.device()))?;
     let refused = [
         comm.all_reduce(&float.f_transpose(0, 1)?, ReduceOp::Sum).is_err(),
         comm.all_reduce(&whole, ReduceOp::Avg).is_err(),
@@ -212,7 +222,7 @@ fn several_groups(connect: &Connect<'_>) -> Result<()> {
         .collect::<Result<_>>()?;
     let tensors: Vec<Tensor> = groups
         .iter()
-        .map(|group| brings(group.rank(), 9001, Kind::Double))
+        .map(|group| own(group, group.rank(), 9001, Kind::Double))
         .collect::<Result<_>>()?;
     let rank = groups.first().map_or(0, Group::rank);
     let mut works = Vec::new();
@@ -236,7 +246,7 @@ fn disagreement(connect: &Connect<'_>) -> Result<()> {
         return Ok(());
     }
     let count = if comm.rank() == 1 { 6 } else { 5 };
-    let tensor = brings(comm.rank(), count, Kind::Float)?;
+    let tensor = own(&comm, comm.rank(), count, Kind::Float)?;
     let outcome = comm.all_reduce(&tensor, ReduceOp::Sum)?.wait();
     match &outcome {
         Err(CommError::Mismatch { detail, .. })
@@ -256,7 +266,7 @@ fn disagreement(connect: &Connect<'_>) -> Result<()> {
 /// # Errors
 /// When a survivor notices nothing, or too late.
 pub fn test_death(comm: Group, die: impl FnOnce(Group)) -> Result<()> {
-    let tensor = Tensor::f_ones([200_000], (Kind::Float, Device::Cpu))?;
+    let tensor = Tensor::f_ones([200_000], (Kind::Float, comm.device()))?;
     for _round in 0..3 {
         comm.all_reduce(&tensor, ReduceOp::Avg)?.wait()?;
     }
@@ -278,7 +288,7 @@ pub fn test_death(comm: Group, die: impl FnOnce(Group)) -> Result<()> {
 /// # Errors
 /// When a rank notices nothing, or too late.
 pub fn test_abort(comm: &Group) -> Result<()> {
-    let tensor = Tensor::f_ones([100_000], (Kind::Float, Device::Cpu))?;
+    let tensor = Tensor::f_ones([100_000], (Kind::Float, comm.device()))?;
     comm.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
     if comm.rank() == 0 {
         std::thread::sleep(Duration::from_millis(100));

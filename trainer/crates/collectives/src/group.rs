@@ -1,24 +1,21 @@
-//! A communicator over any transport: one thread carries out its operations in the order of issue.
+//! A communicator over any backend: one thread carries out its operations in the order of issue.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use torch_shim::cuda::Event;
 use torch_shim::gloo::Store;
 use torch_shim::tch::{Device, Kind, Tensor};
 
 use crate::agreement::{Agreement, Check};
+use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT};
 use crate::error::{CommError, Result};
-use crate::ring::{self, Exchange};
-use crate::transport::{Pending, Transport};
+use crate::transport::Transport;
 use crate::work::{Completion, Finisher, Work};
 use crate::{Communicator, ReduceOp};
-
-/// Tags from here on belong to the collectives.
-const TAG_LIMIT: u32 = 1 << 16;
 
 /// What a group is made with.
 #[derive(Clone, Debug)]
@@ -47,7 +44,7 @@ impl GroupOptions {
     }
 }
 
-/// A communicator over some backend's messages.
+/// A communicator over some backend.
 pub struct Group {
     shared: Arc<Shared>,
     queue: Mutex<Option<Sender<Job>>>,
@@ -55,59 +52,21 @@ pub struct Group {
 }
 
 struct Shared {
-    transport: Box<dyn Transport>,
+    backend: Box<dyn Backend>,
     name: String,
     rank: usize,
     size: usize,
-    bytes: AtomicU64,
     cause: Mutex<Option<String>>,
 }
 
 struct Job {
     operation: Operation,
+    after: Option<Event>,
     finisher: Finisher,
 }
 
-enum Operation {
-    AllReduce(Tensor, ReduceOp),
-    AllGather(Tensor, Tensor),
-    ReduceScatter(Tensor, Tensor, ReduceOp),
-    Broadcast(Tensor, usize),
-    AllToAll(Tensor, Tensor),
-    Barrier,
-}
-
-impl Operation {
-    /// What all ranks must agree on.
-    fn describe(&self) -> String {
-        let of = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
-        match self {
-            Operation::AllReduce(tensor, op) => format!("all_reduce {op:?} {}", of(tensor)),
-            Operation::AllGather(_, input) => format!("all_gather {}", of(input)),
-            Operation::ReduceScatter(_, input, op) => {
-                format!("reduce_scatter {op:?} {}", of(input))
-            }
-            Operation::Broadcast(tensor, root) => format!("broadcast from {root} {}", of(tensor)),
-            Operation::AllToAll(_, input) => format!("all_to_all {}", of(input)),
-            Operation::Barrier => "barrier".to_string(),
-        }
-    }
-
-    fn run(&self, ranks: &Exchanger<'_>) -> Result<()> {
-        match self {
-            Operation::AllReduce(tensor, op) => ring::all_reduce(ranks, tensor, *op),
-            Operation::AllGather(output, input) => ring::all_gather(ranks, output, input),
-            Operation::ReduceScatter(output, input, op) => {
-                ring::reduce_scatter(ranks, output, input, *op)
-            }
-            Operation::Broadcast(tensor, root) => ring::broadcast(ranks, tensor, *root),
-            Operation::AllToAll(output, input) => ring::all_to_all(ranks, output, input),
-            Operation::Barrier => ring::barrier(ranks),
-        }
-    }
-}
-
 impl Group {
+    /// A group whose collectives are algorithms over a transport's messages.
     pub(crate) fn new(
         transport: Box<dyn Transport>,
         store: Store,
@@ -115,12 +74,22 @@ impl Group {
         size: usize,
         options: &GroupOptions,
     ) -> Result<Group> {
+        let backend = Box::new(OverMessages::new(transport, rank, size));
+        Group::over(backend, store, (rank, size), options)
+    }
+
+    /// A group over any backend.
+    pub(crate) fn over(
+        backend: Box<dyn Backend>,
+        store: Store,
+        (rank, size): (usize, usize),
+        options: &GroupOptions,
+    ) -> Result<Group> {
         let shared = Arc::new(Shared {
-            transport,
+            backend,
             name: options.name.clone(),
             rank,
             size,
-            bytes: AtomicU64::new(0),
             cause: Mutex::new(None),
         });
         let agreement = Agreement {
@@ -146,7 +115,8 @@ impl Group {
     fn enqueue(&self, operation: Operation) -> Result<Work> {
         self.shared.alive()?;
         let completion = Arc::new(Completion::default());
-        let job = Job { operation, finisher: Finisher(completion.clone()) };
+        let after = self.shared.backend.issued()?;
+        let job = Job { operation, after, finisher: Finisher(completion.clone()) };
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = queue.as_ref().is_some_and(|queue| queue.send(job).is_ok());
         if sent { Ok(Work::queued(completion)) } else { Err(self.shared.dead()) }
@@ -166,60 +136,44 @@ impl Group {
 
 /// The communication thread.
 fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
-    for (sequence, job) in (0u64..).zip(jobs.iter()) {
+    let mut sequence = 0;
+    while let Some(job) = next(shared, jobs) {
         let operation = job.operation.describe();
         let result = shared.alive().and_then(|()| {
-            let alive = |peer| shared.alive().and_then(|()| shared.transport.reachable(peer));
+            let alive = |peer| shared.alive().and_then(|()| shared.backend.reachable(peer));
             agreement
                 .compare(sequence, &operation, &alive)
                 .map_err(|error| shared.locate(error, sequence, &operation))?;
-            let tag = TAG_LIMIT + (sequence % u64::from(TAG_LIMIT)) as u32;
-            let ranks = Exchanger { shared, tag };
-            job.operation.run(&ranks).map_err(|error| shared.locate(error, sequence, &operation))
+            // The tensors go before the waiter wakes, so that their memory is its own again.
+            let done = shared.backend.run(job.operation, sequence, job.after);
+            done.map_err(|error| shared.locate(error, sequence, &operation))
         });
         if let Err(error) = &result {
             shared.fail(error);
         }
-        // The tensors go before the waiter wakes, so that their memory is its own again.
-        drop(job.operation);
         job.finisher.finish(result);
+        sequence += 1;
     }
 }
 
-struct Exchanger<'a> {
-    shared: &'a Shared,
-    tag: u32,
-}
-
-impl Exchange for Exchanger<'_> {
-    fn rank(&self) -> usize {
-        self.shared.rank
-    }
-
-    fn size(&self) -> usize {
-        self.shared.size
-    }
-
-    fn exchange(&self, outgoing: &[(Tensor, usize)], incoming: &[(Tensor, usize)]) -> Result<()> {
-        let mut pending: Vec<Box<dyn Pending>> =
-            Vec::with_capacity(outgoing.len() + incoming.len());
-        for (tensor, peer) in incoming.iter().filter(|(tensor, _)| tensor.numel() > 0) {
-            pending.push(self.shared.transport.recv(tensor, *peer, self.tag)?);
+/// The next job; none when the group goes. Looks after what is under way while there is none.
+fn next(shared: &Shared, jobs: &Receiver<Job>) -> Option<Job> {
+    let Some(interval) = shared.backend.watch_interval() else { return jobs.recv().ok() };
+    loop {
+        if shared.alive().is_ok()
+            && let Err(error) = shared.backend.watch()
+        {
+            shared.fail(&error);
         }
-        for (tensor, peer) in outgoing.iter().filter(|(tensor, _)| tensor.numel() > 0) {
-            pending.push(self.shared.transport.send(tensor, *peer, self.tag)?);
-            self.shared.count(tensor);
+        match jobs.recv_timeout(interval) {
+            Ok(job) => return Some(job),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return None,
         }
-        pending.into_iter().try_for_each(|message| message.wait())
     }
 }
 
 impl Shared {
-    fn count(&self, tensor: &Tensor) {
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
     fn alive(&self) -> Result<()> {
         match self.cause.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             None => Ok(()),
@@ -239,7 +193,7 @@ impl Shared {
             *cause = Some(error.to_string());
         }
         drop(cause);
-        self.transport.abort(&error.to_string());
+        self.backend.abort(&error.to_string());
     }
 
     /// Says which operation it was that lost a peer.
@@ -254,14 +208,14 @@ impl Shared {
     }
 }
 
-fn check(tensors: &[&Tensor]) -> Result<()> {
+fn check(device: Device, tensors: &[&Tensor]) -> Result<()> {
     for tensor in tensors {
         let known =
             matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64);
-        if !known || !tensor.is_contiguous() || tensor.device() != Device::Cpu {
+        if !known || !tensor.is_contiguous() || tensor.device() != device {
             return Err(CommError::Invalid(format!(
-                "collectives want contiguous CPU tensors of f32, f64, bf16 or i64, not {:?} {:?} \
-                 on {:?} (contiguous: {})",
+                "collectives want contiguous tensors of f32, f64, bf16 or i64 on {device:?}, not \
+                 {:?} {:?} on {:?} (contiguous: {})",
                 tensor.kind(),
                 tensor.size(),
                 tensor.device(),
@@ -303,27 +257,35 @@ impl Communicator for Group {
         self.shared.size
     }
 
+    fn device(&self) -> Device {
+        self.shared.backend.device()
+    }
+
+    fn alive(&self) -> Result<()> {
+        self.shared.alive()
+    }
+
     fn all_reduce(&self, tensor: &Tensor, op: ReduceOp) -> Result<Work> {
-        check(&[tensor])?;
+        check(self.device(), &[tensor])?;
         check_op(tensor, op)?;
         self.enqueue(Operation::AllReduce(tensor.shallow_clone(), op))
     }
 
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
-        check(&[output, input])?;
+        check(self.device(), &[output, input])?;
         check_ratio(output, input, self.size())?;
         self.enqueue(Operation::AllGather(output.shallow_clone(), input.shallow_clone()))
     }
 
     fn reduce_scatter(&self, output: &Tensor, input: &Tensor, op: ReduceOp) -> Result<Work> {
-        check(&[output, input])?;
+        check(self.device(), &[output, input])?;
         check_op(input, op)?;
         check_ratio(input, output, self.size())?;
         self.enqueue(Operation::ReduceScatter(output.shallow_clone(), input.shallow_clone(), op))
     }
 
     fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<Work> {
-        check(&[tensor])?;
+        check(self.device(), &[tensor])?;
         if root >= self.size() {
             return Err(CommError::Invalid(format!(
                 "no root {root} in a group of {}",
@@ -334,28 +296,27 @@ impl Communicator for Group {
     }
 
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
-        check(&[tensor])?;
+        check(self.device(), &[tensor])?;
         self.peer(peer, tag)?;
         self.shared.alive()?;
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        self.shared.count(tensor);
-        Ok(Work::message(self.shared.transport.send(tensor, peer, tag)?))
+        self.shared.backend.send(tensor, peer, tag)
     }
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
-        check(&[tensor])?;
+        check(self.device(), &[tensor])?;
         self.peer(peer, tag)?;
         self.shared.alive()?;
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        Ok(Work::message(self.shared.transport.recv(tensor, peer, tag)?))
+        self.shared.backend.recv(tensor, peer, tag)
     }
 
     fn all_to_all(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
-        check(&[output, input])?;
+        check(self.device(), &[output, input])?;
         check_ratio(output, input, 1)?;
         if !input.numel().is_multiple_of(self.size()) {
             let text = format!("{} elements do not divide by {} ranks", input.numel(), self.size());
@@ -373,7 +334,7 @@ impl Communicator for Group {
     }
 
     fn bytes_sent(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        self.shared.backend.bytes_sent()
     }
 }
 

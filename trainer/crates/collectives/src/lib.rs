@@ -7,6 +7,7 @@
 //! one suite that every backend passes.
 
 mod agreement;
+mod backend;
 pub mod conformance;
 mod error;
 pub mod gloo;
@@ -14,11 +15,12 @@ mod group;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+pub mod nccl;
 mod ring;
 mod transport;
 mod work;
 
-use torch_shim::tch::Tensor;
+use torch_shim::tch::{Device, Tensor};
 
 pub use agreement::Check;
 pub use error::{CommError, Result};
@@ -42,7 +44,7 @@ pub enum ReduceOp {
 ///
 /// Every rank issues the same collectives in the same order; each returns at once, and runs in the
 /// order of issue. Until its [`Work`] is waited for, inputs must not be written and outputs not
-/// read. Tensors are contiguous, on the CPU, of f32, f64, bf16 or i64. After a failure every later
+/// read. Tensors are contiguous, on the group's device, of f32, f64, bf16 or i64. After a failure every later
 /// operation fails too: the group is dead, and a new generation takes its place.
 pub trait Communicator: Send + Sync {
     /// This rank's number in the group.
@@ -50,6 +52,16 @@ pub trait Communicator: Send + Sync {
 
     /// The number of ranks in the group.
     fn size(&self) -> usize;
+
+    /// The device of the tensors that it takes.
+    fn device(&self) -> Device;
+
+    /// Whether nothing has failed so far. On a GPU a failure shows here only: to be asked once the
+    /// host has read what a step came to, before it is believed.
+    ///
+    /// # Errors
+    /// The first cause, when the group is dead.
+    fn alive(&self) -> Result<()>;
 
     /// Reduces `tensor` over the ranks, in place, to the same bits on every rank.
     ///

@@ -2,6 +2,9 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use torch_shim::cuda::{Event, Stream};
+use torch_shim::tch::Tensor;
+
 use crate::error::{CommError, Result};
 use crate::transport::Pending;
 
@@ -28,8 +31,10 @@ impl Work {
         Work(Kind::Done)
     }
 
-    /// Waits until the operation is done here. Every wait of the transport is bounded, so this one
-    /// is too.
+    /// Waits until the operation is done here. Every wait of a transport is bounded, so this one
+    /// is too. On a GPU it is this thread's current stream that waits, and the host goes on: what
+    /// fails there is known to [`crate::Communicator::alive`] by the time that the host has read
+    /// anything computed after it.
     ///
     /// # Errors
     /// What the operation failed with.
@@ -45,9 +50,38 @@ impl Work {
     /// may say no until it is waited for.
     pub fn is_done(&self) -> bool {
         match &self.0 {
-            Kind::Queued(completion) => completion.lock().is_some(),
+            Kind::Queued(completion) => completion.is_done(),
             Kind::Message(pending) => pending.is_done(),
             Kind::Done => true,
+        }
+    }
+}
+
+/// An operation that is on a stream: the end of it, and the tensors that it works on.
+///
+/// Once some stream of the tensors' users waits for the end, the allocator's own order keeps their
+/// memory; until then it is told to keep it.
+pub(crate) struct Behind {
+    pub(crate) event: Arc<Event>,
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) tensors: Vec<Tensor>,
+}
+
+impl Behind {
+    /// Lets this thread's current stream wait.
+    fn follow(mut self) -> Result<()> {
+        self.event.hold_current()?;
+        self.tensors.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        for tensor in &self.tensors {
+            if let Err(error) = self.stream.keep(tensor) {
+                tracing::warn!("a tensor that NCCL works on: {error}");
+            }
         }
     }
 }
@@ -55,26 +89,40 @@ impl Work {
 /// Where a queued operation's outcome is left.
 #[derive(Default)]
 pub(crate) struct Completion {
-    outcome: Mutex<Option<Result<()>>>,
+    outcome: Mutex<Option<Result<Option<Behind>>>>,
     changed: Condvar,
 }
 
 impl Completion {
-    fn lock(&self) -> MutexGuard<'_, Option<Result<()>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Result<Option<Behind>>>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_done(&self) -> bool {
+        match self.lock().as_ref() {
+            None => false,
+            Some(Ok(Some(behind))) => behind.event.is_past().unwrap_or(true),
+            Some(_) => true,
+        }
     }
 
     fn wait(&self) -> Result<()> {
         let mut outcome = self.lock();
         loop {
-            if let Some(result) = outcome.as_ref() {
-                return result.clone();
+            match outcome.as_mut() {
+                None => {}
+                Some(Err(error)) => return Err(error.clone()),
+                Some(Ok(behind)) => {
+                    let behind = behind.take();
+                    drop(outcome);
+                    return behind.map_or(Ok(()), Behind::follow);
+                }
             }
             outcome = self.changed.wait(outcome).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    fn finish(&self, result: Result<()>) {
+    fn finish(&self, result: Result<Option<Behind>>) {
         let mut outcome = self.lock();
         if outcome.is_none() {
             *outcome = Some(result);
@@ -87,7 +135,7 @@ impl Completion {
 pub(crate) struct Finisher(pub(crate) Arc<Completion>);
 
 impl Finisher {
-    pub(crate) fn finish(self, result: Result<()>) {
+    pub(crate) fn finish(self, result: Result<Option<Behind>>) {
         self.0.finish(result);
     }
 }

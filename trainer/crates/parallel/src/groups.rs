@@ -95,9 +95,20 @@ impl Groups {
         [Axis::Tensor, Axis::Context, Axis::Pipeline].iter().all(|&axis| self.coordinate(axis) == 0)
     }
 
+    /// Whether nothing has failed in any group: see [`Communicator::alive`].
+    ///
+    /// # Errors
+    /// The first cause of one that is dead.
+    pub fn alive(&self) -> Result<(), CommError> {
+        self.all().try_for_each(|group| group.alive())
+    }
+
     /// Ends every operation under way in all groups.
     pub fn abort(&self) {
-        self.world.abort();
+        self.all().for_each(|group| group.abort());
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<dyn Communicator>> {
         let groups = [
             &self.tensor,
             &self.kv_copies,
@@ -108,7 +119,7 @@ impl Groups {
             &self.copies,
             &self.data,
         ];
-        groups.into_iter().flatten().for_each(|group| group.abort());
+        std::iter::once(&self.world).chain(groups.into_iter().flatten())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use collectives::{Communicator, ReduceOp};
 use torch_shim::ShimError;
-use torch_shim::tch::Tensor;
+use torch_shim::tch::{Device, Tensor};
 
 use crate::error::Result;
 
@@ -16,7 +16,9 @@ pub fn all_reduce_scalars(comm: &dyn Communicator, values: &mut [f64], op: Reduc
         return Ok(());
     }
     let tensor = Tensor::f_from_slice(values).map_err(ShimError::from)?;
+    let tensor = tensor.f_to_device(comm.device()).map_err(ShimError::from)?;
     comm.all_reduce(&tensor, op)?.wait()?;
+    let tensor = tensor.f_to_device(Device::Cpu).map_err(ShimError::from)?;
     tensor.f_copy_data(values, values.len()).map_err(ShimError::from)?;
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 pub mod autograd;
 pub mod bytes;
+pub mod cuda;
 mod error;
 pub mod fused;
 pub mod gloo;

@@ -50,6 +50,18 @@ pub(crate) struct RawGloo {
     _private: [u8; 0],
 }
 
+/// `c10::Stream`.
+#[repr(C)]
+pub(crate) struct RawStream {
+    _private: [u8; 0],
+}
+
+/// `c10::Event`.
+#[repr(C)]
+pub(crate) struct RawEvent {
+    _private: [u8; 0],
+}
+
 /// `Message` of gloo.cpp.
 #[repr(C)]
 pub(crate) struct RawMessage {
@@ -76,6 +88,23 @@ pub(crate) struct StoreCalls {
 
 unsafe extern "C" {
     pub(crate) fn phx_keep_cpu_memory(limit: usize) -> ErrorText;
+
+    pub(crate) fn phx_cuda_load(devices: *mut i32) -> ErrorText;
+    pub(crate) fn phx_cuda_set_device(index: i32) -> ErrorText;
+    pub(crate) fn phx_cuda_synchronize(index: i32) -> ErrorText;
+    pub(crate) fn phx_stream_take(index: i32, out: *mut *mut RawStream) -> ErrorText;
+    pub(crate) fn phx_stream_free(stream: *mut RawStream);
+    pub(crate) fn phx_stream_native(stream: *const RawStream, out: *mut *mut c_void) -> ErrorText;
+    pub(crate) fn phx_event_on_current(index: i32, out: *mut *mut RawEvent) -> ErrorText;
+    pub(crate) fn phx_event_on(stream: *const RawStream, out: *mut *mut RawEvent) -> ErrorText;
+    pub(crate) fn phx_event_free(event: *mut RawEvent);
+    pub(crate) fn phx_event_hold_current(event: *const RawEvent) -> ErrorText;
+    pub(crate) fn phx_event_hold(event: *const RawEvent, stream: *const RawStream) -> ErrorText;
+    pub(crate) fn phx_event_is_past(event: *const RawEvent, out: *mut bool) -> ErrorText;
+    pub(crate) fn phx_tensor_record_stream(
+        tensor: RawTensor,
+        stream: *const RawStream,
+    ) -> ErrorText;
 
     pub(crate) fn phx_combine(accumulator: RawTensor, x: RawTensor, how: i32) -> ErrorText;
     pub(crate) fn phx_divide(x: RawTensor, divisor: f64) -> ErrorText;

@@ -1,0 +1,191 @@
+//! What carries out the operations of a group.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use torch_shim::cuda::Event;
+use torch_shim::tch::{Device, Tensor};
+
+use crate::ReduceOp;
+use crate::error::Result;
+use crate::ring::{self, Exchange};
+use crate::transport::{Pending, Transport};
+use crate::work::{Behind, Work};
+
+/// Tags from here on belong to the collectives.
+pub(crate) const TAG_LIMIT: u32 = 1 << 16;
+
+/// A collective operation. Its tensors have passed all checks.
+pub(crate) enum Operation {
+    AllReduce(Tensor, ReduceOp),
+    AllGather(Tensor, Tensor),
+    ReduceScatter(Tensor, Tensor, ReduceOp),
+    Broadcast(Tensor, usize),
+    AllToAll(Tensor, Tensor),
+    Barrier,
+}
+
+impl Operation {
+    /// What all ranks must agree on.
+    pub(crate) fn describe(&self) -> String {
+        let of = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+        match self {
+            Operation::AllReduce(tensor, op) => format!("all_reduce {op:?} {}", of(tensor)),
+            Operation::AllGather(_, input) => format!("all_gather {}", of(input)),
+            Operation::ReduceScatter(_, input, op) => {
+                format!("reduce_scatter {op:?} {}", of(input))
+            }
+            Operation::Broadcast(tensor, root) => format!("broadcast from {root} {}", of(tensor)),
+            Operation::AllToAll(_, input) => format!("all_to_all {}", of(input)),
+            Operation::Barrier => "barrier".to_string(),
+        }
+    }
+}
+
+/// What carries out the operations of a group. Errors that name a peer leave the rest of a
+/// [`crate::CommError::Peer`] to the caller.
+pub(crate) trait Backend: Send + Sync {
+    /// The device of its tensors.
+    fn device(&self) -> Device;
+
+    /// Called where an operation is issued: what it has to come after.
+    fn issued(&self) -> Result<Option<Event>> {
+        Ok(None)
+    }
+
+    /// Carries out the `sequence`-th operation, on the group's thread; what is left may be under
+    /// way on a stream.
+    fn run(
+        &self,
+        operation: Operation,
+        sequence: u64,
+        after: Option<Event>,
+    ) -> Result<Option<Behind>>;
+
+    /// Starts to send a contiguous tensor of at least one element.
+    fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work>;
+
+    /// Starts to receive into a contiguous tensor of at least one element.
+    fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work>;
+
+    /// An error where it is known, without a message, that a peer is gone.
+    fn reachable(&self, _peer: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// How often [`Backend::watch`] wants to be called.
+    fn watch_interval(&self) -> Option<Duration> {
+        None
+    }
+
+    /// The failure of something that is under way on a stream, or has been there for too long.
+    fn watch(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Ends all that is under way, with an error.
+    fn abort(&self, cause: &str);
+
+    /// Bytes of tensors that this rank has sent so far.
+    fn bytes_sent(&self) -> u64;
+}
+
+/// Bytes of a tensor's elements.
+pub(crate) fn bytes(tensor: &Tensor) -> u64 {
+    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
+}
+
+/// The collectives as algorithms over messages, on the CPU.
+pub(crate) struct OverMessages {
+    transport: Box<dyn Transport>,
+    rank: usize,
+    size: usize,
+    bytes: AtomicU64,
+}
+
+impl OverMessages {
+    pub(crate) fn new(transport: Box<dyn Transport>, rank: usize, size: usize) -> OverMessages {
+        OverMessages { transport, rank, size, bytes: AtomicU64::new(0) }
+    }
+
+    fn count(&self, tensor: &Tensor) {
+        self.bytes.fetch_add(bytes(tensor), Ordering::Relaxed);
+    }
+}
+
+impl Backend for OverMessages {
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn run(
+        &self,
+        operation: Operation,
+        sequence: u64,
+        _after: Option<Event>,
+    ) -> Result<Option<Behind>> {
+        let tag = TAG_LIMIT + (sequence % u64::from(TAG_LIMIT)) as u32;
+        let ranks = &Exchanger { messages: self, tag };
+        match &operation {
+            Operation::AllReduce(tensor, op) => ring::all_reduce(ranks, tensor, *op),
+            Operation::AllGather(output, input) => ring::all_gather(ranks, output, input),
+            Operation::ReduceScatter(output, input, op) => {
+                ring::reduce_scatter(ranks, output, input, *op)
+            }
+            Operation::Broadcast(tensor, root) => ring::broadcast(ranks, tensor, *root),
+            Operation::AllToAll(output, input) => ring::all_to_all(ranks, output, input),
+            Operation::Barrier => ring::barrier(ranks),
+        }?;
+        Ok(None)
+    }
+
+    fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
+        self.count(tensor);
+        Ok(Work::message(self.transport.send(tensor, peer, tag)?))
+    }
+
+    fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
+        Ok(Work::message(self.transport.recv(tensor, peer, tag)?))
+    }
+
+    fn reachable(&self, peer: usize) -> Result<()> {
+        self.transport.reachable(peer)
+    }
+
+    fn abort(&self, cause: &str) {
+        self.transport.abort(cause);
+    }
+
+    fn bytes_sent(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+struct Exchanger<'a> {
+    messages: &'a OverMessages,
+    tag: u32,
+}
+
+impl Exchange for Exchanger<'_> {
+    fn rank(&self) -> usize {
+        self.messages.rank
+    }
+
+    fn size(&self) -> usize {
+        self.messages.size
+    }
+
+    fn exchange(&self, outgoing: &[(Tensor, usize)], incoming: &[(Tensor, usize)]) -> Result<()> {
+        let transport = &self.messages.transport;
+        let mut pending: Vec<Box<dyn Pending>> =
+            Vec::with_capacity(outgoing.len() + incoming.len());
+        for (tensor, peer) in incoming.iter().filter(|(tensor, _)| tensor.numel() > 0) {
+            pending.push(transport.recv(tensor, *peer, self.tag)?);
+        }
+        for (tensor, peer) in outgoing.iter().filter(|(tensor, _)| tensor.numel() > 0) {
+            pending.push(transport.send(tensor, *peer, self.tag)?);
+            self.messages.count(tensor);
+        }
+        pending.into_iter().try_for_each(|message| message.wait())
+    }
+}

@@ -1,0 +1,103 @@
+//! All ranks run one build on one config: what differs trains something else, or hangs.
+
+use crate::error::{Result, TrainError};
+use rank_protocol::client::RankClient;
+use run_config::RunConfig;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read};
+use std::time::Duration;
+use xxhash_rust::xxh3::Xxh3;
+
+/// Longest wait for rank 0 to say what it runs.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a rank runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    version: String,
+    /// Hash of the program's file.
+    build: String,
+    /// Hash of the resolved config.
+    config: String,
+}
+
+impl Identity {
+    /// What differs from rank 0's.
+    fn compare(&self, rank: usize, first: &Identity) -> Result<()> {
+        let named = |what, ours, theirs| {
+            Err(TrainError::Config(format!(
+                "rank {rank} has another {what} than rank 0: {ours} and {theirs}; hint: give every \
+                 node the same phalanx-trainer and the same run directory"
+            )))
+        };
+        if self.version != first.version {
+            return named("version of Phalanx", &self.version, &first.version);
+        }
+        if self.build != first.build {
+            return named("build of phalanx-trainer", &self.build, &first.build);
+        }
+        if self.config != first.config {
+            return named("config", &self.config, &first.config);
+        }
+        Ok(())
+    }
+}
+
+/// Refuses to go on where this rank runs something else than rank 0.
+///
+/// # Errors
+/// [`TrainError::Config`] with both hashes; where the store or the program's file cannot be read.
+pub fn agree(client: &RankClient, config: &RunConfig) -> Result<()> {
+    let place = client.assignment();
+    if place.world_size == 1 {
+        return Ok(());
+    }
+    let build = build_hash()
+        .map_err(|error| TrainError::Config(format!("cannot read phalanx-trainer: {error}")))?;
+    let version = env!("CARGO_PKG_VERSION").to_string();
+    let own = Identity { version, build, config: config.hash() };
+    let plain = |error: &dyn std::fmt::Display| TrainError::Config(format!("identity: {error}"));
+    let key = format!("{}/generation-{}/identity", place.run_id, place.generation);
+    let store = client.store();
+    if place.rank == 0 {
+        let text = serde_json::to_vec(&own).map_err(|error| plain(&error))?;
+        return store.set(&key, &text).map_err(|error| plain(&error));
+    }
+    let text = store.get(&key, TIMEOUT).map_err(|error| plain(&error))?;
+    let first: Identity = serde_json::from_slice(&text).map_err(|error| plain(&error))?;
+    own.compare(place.rank, &first)
+}
+
+/// Hash of the file that this process runs.
+fn build_hash() -> io::Result<String> {
+    let mut file = File::open("/proc/self/exe")?;
+    let mut hash = Xxh3::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(format!("{:016x}", hash.digest())),
+            length => hash.update(&buffer[..length]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_difference_is_named() {
+        let text = |text: &str| text.to_string();
+        let first = Identity { version: text("1"), build: text("b"), config: text("c") };
+        assert!(first.compare(1, &first).is_ok());
+        let check = |other: Identity, expected: &str| {
+            let error = other.compare(3, &first).unwrap_err().to_string();
+            assert!(error.contains("rank 3") && error.contains(expected), "{error}");
+        };
+        check(Identity { version: text("2"), ..first.clone() }, "version of Phalanx");
+        check(Identity { build: text("x"), ..first.clone() }, "build of phalanx-trainer");
+        check(Identity { config: text("x"), ..first.clone() }, "another config");
+        assert_eq!(build_hash().unwrap().len(), 16);
+    }
+}
