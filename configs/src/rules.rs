@@ -141,7 +141,7 @@ impl Rules<'_, '_> {
             "parallelism.replicate",
         ];
         let Some(ranks) = self.config.num_ranks() else { return };
-        let hint = "ranks are cluster.nodes x cluster.ranks_per_node";
+        let ranks_are = "ranks are cluster.nodes x cluster.ranks_per_node";
         match p.replicate {
             Some(replicate) if product * replicate as u128 != ranks as u128 => {
                 let all = product * replicate as u128;
@@ -149,14 +149,23 @@ impl Rules<'_, '_> {
                     "the degrees tensor x context x pipeline x shard x replicate = \
                      {spelled} x {replicate} = {all} are not the {ranks} ranks"
                 );
-                self.conflict(&keys, message, &format!("{all} ranks"), hint);
+                let replicas = ranks as u128 / product;
+                let hint = if replicas > 0 && (ranks as u128).is_multiple_of(product) {
+                    format!("parallelism.replicate={replicas} would do; {ranks_are}")
+                } else {
+                    ranks_are.to_owned()
+                };
+                self.conflict(&keys, message, &format!("{all} ranks"), &hint);
             }
             None if !(ranks as u128).is_multiple_of(product) => {
                 let message = format!(
                     "the degrees tensor x context x pipeline x shard = {spelled} = {product} \
                      do not divide the {ranks} ranks"
                 );
-                self.conflict(&keys, message, &format!("a multiple of {product} ranks"), hint);
+                let near = usize::try_from(product).map_or(String::new(), |p| multiples(ranks, p));
+                let hint = format!("{near} ranks would do; {ranks_are}");
+                let limit = format!("a multiple of {product} ranks");
+                self.conflict(&keys, message, &limit, &hint);
             }
             _ => {}
         }
@@ -231,7 +240,11 @@ impl Rules<'_, '_> {
             let keys = [key, "training.global_batch", "training.micro_batch"];
             let named: &[&str] = if t.batch_stages.len() > 1 { &keys } else { &keys[1..] };
             let limit = format!("a multiple of {per_pass}");
-            self.conflict(named, message, &limit, "change training.micro_batch or the ranks");
+            let near = usize::try_from(per_pass).map_or(String::new(), |per_pass| {
+                format!("{} would do, or ", multiples(stage.global_batch, per_pass))
+            });
+            let hint = format!("{near}change training.micro_batch or the ranks");
+            self.conflict(named, message, &limit, &hint);
         }
     }
 
@@ -270,24 +283,30 @@ impl Rules<'_, '_> {
     fn splits(&mut self) {
         let (p, m) = (&self.config.parallelism, &self.config.model);
         let tensor = "parallelism.tensor";
-        for (name, size) in
-            [("heads", m.heads), ("ffn_dim", m.ffn_dim), ("vocab_size", m.vocab_size)]
-        {
+        let sizes = [("heads", m.heads), ("ffn_dim", m.ffn_dim), ("vocab_size", m.vocab_size)];
+        let goes_with_kv_heads = |degree: usize| {
+            let (small, large) = (m.kv_heads.min(degree), m.kv_heads.max(degree));
+            large.is_multiple_of(small)
+        };
+        let works = |degree: usize| {
+            sizes.iter().all(|(_, size)| size.is_multiple_of(degree)) && goes_with_kv_heads(degree)
+        };
+        let hint = would_do(tensor, &nearest(p.tensor, m.heads, works));
+        for (name, size) in sizes {
             if !size.is_multiple_of(p.tensor) {
                 let key = format!("model.{name}");
                 let message = format!("{} ranks do not divide {key} {size}", p.tensor);
                 let limit = format!("a divisor of {size}");
-                self.conflict(&[tensor, &key], message, &limit, "");
+                self.conflict(&[tensor, &key], message, &limit, &hint);
             }
         }
-        let (small, large) = (m.kv_heads.min(p.tensor), m.kv_heads.max(p.tensor));
-        if !large.is_multiple_of(small) {
+        if !goes_with_kv_heads(p.tensor) {
             let message = format!(
                 "{} ranks and model.kv_heads {} do not divide one another",
                 p.tensor, m.kv_heads
             );
             let limit = format!("a divisor or a multiple of {}", m.kv_heads);
-            self.conflict(&[tensor, "model.kv_heads"], message, &limit, "");
+            self.conflict(&[tensor, "model.kv_heads"], message, &limit, &hint);
         }
         let by_tensor = if p.sequence { p.tensor } else { 1 };
         let chunks = if p.context > 1 { 2 * p.context } else { 1 } * by_tensor;
@@ -300,7 +319,17 @@ impl Rules<'_, '_> {
                 );
                 let by = if p.context > 1 { "parallelism.context" } else { tensor };
                 let keys = [by, "parallelism.sequence", "data.sequence_length"];
-                self.conflict(&keys, message, &format!("a multiple of {chunks}"), "");
+                let length = stage.sequence_length;
+                let near = multiples(length, chunks);
+                let degrees = nearest(p.context, length.min(1 << 16), |context| {
+                    length.is_multiple_of(if context > 1 { 2 * context } else { 1 } * by_tensor)
+                });
+                let degrees = match would_do("parallelism.context", &degrees) {
+                    degrees if degrees.is_empty() || p.context == 1 => String::new(),
+                    degrees => format!("; {degrees}"),
+                };
+                let hint = format!("a sequence of {near} tokens would do{degrees}");
+                self.conflict(&keys, message, &format!("a multiple of {chunks}"), &hint);
             }
         }
     }
@@ -317,7 +346,9 @@ impl Rules<'_, '_> {
                 p.stages, p.virtual_stages
             );
             let limit = format!("at most {layers} chunks: each holds a layer or more");
-            self.conflict(&[stages, virtual_stages, "model.layers"], message, &limit, "");
+            let most = layers / p.virtual_stages.max(1);
+            let hint = if most > 0 { would_do(stages, &most.to_string()) } else { String::new() };
+            self.conflict(&[stages, virtual_stages, "model.layers"], message, &limit, &hint);
         }
         let schedule = "parallelism.pipeline.schedule";
         let plain =
@@ -415,4 +446,23 @@ impl Rules<'_, '_> {
 /// `1 core`, `2 cores`.
 fn counted(count: usize, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// The nearest numbers below and above `value` that work, from 1 to `most`: "2 or 4".
+fn nearest(value: usize, most: usize, works: impl Fn(usize) -> bool) -> String {
+    let below = (1..value.min(most.saturating_add(1))).rev().find(|number| works(*number));
+    let above = (value.saturating_add(1)..=most).find(|number| works(*number));
+    let found: Vec<String> = below.into_iter().chain(above).map(|n| n.to_string()).collect();
+    found.join(" or ")
+}
+
+/// The multiples of `unit` below and above `value`.
+fn multiples(value: usize, unit: usize) -> String {
+    let below = value / unit.max(1) * unit;
+    let above = below.saturating_add(unit);
+    if below == 0 { above.to_string() } else { format!("{below} or {above}") }
+}
+
+fn would_do(key: &str, numbers: &str) -> String {
+    if numbers.is_empty() { String::new() } else { format!("{key}={numbers} would do") }
 }
