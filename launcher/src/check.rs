@@ -91,7 +91,8 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
     let longest = stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(1);
     let flops = |convention| flops_per_token(&config.model, longest, convention);
     Ok(Plan {
-        memory: memory_per_rank(&config, &mesh),
+        memory: memory_per_rank(&config, &mesh)
+            .map_err(|error| conflict("parallelism", error.to_string()))?,
         pipeline,
         layout,
         parameters: num_parameters(&config.model),

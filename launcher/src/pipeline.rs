@@ -3,6 +3,7 @@
 
 use crate::check::gibibytes;
 use crate::error::UserError;
+use layout::communication::LayoutError;
 use layout::memory::memory_of_stage;
 use layout::schedule::{Costs, Schedule, ScheduleError, Timeline, draw, simulate};
 use layout::{ChunkSpan, Mesh, chunks};
@@ -46,7 +47,7 @@ impl PipelinePlan {
         config: &RunConfig,
         mesh: &Mesh,
         first_steps: &[u64],
-    ) -> Result<Option<Self>, ScheduleError> {
+    ) -> Result<Option<Self>, LayoutError> {
         let pipeline = &config.parallelism.pipeline;
         if pipeline.stages < 2 {
             return Ok(None);
@@ -58,11 +59,11 @@ impl PipelinePlan {
             let schedule = Schedule::of(pipeline, micro_batches)?;
             Ok(StepPlan::new(*first_step, schedule))
         });
-        let memory = (0..pipeline.stages).map(|stage| memory_of_stage(config, mesh, stage).total());
+        let memory = |stage| Ok(memory_of_stage(config, mesh, stage)?.total());
         Ok(Some(Self {
-            memory: memory.collect(),
+            memory: (0..pipeline.stages).map(memory).collect::<Result<_, LayoutError>>()?,
             chunks: chunks(config.model.layers, pipeline.stages, pipeline.virtual_stages),
-            steps: steps.collect::<Result<_, _>>()?,
+            steps: steps.collect::<Result<_, ScheduleError>>()?,
             pipeline: pipeline.clone(),
         }))
     }

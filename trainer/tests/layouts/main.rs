@@ -6,4 +6,5 @@ mod communication;
 mod forms;
 mod grid;
 mod harness;
+mod memory;
 mod reshard;

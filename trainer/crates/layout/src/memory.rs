@@ -1,26 +1,33 @@
-//! Bytes of the fullest rank, by kind. Weights, master weights, gradients and optimizer state are
-//! exact; activations and logits are estimates of what the backward pass keeps.
+//! Bytes of one rank, by kind. Weights, master weights, gradients and optimizer state are exact,
+//! those of sharded weights and gradients at their most within a step; activations are those that
+//! the blocks keep for the backward pass.
+//!
+//! Not in it: what an operation needs while it runs, tensors on their way to or from other ranks,
+//! and the few that lie outside of blocks (tokens, rotary factors, the head's input).
 
+use crate::communication::{Dtype, LOSS_CHUNK_TOKENS, LayoutError, Step};
+use crate::held::Held;
 use crate::mesh::{Axis, Mesh};
 use crate::schedule::Schedule;
-use crate::stages::chunks;
-use run_config::{BatchStage, ComputeDtype, ModelConfig, Recompute, RunConfig, ShardLevel};
+use crate::sharded::sharded_step;
+use run_config::{BatchStage, Recompute, RunConfig};
 use serde::Serialize;
 
 /// Bytes of one rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// Weights used in compute.
+    /// Weights used in compute; with shard level `parameters` the most that are gathered at once.
     pub weights: u64,
-    /// FP32 master weights; 0 where the compute weights are the master weights.
+    /// Master weights; 0 where the compute weights are the master weights.
     pub master: u64,
-    /// Gradient accumulators.
+    /// Gradient accumulators; with a shard level those of what is owned, and the most that are
+    /// whole at once.
     pub gradients: u64,
     /// AdamW's two moments.
     pub optimizer: u64,
-    /// Estimate: what blocks keep for the backward pass.
+    /// What blocks keep for the backward pass.
     pub activations: u64,
-    /// Estimate: logits of one micro-batch and their gradient.
+    /// Estimate: logits of one chunk of a micro-batch's tokens, whose gradient takes their place.
     pub logits: u64,
 }
 
@@ -32,166 +39,173 @@ impl Memory {
     }
 }
 
-/// Bytes per element of compute weights and activations, master weights (0: none), and gradients.
-fn widths(compute: ComputeDtype) -> (u64, u64, u64) {
-    match compute {
-        ComputeDtype::Fp32 => (4, 0, 4),
-        ComputeDtype::Bf16 => (2, 4, 4),
-        ComputeDtype::Fp64 => (8, 0, 8),
-    }
-}
-
 /// Memory of the fullest rank of `mesh`.
-pub fn memory_per_rank(config: &RunConfig, mesh: &Mesh) -> Memory {
-    let mut fullest = memory_of_stage(config, mesh, 0);
-    for stage in 1..mesh.degree(Axis::Pipeline) {
-        let memory = memory_of_stage(config, mesh, stage);
-        if memory.total() > fullest.total() {
-            fullest = memory;
-        }
-    }
-    fullest
+///
+/// # Errors
+/// Where the layout cannot be; a checked config's can.
+pub fn memory_per_rank(config: &RunConfig, mesh: &Mesh) -> Result<Memory, LayoutError> {
+    let stages = 0..mesh.degree(Axis::Pipeline);
+    let of_stages = stages.map(|stage| memory_of_stage(config, mesh, stage));
+    let of_stages = of_stages.collect::<Result<Vec<_>, _>>()?;
+    // The first of those that are equal.
+    let fullest = of_stages.into_iter().rev().max_by_key(Memory::total);
+    Ok(fullest.unwrap_or_default())
 }
 
-/// Parameters of the fullest rank of one pipeline stage, before sharding.
-pub fn parameters_of_stage(config: &RunConfig, mesh: &Mesh, stage: usize) -> u64 {
-    Held::new(config, mesh, stage).parameters(&config.model, mesh)
-}
-
-/// Memory of the fullest rank of one pipeline stage.
-pub fn memory_of_stage(config: &RunConfig, mesh: &Mesh, stage: usize) -> Memory {
-    let held = Held::new(config, mesh, stage);
-    let num = held.parameters(&config.model, mesh);
-    let (weight, master, grad) = widths(config.precision.compute);
-    let level = config.parallelism.shard.level;
-    let shard = mesh.degree(Axis::Shard) as u64;
-    let split = |from: ShardLevel, bytes: u64| {
-        if order(level) >= order(from) { bytes.div_ceil(shard) } else { bytes }
-    };
-    let longest = config.training.batch_stages.iter().max_by_key(|batch| batch.sequence_length);
-    let (activations, logits) = longest.map_or((0, 0), |batch| {
-        let activations = activation_bytes(config, mesh, &held, stage, batch);
-        let logits = if held.head { logit_bytes(config, mesh, batch) } else { 0 };
-        (activations, logits)
-    });
-    Memory {
-        weights: split(ShardLevel::Parameters, num * weight),
-        master: split(ShardLevel::Optimizer, num * master),
-        gradients: split(ShardLevel::Gradients, num * grad),
-        optimizer: split(ShardLevel::Optimizer, 2 * num * grad),
-        activations,
-        logits,
-    }
-}
-
-fn order(level: ShardLevel) -> u8 {
-    match level {
-        ShardLevel::None => 0,
-        ShardLevel::Optimizer => 1,
-        ShardLevel::Gradients => 2,
-        ShardLevel::Parameters => 3,
-    }
-}
-
-/// What a pipeline stage holds of the model.
-struct Held {
-    blocks: usize,
-    largest_chunk: usize,
-    embedding: bool,
-    head: bool,
-}
-
-impl Held {
-    fn new(config: &RunConfig, mesh: &Mesh, stage: usize) -> Self {
-        let (stages, virtual_stages) = (mesh.degree(Axis::Pipeline), virtual_stages(config, mesh));
-        let mut held = Self { blocks: 0, largest_chunk: 0, embedding: false, head: false };
-        let chunks = chunks(config.model.layers, stages, virtual_stages);
-        for chunk in chunks.iter().filter(|chunk| chunk.stage == stage) {
-            held.blocks += chunk.blocks.len();
-            held.largest_chunk = held.largest_chunk.max(chunk.blocks.len());
-            held.embedding |= chunk.embedding;
-            held.head |= chunk.head;
-        }
-        held
-    }
-
-    /// Parameters on the fullest tensor rank, before sharding. Norms are on every tensor rank; KV
-    /// heads are repeated where there are more ranks than heads. Tied embeddings are one table
-    /// where embedding and head are on one stage, and else one on each.
-    fn parameters(&self, model: &ModelConfig, mesh: &Mesh) -> u64 {
-        let tensor = mesh.degree(Axis::Tensor);
-        let part = |size: usize| size.div_ceil(tensor);
-        let heads = part(model.heads) + part(model.kv_heads);
-        let attention = 2 * model.dim * model.head_dim * heads;
-        let block = attention + 3 * model.dim * part(model.ffn_dim) + 2 * model.dim;
-        let is_shared = self.embedding && self.head && model.tied_embeddings;
-        let tables = usize::from(self.embedding) + usize::from(self.head) - usize::from(is_shared);
-        let norm = if self.head { model.dim } else { 0 };
-        (self.blocks * block + tables * part(model.vocab_size) * model.dim + norm) as u64
-    }
-}
-
-/// Chunks per stage; the key has no effect while there is one stage.
-fn virtual_stages(config: &RunConfig, mesh: &Mesh) -> usize {
-    if mesh.degree(Axis::Pipeline) > 1 { config.parallelism.pipeline.virtual_stages } else { 1 }
-}
-
-/// What one rank's blocks keep. Per token and block, in elements: inputs and outputs of the two
-/// norms (4 dim); queries, keys and values before and after the rotation and the attention's
-/// output (3 heads + 3 kv_heads, times head_dim); gate, up and their product (3 ffn_dim). Attention
-/// weights are not kept (flash attention).
-fn activation_bytes(
+/// Memory of each rank of a pipeline stage: pieces are equal.
+///
+/// # Errors
+/// As [`memory_per_rank`].
+pub fn memory_of_stage(
     config: &RunConfig,
     mesh: &Mesh,
-    held: &Held,
     stage: usize,
-    batch: &BatchStage,
-) -> u64 {
-    let (m, p) = (&config.model, &config.parallelism);
-    let (width, _, _) = widths(config.precision.compute);
-    let tensor = mesh.degree(Axis::Tensor);
-    let sequence = if p.sequence { tensor } else { 1 };
-    let residual = (4 * m.dim).div_ceil(sequence);
-    let core = (3 * m.head_dim * (m.heads + m.kv_heads)).div_ceil(tensor);
-    let ffn = (3 * m.ffn_dim).div_ceil(tensor);
-    let kept = (held.largest_chunk * in_flight(config, mesh, stage, batch)) as u64;
-    let whole = (residual + core + ffn) as u64;
-    // What is computed again is there for one block at a time.
-    let per_token = match p.recompute {
-        Recompute::None => kept * whole,
-        Recompute::Selective => kept * (residual + ffn) as u64 + core as u64,
-        Recompute::Full => kept * m.dim.div_ceil(sequence) as u64 + whole,
-    };
-    tokens_per_pass(config, mesh, batch) * per_token * width
+) -> Result<Memory, LayoutError> {
+    memory_of_rank(config, mesh, mesh.first_of_stage(stage))
 }
 
-/// Activations of one micro-batch in one chunk that `stage` holds at once.
-fn in_flight(config: &RunConfig, mesh: &Mesh, stage: usize, batch: &BatchStage) -> usize {
-    let stages = mesh.degree(Axis::Pipeline);
-    if stages == 1 {
-        return 1;
+/// Memory of `rank`.
+///
+/// # Errors
+/// As [`memory_per_rank`].
+pub fn memory_of_rank(config: &RunConfig, mesh: &Mesh, rank: usize) -> Result<Memory, LayoutError> {
+    let place = Place::new(config, mesh, rank)?;
+    let mut memory = place.state(0, 0);
+    for batch in &config.training.batch_stages {
+        let micro_batches = Step::of(batch).micro_batches(config, mesh);
+        let schedule = Schedule::of(&config.parallelism.pipeline, micro_batches)?;
+        let of_batch = place.in_step(batch, &schedule);
+        memory.weights = memory.weights.max(of_batch.weights);
+        memory.gradients = memory.gradients.max(of_batch.gradients);
+        if of_batch.activations + of_batch.logits > memory.activations + memory.logits {
+            (memory.activations, memory.logits) = (of_batch.activations, of_batch.logits);
+        }
     }
-    let per_rank = batch.global_batch / mesh.data_size().max(1);
-    let micro_batches = (per_rank / config.training.micro_batch.max(1)).max(1);
-    let kind = config.parallelism.pipeline.schedule;
-    let chunks = virtual_stages(config, mesh);
-    let schedule = Schedule::new(kind, stages, micro_batches, chunks);
-    // Configs with a schedule that cannot be are refused before anyone asks for their memory.
-    schedule.map_or(micro_batches * chunks, |schedule| schedule.peak_activations(stage))
+    Ok(memory)
 }
 
-/// Logits and their gradient in the accumulation's format, and in the compute's where it differs.
-fn logit_bytes(config: &RunConfig, mesh: &Mesh, batch: &BatchStage) -> u64 {
-    let (weight, _, grad) = widths(config.precision.compute);
-    let width = 2 * grad + if weight == grad { 0 } else { weight };
-    let vocab = config.model.vocab_size.div_ceil(mesh.degree(Axis::Tensor));
-    tokens_per_pass(config, mesh, batch) * vocab as u64 * width
+/// One rank and what it holds.
+struct Place<'a> {
+    config: &'a RunConfig,
+    mesh: &'a Mesh,
+    stage: usize,
+    held: Held,
+    /// Bytes of an element in compute.
+    compute: u64,
+    /// Bytes of an element of master weights, gradients and optimizer state.
+    state: u64,
 }
 
-/// Tokens of one micro-batch on one rank.
-fn tokens_per_pass(config: &RunConfig, mesh: &Mesh, batch: &BatchStage) -> u64 {
-    let length = batch.sequence_length.div_ceil(mesh.degree(Axis::Context));
-    (length * config.training.micro_batch) as u64
+impl<'a> Place<'a> {
+    fn new(config: &'a RunConfig, mesh: &'a Mesh, rank: usize) -> Result<Self, LayoutError> {
+        Ok(Self {
+            config,
+            mesh,
+            stage: mesh.coordinate(rank, Axis::Pipeline),
+            held: Held::new(config, mesh, rank)?,
+            compute: Dtype::of_compute(config.precision.compute).width(),
+            state: Dtype::of_state(config.precision.compute).width(),
+        })
+    }
+
+    /// Weights, gradients and optimizer state, with so many elements of `weights` and of
+    /// `gradients` whole besides what is owned, where the state is cut.
+    fn state(&self, weights: u64, gradients: u64) -> Memory {
+        let all = self.held.num_elements();
+        let ranks = self.mesh.degree(Axis::Shard) as u64;
+        let owned = all / ranks * self.state;
+        let is_cut = ranks > 1;
+        Memory {
+            weights: if is_cut { weights } else { all } * self.compute,
+            // What is owned of cut weights lies apart from the whole, whatever its format.
+            master: if is_cut || self.compute != self.state { owned } else { 0 },
+            gradients: owned + if is_cut { gradients * self.state } else { 0 },
+            optimizer: 2 * owned,
+            ..Memory::default()
+        }
+    }
+
+    fn in_step(&self, batch: &BatchStage, schedule: &Schedule) -> Memory {
+        let peaks = sharded_step(self.config, &self.held, self.stage, schedule);
+        Memory {
+            activations: self.activations(batch, schedule),
+            logits: self.logits(batch),
+            ..self.state(peaks.peak_weights, peaks.peak_gradients)
+        }
+    }
+
+    /// Tokens of one micro-batch on one rank.
+    fn tokens(&self, batch: &BatchStage) -> u64 {
+        let length = batch.sequence_length.div_ceil(self.mesh.degree(Axis::Context));
+        (length * self.config.training.micro_batch) as u64
+    }
+
+    /// Logits, or their gradient, of one chunk of tokens in the accumulation's format, and in the
+    /// compute's where it differs.
+    fn logits(&self, batch: &BatchStage) -> u64 {
+        if self.held.chunks.iter().all(|chunk| !chunk.head) {
+            return 0;
+        }
+        let width = self.state + if self.compute == self.state { 0 } else { self.compute };
+        let vocab = self.config.model.vocab_size.div_ceil(self.mesh.degree(Axis::Tensor));
+        self.tokens(batch).min(LOSS_CHUNK_TOKENS as u64) * vocab as u64 * width
+    }
+
+    /// What this rank's blocks keep for the backward pass, of as many micro-batches as the schedule
+    /// holds at once in the largest chunk.
+    fn activations(&self, batch: &BatchStage, schedule: &Schedule) -> u64 {
+        let blocks = self.held.chunks.iter().map(|chunk| chunk.blocks.len()).max().unwrap_or(0);
+        let in_flight = schedule.peak_activations(self.stage) as u64;
+        let (kept, blocks) = (self.kept(batch), blocks as u64);
+        match self.config.parallelism.recompute {
+            Recompute::None => in_flight * blocks * (kept.around + kept.attention),
+            // What is computed again is there for one block at a time.
+            Recompute::Selective => in_flight * blocks * kept.around + kept.attention,
+            // A block's input is a stream and what the block before it adds; the first has no other
+            // before it.
+            Recompute::Full => {
+                let inputs = (2 * blocks).saturating_sub(1);
+                in_flight * inputs * kept.stream + kept.around + kept.attention
+            }
+        }
+    }
+
+    /// What a block keeps of a micro-batch. In elements of a token: the inputs of the two norms and
+    /// what they make of them (4 dim), their statistics (2 numbers of the state's format); queries,
+    /// keys and values after the rotation and the attention's output (2 heads + 2 kv_heads, times
+    /// head_dim), with a statistic a head; gate and up and their product (3 ffn_dim). Attention
+    /// weights are not kept (flash attention); the masks of context parallelism are shared by all
+    /// blocks.
+    fn kept(&self, batch: &BatchStage) -> Kept {
+        let (m, p) = (&self.config.model, &self.config.parallelism);
+        let tensor = self.held.tensor;
+        let tokens = self.tokens(batch);
+        // The residual stream is cut along the sequence.
+        let stream_tokens = tokens / if tensor.sequence { tensor.ranks as u64 } else { 1 };
+        let stream = stream_tokens * m.dim as u64 * self.compute;
+        let statistics = stream_tokens * 2 * self.state;
+        let ffn = tokens * (3 * m.ffn_dim / p.tensor) as u64 * self.compute;
+        let (heads, kv_heads) = (m.heads / p.tensor, (m.kv_heads / p.tensor).max(1));
+        // With context parallelism, keys and values are those of all ranks' tokens, and the outputs
+        // of the two chunks are kept by themselves and as one.
+        let (queries, ranks) = if p.context > 1 { (3 * heads, p.context) } else { (2 * heads, 1) };
+        let mixed = (m.head_dim * (queries + 2 * kv_heads * ranks)) as u64 * self.compute;
+        Kept {
+            stream,
+            around: 4 * stream + statistics + ffn,
+            attention: tokens * (mixed + heads as u64 * self.state),
+        }
+    }
+}
+
+/// Bytes that a block keeps of a micro-batch.
+struct Kept {
+    /// One tensor of the residual stream.
+    stream: u64,
+    /// Norms and feed-forward, and the input of attention.
+    around: u64,
+    /// Within attention.
+    attention: u64,
 }
 
 #[cfg(test)]
@@ -215,14 +229,23 @@ mod tests {
         Mesh::new(&config.parallelism, ranks).unwrap()
     }
 
+    fn fullest(config: &RunConfig, ranks: usize) -> Memory {
+        memory_per_rank(config, &mesh(config, ranks)).unwrap()
+    }
+
+    /// Elements that the ranks of a stage hold.
+    fn elements(config: &RunConfig, ranks: usize, stage: usize) -> u64 {
+        let mesh = mesh(config, ranks);
+        Held::new(config, &mesh, mesh.first_of_stage(stage)).unwrap().num_elements()
+    }
+
     /// The published counts and the table of FLOP per token at sequence 8192.
     #[test]
     fn published_models() {
         let check = |preset: &str, parameters: u64, full: f64, half: f64| {
             let config = config(preset, &[]);
             assert_eq!(num_parameters(&config.model), parameters, "{preset}");
-            let one = mesh(&config, 1);
-            assert_eq!(parameters_of_stage(&config, &one, 0), parameters, "{preset}");
+            assert_eq!(elements(&config, 1, 0), parameters, "{preset}");
             for (convention, expected) in
                 [(FlopConvention::FullAttention, full), (FlopConvention::CausalHalf, half)]
             {
@@ -235,7 +258,7 @@ mod tests {
         check("llama3-70b", 70_553_706_496, 4.814e11, 4.492e11);
         check("llama3-405b", 405_853_388_800, 2.625e12, 2.524e12);
         let tied = config("llama3.2-1b", &[]);
-        assert_eq!(parameters_of_stage(&tied, &mesh(&tied, 1), 0), 1_235_814_400);
+        assert_eq!(elements(&tied, 1, 0), 1_235_814_400);
         assert_eq!(num_parameters(&tied.model), 1_235_814_400);
     }
 
@@ -244,7 +267,7 @@ mod tests {
         let n = 8_030_261_248;
         let check = |compute: &str, expected: [u64; 4]| {
             let config = config("llama3-8b", &[&format!("precision.compute={compute}")]);
-            let memory = memory_per_rank(&config, &mesh(&config, 8));
+            let memory = fullest(&config, 8);
             let found =
                 [memory.weights, memory.master, memory.gradients, memory.optimizer].map(|b| b / n);
             assert_eq!(found, expected, "{compute}");
@@ -257,18 +280,36 @@ mod tests {
 
     #[test]
     fn sharding_divides_what_its_level_names() {
-        let mut config = config("llama3-8b", &[]);
-        config.parallelism.shard.ranks = 8;
         let n = 8_030_261_248;
-        let mut check = |level: ShardLevel, expected: [u64; 3]| {
-            config.parallelism.shard.level = level;
-            let memory = memory_per_rank(&config, &mesh(&config, 8));
-            assert_eq!([memory.weights, memory.gradients, memory.optimizer], expected, "{level:?}");
+        // The largest units: embedding and head, which has a norm too, and a block.
+        let (table, block) = (128_256 * 4096, 218_112_000);
+        let check = |level: &str, expected: [u64; 4]| {
+            let set = format!("parallelism.shard={{ranks: 8, level: {level}}}");
+            let memory = fullest(&config("llama3-8b", &[&set]), 8);
+            let Memory { weights, master, gradients, optimizer, .. } = memory;
+            assert_eq!([weights, master, gradients, optimizer], expected, "{level}");
         };
-        check(ShardLevel::None, [2 * n, 4 * n, 8 * n]);
-        check(ShardLevel::Optimizer, [2 * n, 4 * n, n]);
-        check(ShardLevel::Gradients, [2 * n, n / 2, n]);
-        check(ShardLevel::Parameters, [n / 4, n / 2, n]);
+        check("optimizer", [2 * n, n / 2, 4 * n + n / 2, n]);
+        // Those of the embedding and the first block are still on their way when the head of the
+        // next micro-batch makes its own.
+        let most = 2 * table + 4096 + block;
+        check("gradients", [2 * n, n / 2, 4 * most + n / 2, n]);
+        // Without resharding after forward, all weights are there at the turn.
+        check("parameters", [2 * n, n / 2, 4 * most + n / 2, n]);
+        // A block is gathered ahead; embedding and head stay through a step.
+        let most_weights = 2 * table + 4096 + 2 * block;
+        check(
+            "parameters, reshard_after_forward: true",
+            [2 * most_weights, n / 2, 4 * most + n / 2, n],
+        );
+    }
+
+    #[test]
+    fn cut_weights_have_a_master_in_any_format() {
+        let shard = "parallelism.shard={ranks: 8, level: optimizer}";
+        let memory = fullest(&config("llama3-8b", &[shard, "precision.compute=fp32"]), 8);
+        let n = 8_030_261_248;
+        assert_eq!((memory.weights, memory.master), (4 * n, n / 2));
     }
 
     #[test]
@@ -280,20 +321,20 @@ mod tests {
         // 8 blocks and one of the two tables, an eighth of each.
         let block = 4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336;
         let expected = (8 * block + 128_256 * 4096) / 8 + norms;
-        assert_eq!(parameters_of_stage(&config, &mesh(&config, 32), 3), expected);
+        assert_eq!(elements(&config, 32, 3), expected);
     }
 
     /// Activations are those of the largest chunk, as often as the schedule holds them at once.
     #[test]
     fn schedules_hold_activations() {
         let mut config = config("llama3-8b", &["parallelism.recompute=none"]);
-        let one = memory_per_rank(&config, &mesh(&config, 1)).activations;
+        let one = fullest(&config, 1).activations;
         config.parallelism.pipeline.stages = 4;
         let mut check = |schedule, virtual_stages, expected: [u64; 4]| {
             config.parallelism.pipeline.schedule = schedule;
             config.parallelism.pipeline.virtual_stages = virtual_stages;
             let mesh = mesh(&config, 8);
-            let of = |stage| memory_of_stage(&config, &mesh, stage).activations;
+            let of = |stage| memory_of_stage(&config, &mesh, stage).unwrap().activations;
             // In 64ths of all blocks.
             assert_eq!([0, 1, 2, 3].map(|stage| of(stage) * 64 / one), expected, "{schedule:?}");
             let fullest = memory_per_rank(&config, &mesh);
@@ -317,13 +358,14 @@ mod tests {
             + 3 * m.dim * m.ffn_dim
             + 2 * m.dim) as u64;
         let table = (m.vocab_size * m.dim) as u64;
-        let weights = |stage| memory_of_stage(&config, &mesh, stage).weights / 2;
+        let of = |stage| memory_of_stage(&config, &mesh, stage).unwrap();
+        let weights = |stage| of(stage).weights / 2;
         assert_eq!(weights(0), 7 * block + table);
         assert_eq!(weights(1), 8 * block);
         assert_eq!(weights(15), 7 * block + table + m.dim as u64);
         let all: u64 = (0..16).map(weights).sum();
         assert_eq!(all, num_parameters(m));
-        assert_eq!(memory_of_stage(&config, &mesh, 0).logits, 0);
-        assert!(memory_of_stage(&config, &mesh, 15).logits > 0);
+        assert_eq!(of(0).logits, 0);
+        assert!(of(15).logits > 0);
     }
 }

@@ -88,6 +88,11 @@ impl Mesh {
         rank / self.stride(axis) % self.degree(axis)
     }
 
+    /// The first rank of a pipeline stage.
+    pub fn first_of_stage(&self, stage: usize) -> usize {
+        stage * self.stride(Axis::Pipeline)
+    }
+
     /// Ranks that differ from `rank` on `axis` alone, `rank` included, by coordinate.
     pub fn group(&self, rank: usize, axis: Axis) -> Vec<usize> {
         self.group_over(rank, &[axis])

@@ -142,7 +142,8 @@ impl<'a> State<'a> {
 
     fn forward(&mut self, chunk: usize) {
         if let Some(unit) = self.chunks[chunk].embedding {
-            self.need(unit);
+            self.gather(Some(unit));
+            self.units[unit].uses += 1;
         }
         for unit in self.chunks[chunk].blocks.clone() {
             self.gather(Some(unit));
@@ -176,6 +177,9 @@ impl<'a> State<'a> {
                 self.release(unit);
             }
         }
+        if let Some(unit) = self.chunks[chunk].embedding {
+            self.take_gradients(unit);
+        }
         if completes {
             self.used_by_embedding(chunk);
         }
@@ -201,7 +205,7 @@ impl<'a> State<'a> {
         }
     }
 
-    /// A forward pass reads the weights of embedding or head.
+    /// A forward pass reads the weights of the head, and adds to its gradients.
     fn need(&mut self, unit: usize) {
         self.gather(Some(unit));
         self.take_gradients(unit);

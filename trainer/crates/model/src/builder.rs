@@ -73,6 +73,10 @@ pub trait LayerBuilder: Send + Sync {
     /// `x W^T`.
     fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor>;
 
+    /// The graph of [`LayerBuilder::linear`] alone, where nobody reads the values: neither the
+    /// product nor its sum over ranks is made.
+    fn linear_graph(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor>;
+
     /// Root-mean-square norm over the last dimension.
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor>;
 

@@ -27,6 +27,10 @@ impl LayerBuilder for Dense {
         Ok(fused::linear(x, weight)?)
     }
 
+    fn linear_graph(&self, x: &Tensor, weight: &Parameter, _: LinearRole) -> Result<Tensor> {
+        Ok(fused::linear_graph(x, weight)?)
+    }
+
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {
         Ok(fused::rms_norm(x_BSD, weight, eps)?)
     }

@@ -42,11 +42,13 @@ impl LayerBuilder for Sharded {
     }
 
     fn embedding(&self, tokens_BS: &Tensor, weight: &Parameter) -> Result<Tensor> {
-        self.need(weight)?;
-        match &self.tensor {
+        let looked_up = || match &self.tensor {
             Some(tensor) => Ok(tensor.embedding(tokens_BS, weight)?),
             None => Dense.embedding(tokens_BS, weight),
-        }
+        };
+        let Some((shards, _)) = &self.shards else { return looked_up() };
+        shards.need_embedding(weight)?;
+        Ok(shards.leave_embedding(weight, looked_up()?)?)
     }
 
     fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
@@ -54,8 +56,20 @@ impl LayerBuilder for Sharded {
         let Some(tensor) = &self.tensor else { return Dense.linear(x, weight, role) };
         Ok(match role {
             LinearRole::Qkv | LinearRole::GateUp => tensor.column(x, weight)?,
-            LinearRole::AttentionOutput | LinearRole::Down => tensor.row(x, weight)?,
+            LinearRole::AttentionOutput | LinearRole::Down => tensor.row(x, weight, true)?,
         })
+    }
+
+    fn linear_graph(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
+        self.need(weight)?;
+        match (&self.tensor, role) {
+            (None, _) => Dense.linear_graph(x, weight, role),
+            (Some(tensor), LinearRole::AttentionOutput | LinearRole::Down) => {
+                Ok(tensor.row(x, weight, false)?)
+            }
+            // No part ends with these.
+            (Some(tensor), LinearRole::Qkv | LinearRole::GateUp) => Ok(tensor.column(x, weight)?),
+        }
     }
 
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {

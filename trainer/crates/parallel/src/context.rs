@@ -8,13 +8,14 @@
 //! Shapes: `B` batch, `H` query heads, `K` key and value heads, `S` whole sequence, `s` this rank's
 //! part, `E` head_dim.
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use collectives::Communicator;
 use model::Qkv;
 use torch_shim::fused::{self, Documents};
-use torch_shim::tch::{Kind, Tensor};
+use torch_shim::tch::Tensor;
 use torch_shim::{Result as ShimResult, autograd};
 
 use crate::failure::Failure;
@@ -29,6 +30,33 @@ const SEQUENCE: i64 = 3;
 pub(crate) struct ContextGroup {
     pub(crate) comm: Arc<dyn Communicator>,
     pub(crate) failure: Failure,
+    pub(crate) masks: Masks,
+}
+
+/// Masks of queries at the end of a span of keys, added to the scores. They are as large as a chunk
+/// times its span, and every graph keeps the one that it used, so all blocks share them.
+#[derive(Clone, Default)]
+pub(crate) struct Masks(Arc<Mutex<HashMap<(i64, i64), Tensor>>>);
+
+impl Masks {
+    /// Masks at hand; documents of other lengths want others with each batch.
+    const LIMIT: usize = 16;
+
+    /// That of the last `queries` of `length` tokens, of the kind of `like`.
+    fn get(&self, queries: i64, length: i64, like: &Tensor) -> ShimResult<Tensor> {
+        let mut masks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mask) = masks.get(&(queries, length)) {
+            return Ok(mask.shallow_clone());
+        }
+        if masks.len() >= Self::LIMIT {
+            masks.clear();
+        }
+        let options = (like.kind(), like.device());
+        let never = Tensor::f_full([queries, length], f64::NEG_INFINITY, options)?;
+        let mask = never.f_triu(length - queries + 1)?;
+        masks.insert((queries, length), mask.shallow_clone());
+        Ok(mask)
+    }
 }
 
 /// The two chunks of a sequence that a context-parallel rank holds; all of it with one rank.
@@ -53,7 +81,8 @@ impl ContextGroup {
         for chunk in chunks(sequence, self.comm.rank(), ranks) {
             let query = qkv.query_BHSE.f_narrow(2, at as i64, chunk.len() as i64)?;
             at += chunk.len();
-            parts.push(attend_chunk(&query, (&keys, &values), &chunk, documents)?);
+            let keys_values = (&keys, &values);
+            parts.push(attend_chunk(&query, keys_values, &chunk, documents, &self.masks)?);
         }
         let mixed_BHsE = Tensor::f_cat(&parts, 2)?;
         Ok(mixed_BHsE.f_transpose(1, 2)?.f_flatten(2, -1)?)
@@ -108,10 +137,11 @@ fn attend_chunk(
     (keys, values): (&Tensor, &Tensor),
     chunk: &Range<usize>,
     documents: &Documents,
+    masks: &Masks,
 ) -> ShimResult<Tensor> {
     let batch = query.size()[0];
     if documents.is_causal() {
-        return attend_tail(query, keys, values, 0..chunk.end as i64);
+        return attend_tail(query, (keys, values), 0..chunk.end as i64, masks);
     }
     let mut rows = Vec::with_capacity(batch as usize);
     for (row, lengths) in (0..).zip(documents.rows()) {
@@ -126,7 +156,7 @@ fn attend_chunk(
                 (document.start.max(chunk.start as i64), document.end.min(chunk.end as i64));
             if from < to {
                 let own = query.f_narrow(2, from - chunk.start as i64, to - from)?;
-                parts.push(attend_tail(&own, &keys, &values, document.start..to)?);
+                parts.push(attend_tail(&own, (&keys, &values), document.start..to, masks)?);
             }
         }
         rows.push(Tensor::f_cat(&parts, 2)?);
@@ -138,9 +168,9 @@ fn attend_chunk(
 /// those of the span up to itself: `[B, H, queries, E]`.
 fn attend_tail(
     query: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
     span: Range<i64>,
+    masks: &Masks,
 ) -> ShimResult<Tensor> {
     let length = span.end - span.start;
     let queries = query.size()[2];
@@ -151,8 +181,7 @@ fn attend_tail(
         let mixed = fused::attention(query, &keys, &values, &Documents::causal())?;
         return Ok(mixed.f_view([batch, queries, heads, head_dim])?.f_transpose(1, 2)?);
     }
-    let options = (Kind::Bool, query.device());
-    let mask = Tensor::f_ones([queries, length], options)?.f_tril(length - queries)?;
+    let mask = masks.get(queries, length, query)?;
     let grouped = query.size()[1] != keys.size()[1];
     Ok(Tensor::f_scaled_dot_product_attention(
         query,

@@ -93,11 +93,11 @@ impl Shards {
                 let length = unit.owned.elements.end - unit.owned.elements.start;
                 buffer.f_narrow(0, unit.owned.start, length).map_err(ShimError::from)
             };
-            if policy.cuts_weights() {
-                unit.compute.release()?;
+            if !policy.cuts_weights() {
+                unit.compute.take()?;
             }
-            if policy.cuts_gradients() {
-                unit.grad.release()?;
+            if !policy.cuts_gradients() {
+                unit.grad.take()?;
             }
             units.push(Unit {
                 first: unit.parameters.start,
@@ -197,7 +197,27 @@ impl Shards {
         Ok(())
     }
 
-    /// Whatever reads a weight in a forward pass asks for it here.
+    /// The embedding asks for its weight here.
+    pub(crate) fn need_embedding(&self, weight: &Parameter) -> ShimResult<()> {
+        let mut state = lock(&self.0);
+        let index = state.unit_of[weight.index];
+        state.gather(index)
+    }
+
+    /// After the forward pass of the embedding, and in the backward pass before it: its gradients
+    /// are among the largest, and have no memory sooner.
+    pub(crate) fn leave_embedding(&self, weight: &Parameter, x: Tensor) -> ShimResult<Tensor> {
+        if !is_recording() {
+            return Ok(x);
+        }
+        let index = lock(&self.0).unit_of[weight.index];
+        let shards = self.clone();
+        let stream = watched(Residual::new(x), move || lock(&shards.0).take_grad(index))?;
+        Ok(stream.stream_BSD)
+    }
+
+    /// Whatever else reads a weight in a forward pass asks for it here. The head adds to its
+    /// gradients at once.
     pub(crate) fn need(&self, weight: &Parameter) -> ShimResult<()> {
         let mut state = lock(&self.0);
         let index = state.unit_of[weight.index];

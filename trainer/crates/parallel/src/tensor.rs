@@ -96,16 +96,28 @@ impl TensorGroup {
         one(autograd::apply(&[x, &weight.compute], 1, forward, backward)?)
     }
 
-    /// `x W^T` for a weight cut by columns: `[B, S, F]` to `[B, s, D]`.
-    pub(crate) fn row(&self, x: &Tensor, weight: &Parameter) -> ShimResult<Tensor> {
+    /// `x W^T` for a weight cut by columns: `[B, S, F]` to `[B, s, D]`; without values the graph
+    /// alone.
+    pub(crate) fn row(
+        &self,
+        x: &Tensor,
+        weight: &Parameter,
+        with_values: bool,
+    ) -> ShimResult<Tensor> {
         let usage = Use::open(weight)?;
         let slot = Slot::new();
         let (group, kept, own) = (self.clone(), slot.share(), weight.shallow_clone());
         let forward = move |inputs: &[Option<Tensor>]| {
             let x = input(inputs, 0)?;
-            let y = group.begin_sum(&project(x, &own)?)?.finish()?;
             kept.put(x.f_detach()?);
-            Ok(vec![y])
+            if with_values {
+                return Ok(vec![group.begin_sum(&project(x, &own)?)?.finish()?]);
+            }
+            let mut shape = x.size();
+            shape[1] /= if group.sequence { group.comm.size() as i64 } else { 1 };
+            shape[2] = own.shape[0];
+            let none = Tensor::f_empty([1, 1, 1], (x.kind(), x.device()))?;
+            Ok(vec![none.f_expand(shape, false)?])
         };
         let (group, own) = (self.clone(), weight.shallow_clone());
         let backward = move |gradients: &[Option<Tensor>]| {

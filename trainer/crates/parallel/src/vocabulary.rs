@@ -64,10 +64,10 @@ impl TensorGroup {
                 let part_ND = rows_ND.f_narrow(0, first, count)?;
                 let logits = project(&part_ND, &own)?.f_to_kind(wide)?;
                 let goal = targets.f_narrow(0, first, count)?;
-                let chunk = group.chunk(&logits, &goal, &own, scale, with_gradients)?;
+                let chunk = group.chunk(logits, &goal, &own, scale, with_gradients)?;
                 loss = loss.f_add(&chunk.loss)?;
                 if let Some(d_logits) = chunk.d_logits {
-                    let d_logits = d_logits.f_to_kind(x.kind())?;
+                    let d_logits = narrowed(d_logits, x.kind())?;
                     let mut place = dx_ND.f_narrow(0, first, count)?;
                     place.f_copy_(&product(&d_logits, &own)?)?;
                     usage.accumulate(&d_logits, &part_ND)?;
@@ -96,7 +96,7 @@ impl TensorGroup {
 
     fn chunk(
         &self,
-        logits_Nv: &Tensor,
+        mut logits_Nv: Tensor,
         targets_N: &Tensor,
         weight: &Parameter,
         scale: f64,
@@ -109,10 +109,11 @@ impl TensorGroup {
         let here_N = outside(targets_N, &rows)?.f_logical_not()?.f_to_kind(kind)?;
         let index_N1 = local(targets_N, &rows)?.f_unsqueeze(1)?;
         let most_N = reduce(&logits_Nv.f_amax([1].as_slice(), false)?, ReduceOp::Max)?.finish()?;
-        let shifted_Nv = logits_Nv.f_sub(&most_N.f_unsqueeze(1)?)?;
+        // Each takes the memory of the one before: logits are the largest tensors of all.
+        let mut shifted_Nv = logits_Nv.f_sub_(&most_N.f_unsqueeze(1)?)?;
         let target_N = shifted_Nv.f_gather(1, &index_N1, false)?.f_squeeze_dim(1)?;
         let target_N = target_N.f_mul(&here_N)?;
-        let powers_Nv = shifted_Nv.f_exp()?;
+        let mut powers_Nv = shifted_Nv.f_exp_()?;
         let sum_N = powers_Nv.f_sum_dim_intlist([1].as_slice(), false, None)?;
         let both_2N = reduce(&Tensor::f_stack(&[&sum_N, &target_N], 0)?, ReduceOp::Sum)?;
         let both_2N = both_2N.finish()?;
@@ -122,9 +123,14 @@ impl TensorGroup {
         if !with_gradients {
             return Ok(Chunk { loss, d_logits: None });
         }
-        let mut d_logits = powers_Nv.f_div(&sum_N.f_unsqueeze(1)?)?;
+        let mut d_logits = powers_Nv.f_div_(&sum_N.f_unsqueeze(1)?)?;
         let _ = d_logits.f_scatter_add_(1, &index_N1, &here_N.f_neg()?.f_unsqueeze(1)?)?;
         let factor_N1 = valid_N.f_mul_scalar(scale)?.f_unsqueeze(1)?;
-        Ok(Chunk { loss, d_logits: Some(d_logits.f_mul(&factor_N1)?) })
+        Ok(Chunk { loss, d_logits: Some(d_logits.f_mul_(&factor_N1)?) })
     }
+}
+
+/// The tensor in another format; its own memory is free then.
+fn narrowed(x: Tensor, kind: Kind) -> ShimResult<Tensor> {
+    Ok(x.f_to_kind(kind)?)
 }

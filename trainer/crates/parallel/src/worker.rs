@@ -17,7 +17,7 @@ use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::builder::Sharded;
-use crate::context::{self, ContextGroup};
+use crate::context::{self, ContextGroup, Masks};
 use crate::data::Data;
 use crate::error::{ParallelError, Result};
 use crate::failure::Failure;
@@ -332,10 +332,11 @@ fn builder(
         sequence: place.sequence,
         failure: failure.clone(),
     });
-    let context = groups
-        .context
-        .as_ref()
-        .map(|comm| ContextGroup { comm: comm.clone(), failure: failure.clone() });
+    let context = groups.context.as_ref().map(|comm| ContextGroup {
+        comm: comm.clone(),
+        failure: failure.clone(),
+        masks: Masks::default(),
+    });
     let recompute = match config.parallelism.recompute {
         run_config::Recompute::None => Recompute::None,
         run_config::Recompute::Selective => Recompute::Attention,

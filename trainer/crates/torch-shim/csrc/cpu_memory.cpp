@@ -1,7 +1,9 @@
-// Keeps the memory of dropped CPU tensors for the next ones. A training step makes and drops the same tensors again and
+// The memory of CPU tensors: kept for the next ones when they are dropped, and counted. A training step makes and drops the same tensors again and
 // again; malloc gives large ones back to the kernel each time, and then pays a page fault for every 4 KiB.
 #include <c10/core/CPUAllocator.h>
 
+#include <atomic>
+#include <memory>
 #include <mutex>
 #include <unordered_map>
 
@@ -89,6 +91,73 @@ class KeepingAllocator final : public c10::Allocator {
 
 KeepingAllocator* KeepingAllocator::instance = nullptr;
 
+// Bytes of tensors that were made where it counted and are not dropped yet, and the most that they have been.
+struct Meter {
+  std::atomic<int64_t> now = 0, peak = 0;
+
+  void add(int64_t bytes) {
+    int64_t sum = now += bytes, most = peak;
+    while (sum > most && !peak.compare_exchange_weak(most, sum)) {
+    }
+  }
+};
+
+using MeterPtr = std::shared_ptr<Meter>;
+
+// What counts on this thread, if anything.
+thread_local MeterPtr counting;
+
+// Another allocator whose tensors are counted: when they are made by the thread's meter, and by the same one when they
+// are dropped, on whatever thread.
+class MeteringAllocator final : public c10::Allocator {
+ public:
+  explicit MeteringAllocator(c10::Allocator* inner) : inner_(inner), delete_(inner->raw_deleter()) {
+    TORCH_CHECK(delete_, "the allocator of this process cannot be metered");
+  }
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = inner_->raw_allocate(bytes);
+    if (block && counting) {
+      counting->add(bytes);
+      std::lock_guard<std::mutex> lock(mutex_);
+      counted_[block] = {bytes, counting};
+    }
+    return {block, block, &drop, c10::Device(c10::DeviceType::CPU)};
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &drop; }
+
+  void copy_data(void* target, const void* source, std::size_t count) const override {
+    default_copy_data(target, source, count);
+  }
+
+  static MeteringAllocator* instance;
+
+ private:
+  static void drop(void* block) {
+    if (block) instance->give_back(block);
+  }
+
+  void give_back(void* block) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      auto found = counted_.find(block);
+      if (found != counted_.end()) {
+        found->second.second->add(-static_cast<int64_t>(found->second.first));
+        counted_.erase(found);
+      }
+    }
+    delete_(block);
+  }
+
+  c10::Allocator* inner_;
+  c10::DeleterFnPtr delete_;
+  std::mutex mutex_;
+  std::unordered_map<void*, std::pair<size_t, MeterPtr>> counted_;
+};
+
+MeteringAllocator* MeteringAllocator::instance = nullptr;
+
 }  // namespace
 
 extern "C" {
@@ -102,5 +171,26 @@ char* phx_keep_cpu_memory(size_t limit) {
     });
   });
 }
+
+char* phx_meter_new(MeterPtr** out) {
+  return phalanx::guarded([&] {
+    static std::once_flag once;
+    std::call_once(once, [&] {
+      MeteringAllocator::instance = new MeteringAllocator(c10::GetCPUAllocator());
+      c10::SetCPUAllocator(MeteringAllocator::instance, 255);
+    });
+    *out = new MeterPtr(std::make_shared<Meter>());
+  });
+}
+
+// What counts on this thread from here on; null: nothing.
+void phx_meter_count(MeterPtr* meter) { counting = meter ? *meter : nullptr; }
+
+void phx_meter_read(MeterPtr* meter, int64_t* now, int64_t* peak) {
+  *now = (*meter)->now;
+  *peak = (*meter)->peak;
+}
+
+void phx_meter_free(MeterPtr* meter) { delete meter; }
 
 }  // extern "C"

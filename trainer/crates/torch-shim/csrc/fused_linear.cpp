@@ -54,10 +54,13 @@ using namespace phalanx;
 
 struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
-                        const c10::intrusive_ptr<Use>& use) {
+                        const c10::intrusive_ptr<Use>& use, bool with_values) {
     keep_use(context, use);
     context->save_for_backward({x});
-    return project(x, weight);
+    if (with_values) return project(x, weight);
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    return at::empty({1}, x.options()).expand(sizes);
   }
 
   static variable_list backward(AutogradContext* context, variable_list gradients) {
@@ -69,7 +72,7 @@ struct Linear : torch::autograd::Function<Linear> {
     if (context->needs_input_grad(0)) dx = product(dy, parameter.weight.detach()).view(x.sizes());
     use->accumulate(dy, x);
     use->done();
-    return {dx, Tensor(), Tensor()};
+    return {dx, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -97,7 +100,11 @@ struct Embedding : torch::autograd::Function<Embedding> {
 extern "C" {
 
 char* phx_linear(Tensor* x, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter))); });
+  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), true)); });
+}
+
+char* phx_linear_graph(Tensor* x, Parameter* parameter, Tensor** out) {
+  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), false)); });
 }
 
 char* phx_embedding(Tensor* tokens, Parameter* parameter, Tensor** out) {

@@ -1,8 +1,10 @@
 //! The memory of CPU tensors.
 
+use std::ptr::null_mut;
+
 use crate::error::Result;
 use crate::result::check;
-use crate::sys;
+use crate::sys::{self, RawMeter};
 
 /// Keeps the memory of dropped CPU tensors for the next ones, up to `limit` bytes that no tensor
 /// uses. Holds for the process; the first call counts. Large tensors otherwise go back to the
@@ -13,6 +15,69 @@ use crate::sys;
 pub fn keep_cpu_memory(limit: usize) -> Result<()> {
     // SAFETY: takes a number only; tensors made before keep the deleter they were made with.
     check(unsafe { sys::phx_keep_cpu_memory(limit) })
+}
+
+/// Counts the bytes of CPU tensors: of those made in [`Meter::count`], until they are dropped,
+/// wherever that is. For tests: every tensor of the process pays for it once there was a meter.
+#[derive(Debug)]
+pub struct Meter(*mut RawMeter);
+
+// SAFETY: the C++ object is counted and read atomically, and not changed but by what it counts.
+unsafe impl Send for Meter {}
+// SAFETY: as above.
+unsafe impl Sync for Meter {}
+
+impl Meter {
+    /// A meter that has counted nothing yet.
+    ///
+    /// # Errors
+    /// When the process has an allocator that cannot be metered.
+    pub fn new() -> Result<Meter> {
+        let mut meter = null_mut();
+        // SAFETY: the place for the answer lives through the call.
+        check(unsafe { sys::phx_meter_new(&mut meter) })?;
+        Ok(Meter(meter))
+    }
+
+    /// Counts what this thread makes in `body`, in which no other meter counts.
+    pub fn count<T>(&self, body: impl FnOnce() -> T) -> T {
+        /// Ends the count, also where `body` panics.
+        struct End;
+        impl Drop for End {
+            fn drop(&mut self) {
+                // SAFETY: nothing counts on this thread afterwards.
+                unsafe { sys::phx_meter_count(null_mut()) }
+            }
+        }
+        // SAFETY: the meter is alive with `self`, and the thread shares its C++ side.
+        unsafe { sys::phx_meter_count(self.0) };
+        let _end = End;
+        body()
+    }
+
+    /// Bytes of what was made and is not dropped yet.
+    pub fn now(&self) -> u64 {
+        self.read().0
+    }
+
+    /// The most that [`Meter::now`] has been.
+    pub fn peak(&self) -> u64 {
+        self.read().1
+    }
+
+    fn read(&self) -> (u64, u64) {
+        let (mut now, mut peak) = (0, 0);
+        // SAFETY: the meter is alive with `self`, the places for the answers through the call.
+        unsafe { sys::phx_meter_read(self.0, &mut now, &mut peak) };
+        (now.max(0) as u64, peak.max(0) as u64)
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        // SAFETY: this owner's reference is given back once.
+        unsafe { sys::phx_meter_free(self.0) }
+    }
 }
 
 #[cfg(test)]

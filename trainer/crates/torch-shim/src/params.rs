@@ -5,15 +5,21 @@
 //! that whole ranges can be reduced, clipped and updated. The order is that of the specs, the same
 //! on every rank.
 
+mod storage;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, ShimError};
 use crate::result::{call_ready_closure, check, drop_ready_closure, raw, ready_context};
 use crate::sys::{self, RawDeferred, RawHook, RawParameter};
+
+pub use storage::Memory;
+use storage::{Ledger, bytes};
 
 /// Parameters start at multiples of this many elements: 64 bytes of BF16, and more of wider types.
 pub const ALIGNMENT_ELEMENTS: i64 = 32;
@@ -163,38 +169,15 @@ impl Sharding {
     pub const NONE: Self = Self { ranks: 1, rank: 0 };
 }
 
-/// Memory that can be given back and taken again while views of it live on. The values are lost.
-#[derive(Debug)]
-pub struct Memory(Tensor);
-
-impl Memory {
-    /// All of it: `[elements]`.
-    pub fn tensor(&self) -> &Tensor {
-        &self.0
-    }
-
-    /// Another owner of the same memory.
-    pub fn share(&self) -> Memory {
-        Memory(self.0.shallow_clone())
-    }
-
-    /// Gives the memory back; what views it must not be read until it is taken again.
-    ///
-    /// # Errors
-    /// When libtorch refuses.
-    pub fn release(&self) -> Result<()> {
-        // SAFETY: the tensor is all of its storage, and lives through the call.
-        check(unsafe { sys::phx_storage_release(raw(&self.0)) })
-    }
-
-    /// Takes memory, of any content; nothing happens where it is there.
-    ///
-    /// # Errors
-    /// When memory is short.
-    pub fn take(&self) -> Result<()> {
-        // SAFETY: as above.
-        check(unsafe { sys::phx_storage_allocate(raw(&self.0)) })
-    }
+/// The most bytes of a set that there were at once, by kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeakBytes {
+    /// Weights that compute.
+    pub weights: u64,
+    /// Master weights; 0 where they are the weights that compute.
+    pub master: u64,
+    /// Gradients: of what is owned, and whole ones besides.
+    pub gradients: u64,
 }
 
 /// Parameters whose weights are gathered, and whose gradients are reduced, together.
@@ -224,6 +207,8 @@ pub struct ParameterSet {
     sharding: Sharding,
     master: Tensor,
     owned_grad: Tensor,
+    compute_bytes: Arc<Ledger>,
+    grad_bytes: Arc<Ledger>,
     hook: Hook,
 }
 
@@ -243,7 +228,8 @@ impl ParameterSet {
     }
 
     /// As [`ParameterSet::new`], in units, with master weights and state cut over ranks: each
-    /// unit's elements in as many equal pieces. Without cuts, all are one unit.
+    /// unit's elements in as many equal pieces. Without cuts, all are one unit. The units of a cut
+    /// set have no memory until it is taken, so that it is never there for all of them at once.
     ///
     /// # Errors
     /// As [`ParameterSet::new`].
@@ -279,6 +265,8 @@ impl ParameterSet {
             sharding,
             master: owned_master,
             owned_grad,
+            compute_bytes: Arc::default(),
+            grad_bytes: Arc::default(),
             hook: new_hook()?,
         };
         let mut first = 0;
@@ -290,23 +278,30 @@ impl ParameterSet {
             let start = elements.start / ranks;
             let mine = elements.start + rank * share;
             let zeros = |kind| Tensor::f_zeros([size], (kind, device));
-            let compute_buffer = match shared && compute == master {
-                true => set.master.shallow_clone(),
-                false => zeros(compute)?,
+            let empty = |kind| Tensor::f_empty([size], (kind, device));
+            let (compute_buffer, grad) = match shared {
+                true if compute == master => {
+                    (set.master.shallow_clone(), set.owned_grad.shallow_clone())
+                }
+                true => (zeros(compute)?, set.owned_grad.shallow_clone()),
+                false => (empty(compute)?, empty(master)?),
             };
-            let grad = if shared { set.owned_grad.shallow_clone() } else { zeros(master)? };
             let place = set.parameters.len();
             set.units.push(Unit {
                 parameters: place..place + specs.len(),
                 owned: Owned { elements: mine..mine + share, start },
                 elements: elements.clone(),
-                compute: Memory(compute_buffer),
-                grad: Memory(grad),
+                compute: Memory::new(compute_buffer, &set.compute_bytes),
+                grad: Memory::new(grad, &set.grad_bytes),
             });
             let mut start = 0;
             for (end, spec) in ends(&specs).into_iter().zip(specs) {
                 set.push(spec, start, elements.start)?;
                 start = end;
+            }
+            if let Some(unit) = set.units.last().filter(|_| !shared) {
+                unit.compute.release()?;
+                unit.grad.release()?;
             }
         }
         Ok(set)
@@ -320,8 +315,8 @@ impl ParameterSet {
             |buffer: &Tensor| buffer.f_narrow(0, start, elements)?.f_view(spec.shape.as_slice());
         let none = || ShimError::Invalid("a parameter without a unit".to_string());
         let unit = self.units.last().ok_or_else(none)?;
-        let compute = view(&unit.compute.0)?.f_detach()?.f_set_requires_grad(true)?;
-        let grad = view(&unit.grad.0)?;
+        let compute = view(unit.compute.tensor())?.f_detach()?.f_set_requires_grad(true)?;
+        let grad = view(unit.grad.tensor())?;
         let master = match self.sharding.ranks {
             1 => view(&self.master)?,
             _ => self.master.f_narrow(0, 0, 0)?,
@@ -388,7 +383,7 @@ impl ParameterSet {
     /// The compute copy of all (the master itself where the dtypes are equal): `[elements]`; of the
     /// first unit where the set is sharded.
     pub fn flat_compute(&self) -> &Tensor {
-        self.units.first().map_or(&self.master, |unit| &unit.compute.0)
+        self.units.first().map_or(&self.master, |unit| unit.compute.tensor())
     }
 
     /// The gradient accumulators of all: `[elements]`; of what is owned where the set is sharded.
@@ -419,6 +414,18 @@ impl ParameterSet {
     /// The gradients of what is owned: `[elements]`.
     pub fn owned_grad(&self) -> &Tensor {
         &self.owned_grad
+    }
+
+    /// The most bytes of it that there were at once, since it was made.
+    pub fn peak_bytes(&self) -> PeakBytes {
+        let is_cut = self.sharding.ranks > 1;
+        let has_master = is_cut || self.has_compute_copy();
+        let whole = if is_cut { self.grad_bytes.peak() } else { 0 };
+        PeakBytes {
+            weights: self.compute_bytes.peak(),
+            master: if has_master { bytes(&self.master) } else { 0 },
+            gradients: bytes(&self.owned_grad) + whole,
+        }
     }
 
     /// The type that forward and backward compute in.

@@ -26,6 +26,12 @@ pub(crate) struct RawHook {
     _private: [u8; 0],
 }
 
+/// A shared pointer to a meter.
+#[repr(C)]
+pub(crate) struct RawMeter {
+    _private: [u8; 0],
+}
+
 /// `phalanx::Parameter`.
 #[repr(C)]
 pub(crate) struct RawParameter {
@@ -87,6 +93,10 @@ pub(crate) struct StoreCalls {
 }
 
 unsafe extern "C" {
+    pub(crate) fn phx_meter_new(out: *mut *mut RawMeter) -> ErrorText;
+    pub(crate) fn phx_meter_count(meter: *mut RawMeter);
+    pub(crate) fn phx_meter_read(meter: *mut RawMeter, now: *mut i64, peak: *mut i64);
+    pub(crate) fn phx_meter_free(meter: *mut RawMeter);
     pub(crate) fn phx_keep_cpu_memory(limit: usize) -> ErrorText;
 
     pub(crate) fn phx_cuda_load(devices: *mut i32) -> ErrorText;
@@ -249,6 +259,11 @@ unsafe extern "C" {
     pub(crate) fn phx_use_free(r#use: *mut RawUse);
 
     pub(crate) fn phx_linear(
+        x: RawTensor,
+        weight: *mut RawParameter,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_linear_graph(
         x: RawTensor,
         weight: *mut RawParameter,
         out: *mut RawTensor,

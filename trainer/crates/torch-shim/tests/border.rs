@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use torch_shim::memory::Meter;
 use torch_shim::params::{ParameterSet, ParameterSpec};
 use torch_shim::tch::{self, Device, Kind, Tensor};
 use torch_shim::{ShimError, autograd, fused, ops};
@@ -187,4 +188,21 @@ fn the_ready_hook_fires_after_the_last_use() {
     set.clear_ready_hook().unwrap();
     autograd::backward(&[&forward()], &[]).unwrap();
     assert_eq!(order.lock().unwrap().len(), 2);
+}
+
+#[test]
+fn a_meter_counts_what_is_made_until_it_is_dropped() {
+    let made = |bytes: i64| Tensor::empty([bytes], (Kind::Uint8, Device::Cpu));
+    let before = made(1000);
+    let meter = Meter::new().unwrap();
+    let first = meter.count(|| {
+        let (first, second) = (made(3000), made(500));
+        std::thread::spawn(move || drop((made(7000), second))).join().unwrap();
+        first
+    });
+    let (view, other) = (first.narrow(0, 100, 7), made(900));
+    drop((before, first));
+    assert_eq!((meter.now(), meter.peak()), (3000, 3500));
+    drop((view, other));
+    assert_eq!((meter.now(), meter.peak()), (0, 3500));
 }

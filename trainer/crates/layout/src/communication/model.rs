@@ -5,7 +5,7 @@ use crate::mesh::Axis;
 use crate::schedule::MessageKind;
 use run_config::Recompute;
 
-/// Tokens whose logits are held at a time in the loss over a vocabulary that is cut over ranks.
+/// Tokens whose logits are held at a time in the loss.
 pub const LOSS_CHUNK_TOKENS: usize = 1024;
 
 /// The forms of the stream: what a rank holds of it, and how ranks come to the whole and the sum.
@@ -33,6 +33,9 @@ impl Counter<'_> {
         if recompute != Recompute::None {
             self.whole(blocks, "recompute: gather the sequence before QKV");
             self.keys_and_values(blocks, "recompute: gather keys and values");
+        }
+        // What is computed again ends before its last sum, which no gradient needs.
+        if recompute == Recompute::Full {
             self.sum(blocks, "recompute: sum the output of attention");
         }
         self.whole(blocks, "gather the gradient of attention's output");
@@ -46,7 +49,6 @@ impl Counter<'_> {
         self.sum(blocks, "sum the output of the feed-forward");
         if self.config.parallelism.recompute == Recompute::Full {
             self.whole(blocks, "recompute: gather the sequence before gate and up");
-            self.sum(blocks, "recompute: sum the output of the feed-forward");
         }
         self.whole(blocks, "gather the gradient of the feed-forward's output");
         self.whole(blocks, "gather the sequence for the gradient of gate and up");

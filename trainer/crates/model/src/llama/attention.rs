@@ -63,7 +63,7 @@ impl Attention {
         x_BSD: &Tensor,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
-        let qkv_BSF = forward.builder.linear(x_BSD, &self.qkv, LinearRole::Qkv)?;
+        let qkv_BSF = forward.linear(x_BSD, &self.qkv, LinearRole::Qkv)?;
         let (query_BHSE, key_BKSE, value_BKSE) = fused::rope_qkv(
             &qkv_BSF,
             &forward.rope.cos,
@@ -77,6 +77,6 @@ impl Attention {
             None => forward.builder.attention(&qkv, &forward.inputs)?,
             Some(cache) => cache.attend(&qkv)?,
         };
-        forward.builder.linear(&mixed_BSF, &self.output, LinearRole::AttentionOutput)
+        forward.linear(&mixed_BSF, &self.output, LinearRole::AttentionOutput)
     }
 }

@@ -3,7 +3,7 @@
 use super::attention::Attention;
 use super::feed_forward::FeedForward;
 use super::rope::RopeFactors;
-use crate::builder::{LayerBuilder, Recompute};
+use crate::builder::{LayerBuilder, LinearRole, Recompute};
 use crate::cache::LayerCache;
 use crate::error::{Result, bad_input};
 use crate::inputs::Inputs;
@@ -13,6 +13,7 @@ use crate::weights::find;
 use model_spec::names;
 use run_config::ModelConfig;
 use std::sync::Arc;
+use torch_shim::autograd;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::Tensor;
 
@@ -26,6 +27,9 @@ pub struct Forward {
     pub rope: RopeFactors,
     /// Added to the mean square in norms.
     pub norm_eps: f64,
+    /// The last linear of what is computed again in the backward pass: its output is not read
+    /// then.
+    pub last: Option<LinearRole>,
 }
 
 impl Forward {
@@ -36,7 +40,25 @@ impl Forward {
             inputs: self.inputs.share(),
             rope: self.rope.share(),
             norm_eps: self.norm_eps,
+            last: self.last,
         }
+    }
+
+    /// The same for a part of the graph that ends with `last`, and is computed again.
+    fn again(&self, last: LinearRole) -> Self {
+        Self { last: Some(last), ..self.share() }
+    }
+
+    /// A linear layer.
+    ///
+    /// # Errors
+    /// Where libtorch or a collective fails.
+    pub fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
+        // The first time, the part's graph is not recorded.
+        if self.last == Some(role) && autograd::is_recording() {
+            return self.builder.linear_graph(x, weight, role);
+        }
+        self.builder.linear(x, weight, role)
     }
 
     /// Completes the stream's pending addition and norms it: (stream, normed stream).
@@ -114,7 +136,8 @@ impl Block {
         let (stream_BSD, normed_BSD) = forward.norm(stream, &self.attention_norm)?;
         let branch_BSD = match forward.builder.recompute() {
             Recompute::Attention if cache.is_none() => {
-                let (attention, shared) = (self.attention.share(), forward.share());
+                let attention = self.attention.share();
+                let shared = forward.again(LinearRole::AttentionOutput);
                 let body = move |x: &[Tensor]| Ok(vec![attention.forward(&shared, &x[0], None)?]);
                 recomputed(&[&normed_BSD], 1, Box::new(body))?.remove(0)
             }
@@ -128,7 +151,7 @@ impl Block {
 
     /// As [`Block::compute`], keeping only the input.
     fn recomputed(&self, forward: &Forward, stream: Residual) -> Result<Residual> {
-        let (block, shared) = (self.share(), forward.share());
+        let (block, shared) = (self.share(), forward.again(LinearRole::Down));
         let Residual { stream_BSD, branch_BSD } = stream;
         let body = move |x: &[Tensor]| {
             let branch_BSD = x.get(1).map(Tensor::shallow_clone);

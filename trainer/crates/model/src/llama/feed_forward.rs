@@ -38,8 +38,8 @@ impl FeedForward {
     /// # Errors
     /// Where libtorch or a collective fails.
     pub fn forward(&self, forward: &Forward, x_BSD: &Tensor) -> Result<Tensor> {
-        let gate_up_BS2I = forward.builder.linear(x_BSD, &self.gate_up, LinearRole::GateUp)?;
+        let gate_up_BS2I = forward.linear(x_BSD, &self.gate_up, LinearRole::GateUp)?;
         let inner_BSI = fused::swiglu(&gate_up_BS2I)?;
-        forward.builder.linear(&inner_BSI, &self.down, LinearRole::Down)
+        forward.linear(&inner_BSI, &self.down, LinearRole::Down)
     }
 }

@@ -233,6 +233,7 @@ impl Llama {
             inputs: inputs.share(),
             rope: self.rope.factors(inputs)?,
             norm_eps: self.config.norm_eps,
+            last: None,
         })
     }
 

@@ -29,6 +29,16 @@ pub fn linear(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     made_one(|out| unsafe { sys::phx_linear(raw(x), weight.raw(), out) })
 }
 
+/// The graph of [`linear`] alone: a result of its shape without its values, for what is computed
+/// again for the gradients of its inputs.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_graph(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    // SAFETY: the tensor and the parameter live through the call.
+    made_one(|out| unsafe { sys::phx_linear_graph(raw(x), weight.raw(), out) })
+}
+
 /// Rows of the weight `[V, E]` at `tokens` (int32 or int64): `[B, S]` to `[B, S, E]`.
 ///
 /// # Errors
