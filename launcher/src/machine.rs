@@ -40,6 +40,23 @@ pub fn num_gpus() -> usize {
     entries.count()
 }
 
+/// Refuses a run on GPUs where there are too few: a rank wants one of its own, unless NCCL is told
+/// to let several share one.
+pub fn check_gpus(device: DeviceKind, ranks: usize, gpus: usize) -> Result<(), UserError> {
+    let shared = std::env::var_os(env::SHARE_GPUS).is_some();
+    if device == DeviceKind::Cuda && gpus == 0 {
+        let message =
+            "cluster.device is cuda: this machine has no GPU that the NVIDIA driver knows";
+        return Err(UserError::usage(message).hint("`--set cluster.device=cpu`"));
+    }
+    if device != DeviceKind::Cpu && gpus > 0 && ranks > gpus && !shared {
+        let message = format!("cluster.ranks_per_node: {ranks} ranks on a machine of {gpus} GPUs");
+        let hint = format!("`--set cluster.ranks_per_node={gpus}`, or `cluster.device=cpu`");
+        return Err(UserError::usage(message).hint(hint));
+    }
+    Ok(())
+}
+
 /// Loads the config at `path` and resolves `ranks_per_node` and `threads_per_rank`, once: what they
 /// came to is part of the config from then on.
 pub fn resolve(path: &Path, set: &[String]) -> Result<Resolved, UserError> {
@@ -187,4 +204,24 @@ fn first_output(command: &mut Command, timeout: Duration) -> Option<String> {
         std::thread::sleep(Duration::from_millis(5));
     }
     String::from_utf8(child.wait_with_output().ok()?.stdout).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_wants_a_gpu_of_its_own() {
+        let refused = |device, ranks, gpus| {
+            let error: Option<UserError> = check_gpus(device, ranks, gpus).err();
+            error.map(|error| error.message)
+        };
+        assert_eq!(refused(DeviceKind::Cpu, 9, 0), None);
+        assert_eq!(refused(DeviceKind::Auto, 9, 0), None);
+        assert_eq!(refused(DeviceKind::Cuda, 8, 8), None);
+        assert!(refused(DeviceKind::Cuda, 1, 0).unwrap().contains("no GPU"));
+        for device in [DeviceKind::Cuda, DeviceKind::Auto] {
+            assert!(refused(device, 9, 8).unwrap().contains("9 ranks on a machine of 8 GPUs"));
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::view::View;
 use checkpoint_format::scan::scan;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
-use run_config::{ClusterKind, DeviceKind, RunConfig};
+use run_config::{ClusterKind, RunConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -245,10 +245,7 @@ fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
         err!("{note}");
     }
     let config = &resolved.loaded.config;
-    if config.cluster.device == DeviceKind::Cuda {
-        let refusal = "cluster.device is cuda: this version trains on CPUs only";
-        return Err(UserError::usage(refusal).hint("`--set cluster.device=cpu`"));
-    }
+    machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),

@@ -46,12 +46,12 @@ class Peers:
         machine.run([python, "-m", "pip", "install", "--quiet", *requirements])
         done.write_text(wanted)
 
-    def train(self, model, dtype, mode, compiled, steps, warmup):
-        ranks, threads = (2, 1) if mode == "ddp" else (1, 2)
+    def train(self, model, dtype, mode, compiled, steps, warmup, ranks=2, micro_batches=1):
+        ranks, threads = (1, 2) if mode == "single" else (ranks, 1)
         command = [self.python.parent / "torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         command += [HERE / "peers" / "train.py", "--mode", mode, "--model", model, "--dtype", dtype]
         command += ["--threads", str(threads), "--steps", str(steps), "--warmup", str(warmup)]
-        command += ["--compile"] if compiled else []
+        command += ["--micro-batches", str(micro_batches)] + (["--compile"] if compiled else [])
         env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         out, foreign = machine.run(command, env)
         return dict(machine.last_json(out), foreign_cores=foreign)
@@ -90,7 +90,7 @@ class Ours:
             machine.run([self.phalanx, "data", "tokenize", "--tokenizer", tokenizer, "--out", folder / "shards", self.text])
             (folder / "complete").touch()
 
-    def config(self, model, dtype, ranks, threads, steps):
+    def config(self, model, dtype, ranks, threads, steps, parallelism="{}", micro_batch=None):
         """A run config of the same work as peers/train.py: no clipping, no validation, no checkpoint on the way."""
         m = MODELS[model]
         text = f"""name: bench
@@ -102,8 +102,9 @@ data:
   sequence_length: {m['seq']}
   document_mask: false
   validation_fraction: 0.0
+parallelism: {parallelism}
 precision: {{compute: {dtype}}}
-training: {{steps: {steps}, global_batch: {m['global_batch']}, micro_batch: {m['global_batch'] // ranks}, clip_norm: null}}
+training: {{steps: {steps}, global_batch: {m['global_batch']}, micro_batch: {micro_batch or m['global_batch'] // ranks}, clip_norm: null}}
 schedule: {{kind: constant, warmup_steps: 0}}
 validation: {{every_steps: 0}}
 checkpoint: {{every_steps: 1000000, keep_last: 1}}
@@ -121,6 +122,17 @@ metrics: {{tensorboard: false}}
             out, foreign = machine.run([*command, "--steps", str(steps), "--warmup", str(warmup), "--json"])
             return dict(machine.last_json(out), foreign_cores=foreign)
         return self.run_ranks(self.config(model, dtype, 2, 1, steps + warmup), model, warmup)
+
+    def train_parallel(self, model, dtype, form, ranks, micro_batches, steps, warmup):
+        """A parallel form over all ranks, as peers/forms.py has it."""
+        batch = MODELS[model]["global_batch"]
+        parallelism, micro_batch = {
+            "fsdp2": (f"{{shard: {{ranks: {ranks}, level: parameters, reshard_after_forward: true}}}}", batch // ranks),
+            "tp": (f"{{tensor: {ranks}}}", batch),
+            "pp": (f"{{pipeline: {{stages: {ranks}, schedule: 1f1b}}}}", batch // micro_batches),
+        }[form]
+        config = self.config(model, dtype, ranks, 1, steps + warmup, parallelism, micro_batch)
+        return self.run_ranks(config, model, warmup)
 
     def run_ranks(self, config, model, warmup):
         """Two ranks through the whole path: launcher, ranks, loader, metrics."""

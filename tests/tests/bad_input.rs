@@ -7,6 +7,8 @@ use arrow::datatypes::Int32Type;
 use arrow::record_batch::RecordBatch;
 use end_to_end::sandbox::Sandbox;
 use parquet::arrow::ArrowWriter;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -54,7 +56,42 @@ fn keys_values_and_degrees() {
     check("training.global_batch=7", &["training.global_batch", "7"]);
     check("model.kv_heads=3", &["model.kv_heads", "3 does not divide the 4 heads"]);
     check("model.dim=30", &["model.heads", "4 heads do not divide dim 30"]);
-    check("cluster.device=cuda", &["cluster.device is cuda", "trains on CPUs only"]);
+}
+
+/// On a machine that has none.
+#[test]
+fn a_gpu_where_there_is_none() {
+    if Path::new("/proc/driver/nvidia/gpus").exists() {
+        return;
+    }
+    let expected = ["cluster.device is cuda", "no GPU", "--set cluster.device=cpu"];
+    check_refused(&sandbox(), &["cluster.device=cuda"], &expected);
+}
+
+/// A node that was forgotten when Phalanx was updated.
+#[test]
+fn a_rank_of_another_build() {
+    let real =
+        Path::new(env!("CARGO_BIN_EXE_phalanx-under-test")).with_file_name("phalanx-trainer");
+    let own = sandbox();
+    let (other, chooser) = (own.path().join("other"), own.path().join("chooser"));
+    std::fs::copy(&real, &other).unwrap();
+    let mut file = std::fs::OpenOptions::new().append(true).open(&other).unwrap();
+    file.write_all(b"\n").unwrap();
+    drop(file);
+    let script = format!(
+        "#!/bin/sh\n[ \"$PHALANX_RANK\" = 1 ] && exec {} \"$@\"\nexec {} \"$@\"\n",
+        other.display(),
+        real.display()
+    );
+    std::fs::write(&chooser, script).unwrap();
+    std::fs::set_permissions(&chooser, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let trainer = chooser.to_string_lossy();
+    let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_phalanx-under-test"), &trainer);
+    let expected =
+        ["rank 1 has another build of phalanx-trainer than rank 0", "hint: give every node"];
+    check_ends(&sandbox, 64, &["run", "config.yaml"], &expected);
+    assert!(!sandbox.run_dir().metrics().exists(), "no step was made");
 }
 
 #[test]

@@ -103,16 +103,13 @@ pub fn device(config: &RunConfig, local_rank: usize) -> Result<Device> {
     if gpus == 0 {
         return Err(no_gpu("libtorch finds no GPU that it can use".into()));
     }
-    if local_rank >= gpus && std::env::var_os(SHARE_GPUS).is_none() {
+    if local_rank >= gpus && std::env::var_os(env::SHARE_GPUS).is_none() {
         let ranks = local_rank + 1;
         return Err(no_gpu(format!("{ranks} ranks or more on a machine with {gpus} GPUs")));
     }
     cuda::set_device(local_rank % gpus)?;
     Ok(Device::Cuda(local_rank % gpus))
 }
-
-/// NCCL's own switch: several ranks on one GPU, for tests (NCCL 2.30 and later).
-const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 
 fn has_nvidia_driver() -> bool {
     Path::new("/proc/driver/nvidia/gpus").is_dir()

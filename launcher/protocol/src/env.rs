@@ -8,6 +8,8 @@ pub const TRAINER: &str = "PHALANX_TRAINER";
 pub const LIBTORCH: &str = "PHALANX_LIBTORCH";
 /// The NCCL library, or its folder, in place of libtorch's.
 pub const NCCL: &str = "PHALANX_NCCL";
+/// NCCL's own switch: several ranks on one GPU, for tests (NCCL 2.30 and later).
+pub const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 /// Hardware queues of a GPU. A collective that waits for its peers must not hold up another that
 /// shares its queue; CUDA's own number is 8, its limit 32.
 pub const CUDA_QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");

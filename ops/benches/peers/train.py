@@ -11,14 +11,16 @@ import statistics
 import time
 
 import common
+import forms
 
 
 def parse():
     p = argparse.ArgumentParser()
-    p.add_argument("--mode", choices=["single", "ddp"], default="single")
+    p.add_argument("--mode", choices=["single", "ddp", *forms.FORMS], default="single")
     p.add_argument("--model", choices=list(common.MODELS), default="debug")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--micro-batches", type=int, default=1, help="of pp")
     p.add_argument("--warmup", type=int, default=3)
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--compile", action="store_true", help="torch.compile the decoder layers")
@@ -27,7 +29,7 @@ def parse():
 
 
 def build(a, m):
-    """The model, what is called in a step, and the optimizer."""
+    """The model, checked for its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,45 +47,69 @@ def build(a, m):
     if a.compile:
         for layer in model.model.layers:
             layer.compile()
-    run = model
-    if a.full_compile:
-        run = torch.compile(model)
+    return model
+
+
+def parts(a, m, rank, world):
+    """What owns the parameters, and the passes of a step: (tokens, targets) of the global batch -> loss."""
+    import torch
+
+    model = build(a, m)
+    if a.mode in forms.FORMS:
+        return forms.FORMS[a.mode](model, m, rank, world, a.micro_batches)
+    run = torch.compile(model) if a.full_compile else model
     if a.mode == "ddp":
         run = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(run.parameters(), fused=True, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    return run, optimizer
+    amp = (lambda: torch.autocast("cpu", torch.bfloat16)) if a.dtype == "bf16" else contextlib.nullcontext
+    rows = m["global_batch"] // world
+
+    def passes(tokens, targets):
+        own = slice(rank * rows, (rank + 1) * rows)
+        with amp():
+            logits = run(input_ids=tokens[own]).logits
+        loss = forms.cross_entropy(logits, targets[own])
+        loss.backward()
+        return float(loss)
+
+    return run, passes
+
+
+def optimizer_of(run):
+    """Fused AdamW; it refuses a group that mixes DTensors and plain tensors, so each kind has its own."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    kinds = {}
+    for parameter in run.parameters():
+        kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    groups = [{"params": parameters} for parameters in kinds.values()]
+    return torch.optim.AdamW(groups, fused=True, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def main():
     a = parse()
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
 
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if a.mode == "ddp":
+    if a.mode != "single":
         dist.init_process_group("gloo")
     m = common.MODELS[a.model]
-    run, optimizer = build(a, m)
-    amp = (lambda: torch.autocast("cpu", torch.bfloat16)) if a.dtype == "bf16" else contextlib.nullcontext
+    run, passes = parts(a, m, rank, world)
+    optimizer = optimizer_of(run)
 
     # Every rank makes the same global batch and takes its rows.
     generator = torch.Generator().manual_seed(1)
     data = torch.randint(0, m["vocab"], (16, m["global_batch"], m["seq"] + 1), generator=generator)
-    rows = m["global_batch"] // world
 
     def step(i):
-        batch = data[i % 16, rank * rows:(rank + 1) * rows]
-        x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        batch = data[i % 16]
         optimizer.zero_grad(set_to_none=True)
-        with amp():
-            logits = run(input_ids=x).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(0, 1))
-        loss.backward()
+        loss = passes(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         optimizer.step()
-        return float(loss)
+        return loss
 
     losses = [step(0)]
     first_step_s = time.time() - common.t0()

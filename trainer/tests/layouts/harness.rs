@@ -7,8 +7,9 @@ use optim::{AdamW, clip_coefficient};
 use parallel::{Groups, Pass, Worker, all_reduce_scalars};
 use run_config::{BatchStage, RunConfig};
 use std::collections::{BTreeMap, HashMap};
+use std::error::Error;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
@@ -65,7 +66,7 @@ pub struct Member {
 
 /// Calls `body` on a thread for each rank, at its initial weights.
 pub fn on_ranks<T: Send>(config: &RunConfig, body: impl Fn(&mut Member) -> T + Sync) -> Vec<T> {
-    let meeting = Meeting::default();
+    let meeting = Meeting::new(Duration::from_secs(30));
     std::thread::scope(|scope| {
         let run = |rank| {
             let (meeting, body) = (&meeting, &body);
@@ -82,7 +83,8 @@ pub fn on_ranks<T: Send>(config: &RunConfig, body: impl Fn(&mut Member) -> T + S
     })
 }
 
-fn member(config: &RunConfig, rank: usize, meeting: &Meeting) -> Member {
+/// A rank at its initial weights; the others are made at the same time.
+pub fn member(config: &RunConfig, rank: usize, meeting: &Meeting) -> Member {
     torch_shim::tch::set_num_threads(1);
     let mesh = Mesh::new(&config.parallelism, num_ranks(config)).unwrap();
     let mut connect = |name: &str, ranks: &[usize]| meeting.join(name, ranks, rank);
@@ -112,24 +114,33 @@ pub fn train(config: &RunConfig, steps: usize) -> Trained {
 
 /// Does a step; returns its loss and its gradient norm.
 pub fn step(config: &RunConfig, member: &mut Member, step: usize) -> (f64, f64) {
+    try_step(config, member, step).unwrap()
+}
+
+/// As [`step`], where a peer may fail.
+pub fn try_step(
+    config: &RunConfig,
+    member: &mut Member,
+    step: usize,
+) -> Result<(f64, f64), Box<dyn Error + Send + Sync>> {
     let Member { worker, optimizer } = member;
     let groups = worker.groups.clone();
     let (passes, num_targets) = batch(config, &groups, step);
     let mut targets = [if groups.reads_first() { num_targets } else { 0.0 }];
     let sum = collectives::ReduceOp::Sum;
-    all_reduce_scalars(groups.world.as_ref(), &mut targets, sum).unwrap();
-    worker.params.zero_grad().unwrap();
-    let loss = worker.forward_backward(&passes, 1.0 / targets[0]).unwrap();
-    let gradients = worker.counted_gradients().unwrap();
+    all_reduce_scalars(groups.world.as_ref(), &mut targets, sum)?;
+    worker.params.zero_grad()?;
+    let loss = worker.forward_backward(&passes, 1.0 / targets[0])?;
+    let gradients = worker.counted_gradients()?;
     let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
     // As many numbers as in training, where a rank's wish to stop is the third.
     let mut sums = [loss, gradients.iter().map(square).sum(), 0.0];
-    all_reduce_scalars(groups.world.as_ref(), &mut sums, sum).unwrap();
+    all_reduce_scalars(groups.world.as_ref(), &mut sums, sum)?;
     let norm = sums[1].sqrt();
     let coefficient = clip_coefficient(norm, config.training.clip_norm);
-    optimizer.step(&worker.params, config.optimizer.learning_rate, coefficient).unwrap();
-    worker.weights_changed().unwrap();
-    (sums[0], norm)
+    optimizer.step(&worker.params, config.optimizer.learning_rate, coefficient)?;
+    worker.weights_changed()?;
+    Ok((sums[0], norm))
 }
 
 /// Puts what this rank owns of a buffer, laid out as the master weights are, in its place of the
@@ -245,13 +256,17 @@ fn mix(a: u64, b: u64) -> u64 {
 }
 
 /// Where the threads of a group find each other.
-#[derive(Default)]
-struct Meeting {
+pub struct Meeting {
     groups: Mutex<HashMap<String, Vec<Option<collectives::Group>>>>,
-    changed: Condvar,
+    timeout: Duration,
 }
 
 impl Meeting {
+    /// For groups whose longest wait is `timeout`.
+    pub fn new(timeout: Duration) -> Self {
+        Self { groups: Mutex::default(), timeout }
+    }
+
     fn join(
         &self,
         name: &str,
@@ -260,11 +275,9 @@ impl Meeting {
     ) -> Result<Arc<dyn Communicator>, CommError> {
         let mut groups = self.groups.lock().unwrap();
         if !groups.contains_key(name) {
-            let timeout = Duration::from_secs(30);
-            let options = GroupOptions { timeout, ..GroupOptions::new(name, 1) };
+            let options = GroupOptions { timeout: self.timeout, ..GroupOptions::new(name, 1) };
             let made = collectives::local::group(ranks.len(), &options)?;
             groups.insert(name.to_owned(), made.into_iter().map(Some).collect());
-            self.changed.notify_all();
         }
         let at = ranks.iter().position(|&other| other == rank).unwrap();
         let own = groups.get_mut(name).and_then(|group| group[at].take()).unwrap();

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod communication;
+mod faults;
 mod forms;
 mod grid;
 mod harness;

@@ -1,0 +1,97 @@
+//! A rank that dies or stops in the middle of training is an error on every other, in every
+//! parallel form, and soon.
+
+use crate::harness::{Meeting, config, member, num_ranks, try_step};
+use std::time::{Duration, Instant};
+
+/// Steps that all ranks do.
+const GOOD_STEPS: usize = 2;
+
+/// What a survivor came to: when it got an error, and which.
+type Outcome = (Instant, String);
+
+/// Rank `victim` leaves after two steps (`stays`: for that long, it is there and does nothing);
+/// what the others came to, and when the victim left.
+fn outcomes(
+    layout: &str,
+    victim: usize,
+    timeout: Duration,
+    stays: Duration,
+) -> (Instant, Vec<Outcome>) {
+    let config = config(&[layout]);
+    let meeting = Meeting::new(timeout);
+    std::thread::scope(|scope| {
+        let run = |rank| {
+            let (meeting, config) = (&meeting, &config);
+            scope.spawn(move || {
+                let mut member = member(config, rank, meeting);
+                for at in 0..GOOD_STEPS {
+                    try_step(config, &mut member, at).unwrap();
+                }
+                if rank == victim {
+                    let left = Instant::now();
+                    std::thread::sleep(stays);
+                    return (left, None);
+                }
+                let result = try_step(config, &mut member, GOOD_STEPS);
+                let told = Instant::now();
+                // A rank that fails ends, as its process would.
+                member.worker.groups.abort();
+                (told, Some(result.map(|_| ()).map_err(|error| error.to_string())))
+            })
+        };
+        let handles: Vec<_> = (0..num_ranks(&config)).map(run).collect();
+        let (mut left, mut survivors) = (Instant::now(), Vec::new());
+        for (rank, handle) in handles.into_iter().enumerate() {
+            let (at, result) = handle.join().unwrap();
+            match result {
+                None => left = at,
+                Some(Err(error)) => survivors.push((at, error)),
+                Some(Ok(())) => panic!("{layout}: rank {rank} noticed nothing"),
+            }
+        }
+        (left, survivors)
+    })
+}
+
+const FORMS: [&str; 9] = [
+    "parallelism={tensor: 2, sequence: true}",
+    "parallelism={context: 2}",
+    "parallelism={pipeline: {stages: 2, schedule: gpipe}}",
+    "parallelism={pipeline: {stages: 2, schedule: 1f1b}}",
+    "parallelism={pipeline: {stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}}",
+    "parallelism={pipeline: {stages: 2, schedule: zero-bubble}}",
+    "parallelism={shard: {ranks: 2, level: parameters}}",
+    "parallelism={replicate: 2}",
+    "parallelism={tensor: 2, pipeline: {stages: 2}, shard: {ranks: 2, level: gradients}}",
+];
+
+#[test]
+fn a_dead_peer() {
+    for layout in FORMS {
+        for victim in [0, 1] {
+            let wait = Duration::from_secs(30);
+            let (left, survivors) = outcomes(layout, victim, wait, Duration::ZERO);
+            for (told, error) in survivors {
+                let elapsed = told.saturating_duration_since(left);
+                assert!(elapsed < Duration::from_secs(1), "{layout}: {elapsed:?}: {error}");
+                let named = error.contains("lost rank") || error.contains("is dead");
+                assert!(named, "{layout}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stalled_peer() {
+    let limit = Duration::from_secs(2);
+    for layout in FORMS {
+        let (left, survivors) = outcomes(layout, 1, limit, 2 * limit);
+        for (told, error) in survivors {
+            let elapsed = told.saturating_duration_since(left);
+            assert!(elapsed < limit + Duration::from_secs(1), "{layout}: {elapsed:?}: {error}");
+            let named = error.contains("no message in 2000 ms") || error.contains("is dead");
+            assert!(named || error.contains("lost rank"), "{layout}: {error}");
+        }
+    }
+}
