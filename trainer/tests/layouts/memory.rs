@@ -96,7 +96,7 @@ struct Reading {
 impl Communicator for Reading {
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work, CommError> {
         self.readings.lock().unwrap().push(self.meter.now());
-        // The message is a copy, which lives until its receiver comes: on this thread it would count.
+        // The message is a copy that lives until its receiver comes: on this thread it would count.
         let message = tensor.shallow_clone();
         let send = move || self.group.send(&message, peer, tag);
         std::thread::scope(|scope| scope.spawn(send).join().unwrap())

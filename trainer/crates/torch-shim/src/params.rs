@@ -277,15 +277,7 @@ impl ParameterSet {
             let share = size / ranks;
             let start = elements.start / ranks;
             let mine = elements.start + rank * share;
-            let zeros = |kind| Tensor::f_zeros([size], (kind, device));
-            let empty = |kind| Tensor::f_empty([size], (kind, device));
-            let (compute_buffer, grad) = match shared {
-                true if compute == master => {
-                    (set.master.shallow_clone(), set.owned_grad.shallow_clone())
-                }
-                true => (zeros(compute)?, set.owned_grad.shallow_clone()),
-                false => (empty(compute)?, empty(master)?),
-            };
+            let (compute_buffer, grad) = set.buffers(size, compute)?;
             let place = set.parameters.len();
             set.units.push(Unit {
                 parameters: place..place + specs.len(),
@@ -305,6 +297,20 @@ impl ParameterSet {
             }
         }
         Ok(set)
+    }
+
+    /// Weights and gradients of a unit: those of what is owned where nothing is cut.
+    fn buffers(&self, size: i64, compute: Kind) -> Result<(Tensor, Tensor)> {
+        let (master, device) = (self.master.kind(), self.master.device());
+        if self.sharding.ranks > 1 {
+            let empty = |kind| Tensor::f_empty([size], (kind, device));
+            return Ok((empty(compute)?, empty(master)?));
+        }
+        let weights = match compute == master {
+            true => self.master.shallow_clone(),
+            false => Tensor::f_zeros([size], (compute, device))?,
+        };
+        Ok((weights, self.owned_grad.shallow_clone()))
     }
 
     /// Adds a parameter of the newest unit, `start` elements into it.
