@@ -170,7 +170,8 @@ pub struct Connections {
     pub storage: Arc<dyn Communicator>,
 }
 
-/// The groups: NCCL's between GPUs, and this backend's; an abort by the agent ends every wait in them.
+/// The groups: NCCL's between GPUs, and this backend's; an abort by the agent ends every wait in
+/// them.
 ///
 /// # Errors
 /// Where the degrees do not make the number of ranks, or the ranks do not find each other.

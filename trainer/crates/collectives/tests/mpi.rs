@@ -67,8 +67,9 @@ fn stalls(comm: Group) {
     if comm.rank() == 1 {
         let own = std::process::id();
         let again = format!("sleep 4; kill -CONT {own}");
-        Command::new("sh").args(["-c", &again]).spawn().unwrap();
+        let mut waker = Command::new("sh").args(["-c", &again]).spawn().unwrap();
         Command::new("kill").args(["-STOP", &own.to_string()]).status().unwrap();
+        waker.wait().unwrap();
         return;
     }
     let start = Instant::now();
