@@ -44,8 +44,8 @@ pub enum ReduceOp {
 ///
 /// Every rank issues the same collectives in the same order; each returns at once, and runs in the
 /// order of issue. Until its [`Work`] is waited for, inputs must not be written and outputs not
-/// read. Tensors are contiguous, on the group's device, of f32, f64, bf16 or i64. After a failure every later
-/// operation fails too: the group is dead, and a new generation takes its place.
+/// read. Tensors are contiguous, on the group's device, of f32, f64, bf16 or i64. After a failure
+/// every later operation fails too: the group is dead, and a new generation takes its place.
 pub trait Communicator: Send + Sync {
     /// This rank's number in the group.
     fn rank(&self) -> usize;

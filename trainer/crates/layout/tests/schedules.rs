@@ -69,8 +69,8 @@ fn check_complete(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<(), Stri
     Ok(())
 }
 
-/// Every message is sent and received once, and those of a kind between two stages come in the order in
-/// which they are expected.
+/// Every message is sent and received once, and those of a kind between two stages come in the
+/// order in which they are expected.
 fn check_matched(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<usize, String> {
     type Lane = (usize, usize, MessageKind);
     let mut lanes: HashMap<Lane, [Vec<Message>; 2]> = HashMap::new();
