@@ -73,7 +73,7 @@ struct Shared {
     is_stopping: AtomicBool,
     next_id: AtomicU64,
     replies: Mutex<HashMap<u64, SyncSender<StoreReply>>>,
-    on_abort: Mutex<Option<AbortCallback>>,
+    on_abort: Mutex<Vec<AbortCallback>>,
 }
 
 /// A rank's connection to its agent. Clones share it.
@@ -228,11 +228,11 @@ impl RankClient {
         StoreClient { shared: Arc::clone(&self.shared) }
     }
 
-    /// What to do when the generation ends early: abort the communicators, so that no thread stays
-    /// in a collective. Called once, on the control thread, with the reason; the process ends soon
-    /// after, whether it returns or not.
+    /// What to do when the generation ends early: abort a communicator, so that no thread stays
+    /// in a collective. Each callback is called once, on the control thread, with the reason, in
+    /// the order in which they were given; the process ends soon after, whether they return or not.
     pub fn on_abort(&self, callback: impl Fn(&str) + Send + 'static) {
-        *lock(&self.shared.on_abort) = Some(Box::new(callback));
+        lock(&self.shared.on_abort).push(Box::new(callback));
     }
 
     fn forward_signals(&self) -> Result<(), ClientError> {
@@ -296,13 +296,16 @@ impl Shared {
         });
         lock(&self.replies).clear();
         tracing_line(&self.assignment, reason);
-        if let Some(callback) = lock(&self.on_abort).take() {
-            callback(reason);
-        }
+        self.abort(reason);
         match watchdog {
             Ok(watchdog) => drop(watchdog.join()),
             Err(_) => kill_self(),
         }
+    }
+
+    fn abort(&self, reason: &str) {
+        let callbacks = std::mem::take(&mut *lock(&self.on_abort));
+        callbacks.iter().for_each(|callback| callback(reason));
     }
 }
 
@@ -410,4 +413,38 @@ fn millis(duration: Duration) -> u64 {
 /// A lock that a panicking thread left behind guards plain data that is still whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_abort_calls_every_callback_once() {
+        let (own, agent) = UnixStream::pair().unwrap();
+        let assignment = Assignment {
+            run_id: "run".to_owned(),
+            generation: 1,
+            rank: 0,
+            world_size: 1,
+            local_rank: 0,
+            local_world_size: 1,
+            threads: 1,
+            run_dir: "run".into(),
+            resume_step: None,
+        };
+        frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
+        let client = RankClient::from_stream(own).unwrap();
+        let (sender, called) = std::sync::mpsc::channel();
+        for group in ["world", "tensor"] {
+            let sender = sender.clone();
+            client.on_abort(move |reason| sender.send(format!("{group}: {reason}")).unwrap());
+        }
+        client.shared.abort("a peer died");
+        client.shared.abort("again");
+        let called: Vec<String> = called.try_iter().collect();
+        assert_eq!(called, ["world: a peer died", "tensor: a peer died"]);
+        // The control thread ends the process once the agent is gone.
+        std::mem::forget(agent);
+    }
 }

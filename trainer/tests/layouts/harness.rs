@@ -29,17 +29,15 @@ pub struct Trained {
 
 /// A config of the small model with `sets` over it.
 pub fn config(sets: &[&str]) -> RunConfig {
-    let text = format!(
-        "name: layouts\nseed: 3\n\
-         model: {{dim: 32, layers: 4, heads: 8, kv_heads: 2, head_dim: 8, ffn_dim: 48, \
-         vocab_size: 64, init_std: 0.2, rope: {{theta: 10000.0}}}}\n\
-         data: {{tokenizer: t, sources: [{{name: a, path: b}}], sequence_length: 32}}\n\
-         training: {{steps: 10, global_batch: 8, micro_batch: 1, clip_norm: 0.5}}\n\
-         optimizer: {{learning_rate: 0.01}}\n\
-         precision: {{compute: fp64}}\n"
-    );
+    let text = "name: layouts\nseed: 3\n\
+                model: {dim: 32, layers: 4, heads: 8, kv_heads: 2, head_dim: 8, ffn_dim: 48, \
+                vocab_size: 64, init_std: 0.2, rope: {theta: 10000.0}}\n\
+                data: {tokenizer: t, sources: [{name: a, path: b}], sequence_length: 32}\n\
+                training: {steps: 10, global_batch: 8, micro_batch: 1, clip_norm: 0.5}\n\
+                optimizer: {learning_rate: 0.01}\n\
+                precision: {compute: fp64}\n";
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-    match RunConfig::from_yaml_str(&text, Path::new("/"), &sets) {
+    match RunConfig::from_yaml_str(text, Path::new("/"), &sets) {
         Ok(loaded) => loaded.config,
         Err(error) => panic!("{error}"),
     }
