@@ -47,10 +47,8 @@ impl Counter<'_> {
 
     /// Gradients of which each rank has only a summand, of what it owns of them.
     pub(super) fn partial_sums(&mut self) {
-        let stage = self.mesh.coordinate(self.rank, Axis::Pipeline);
-        let stages = self.mesh.degree(Axis::Pipeline);
-        let is_end = stage == 0 || stage + 1 == stages;
-        let tied = self.config.model.tied_embeddings && stages > 1 && is_end;
+        // Stages between the first and the last hold no embedding, and have nothing to sum.
+        let tied = self.config.model.tied_embeddings && self.mesh.degree(Axis::Pipeline) > 1;
         let held = &self.held;
         let sums = partial_sums(&self.config.model, held.tensor, &held.parameters, tied);
         let dtype = self.state();
