@@ -78,6 +78,54 @@ fn rank_1_killed_three_times_ends_with_the_same_bits() {
     check_killed_rank(1);
 }
 
+/// Four ranks in this layout, one of which is killed: the same bits as a run to which nothing
+/// happened, in every parallel form.
+fn check_killed_in(layout: &str, rank: usize) {
+    let sandbox = sandbox();
+    let sets = [
+        "cluster.ranks_per_node=4",
+        "cluster.threads_per_rank=1",
+        "training.steps=24",
+        "training.global_batch=8",
+        layout,
+    ];
+    sandbox.train("straight", &sets);
+    let step = Random::from_env().from_to(6, 16);
+    let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+    let running = sandbox.start(&[&["run", "config.yaml"], &args[..]].concat());
+    let status = sandbox.wait_for_step(1);
+    let pid = status["ranks"][rank]["pid"].as_u64().unwrap();
+    sandbox.wait_for_metrics(step, 1);
+    eprintln!("{layout}: killing rank {rank} after step {step}");
+    signal(u32::try_from(pid).unwrap(), Signal::KILL);
+    running.expect(0);
+    let causes = sandbox.events_of("first_cause");
+    assert!(causes.len() == 1 && causes[0]["rank"] == rank, "{causes:?}");
+    let resumed = resumed_from(&sandbox);
+    assert!(resumed.len() == 2 && resumed[1].as_u64() >= Some(5), "{resumed:?}");
+    assert_bit_equal(&sandbox, "straight", "test", 24);
+    sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_rank_of_stages_that_are_split_is_killed() {
+    check_killed_in("parallelism={tensor: 2, pipeline: {stages: 2}}", 3);
+}
+
+#[test]
+fn a_rank_of_zero_bubble_stages_with_shards_is_killed() {
+    let layout = "parallelism={pipeline: {stages: 2, schedule: zero-bubble}, \
+                  shard: {ranks: 2, level: gradients}}";
+    check_killed_in(layout, 0);
+}
+
+#[test]
+fn a_rank_of_pieces_of_the_sequence_with_shards_is_killed() {
+    let layout = "parallelism={context: 2, shard: {ranks: 2, level: parameters}, recompute: full}";
+    check_killed_in(layout, 2);
+}
+
 #[test]
 fn a_launcher_killed_twice_and_resumed_ends_with_the_same_bits() {
     let sandbox = sandbox();
