@@ -66,12 +66,21 @@ const FORMS: [&str; 9] = [
     "parallelism={tensor: 2, pipeline: {stages: 2}, shard: {ranks: 2, level: gradients}}",
 ];
 
+/// Who waited for the rank that is gone names it, by its number in the run.
+#[track_caller]
+fn assert_names(victim: usize, survivors: &[Outcome], layout: &str) {
+    let name = format!("lost rank {victim}:");
+    let errors: Vec<&str> = survivors.iter().map(|(_, error)| error.as_str()).collect();
+    assert!(errors.iter().any(|error| error.contains(&name)), "{layout}: {errors:?}");
+}
+
 #[test]
 fn a_dead_peer() {
     for layout in FORMS {
         for victim in [0, 1] {
             let wait = Duration::from_secs(30);
             let (left, survivors) = outcomes(layout, victim, wait, Duration::ZERO);
+            assert_names(victim, &survivors, layout);
             for (told, error) in survivors {
                 let elapsed = told.saturating_duration_since(left);
                 assert!(elapsed < Duration::from_secs(1), "{layout}: {elapsed:?}: {error}");
@@ -88,6 +97,7 @@ fn a_stalled_peer() {
     let limit = Duration::from_secs(2);
     let check = |layout: &str| {
         let (left, survivors) = outcomes(layout, 1, limit, 2 * limit);
+        assert_names(1, &survivors, layout);
         for (told, error) in survivors {
             let elapsed = told.saturating_duration_since(left);
             assert!(elapsed < limit + Duration::from_secs(1), "{layout}: {elapsed:?}: {error}");

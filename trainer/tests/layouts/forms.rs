@@ -41,6 +41,7 @@ fn tensor_parallel() {
 fn context_parallel() {
     check(&[&["parallelism.context=2"], &["parallelism.context=4"]]);
     check_with(&["data.document_mask=false"], &[&["parallelism.context=2"]]);
+    check(&[&["parallelism.context=2", "training.micro_batch=2"]]);
 }
 
 #[test]
@@ -54,7 +55,42 @@ fn pipeline_parallel() {
     ] {
         check(&[&[&stages(schedule)]]);
     }
-    check_with(&["model.tied_embeddings=true"], &[&[&stages("stages: 2")]]);
+}
+
+/// Stages of other numbers of blocks, and numbers of micro-batches that do not fit the stages.
+#[test]
+fn uneven_pipelines() {
+    let seven = ["model.layers=7", "training.global_batch=3"];
+    check_with(
+        &seven,
+        &[
+            &["parallelism.pipeline={stages: 2, schedule: 1f1b}"],
+            &["parallelism.pipeline={stages: 4, schedule: gpipe}"],
+            &["parallelism.pipeline={stages: 4, schedule: 1f1b}"],
+            &["parallelism.pipeline={stages: 4, schedule: zero-bubble}"],
+            &["parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}"],
+            &["parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 3}"],
+            &["parallelism.pipeline={stages: 2, schedule: zero-bubble, virtual_stages: 3}"],
+        ],
+    );
+}
+
+/// The embedding that is the output head too, on the first stage and on the last.
+#[test]
+fn tied_embeddings() {
+    check_with(
+        &["model.tied_embeddings=true"],
+        &[
+            &["parallelism={pipeline: {stages: 2, schedule: 1f1b}}"],
+            &["parallelism={pipeline: {stages: 2, schedule: zero-bubble}, recompute: selective}"],
+            &["parallelism={tensor: 2}"],
+            &["parallelism={shard: {ranks: 2, level: parameters}}"],
+            &["parallelism={tensor: 2, pipeline: {stages: 2}, replicate: 2}"],
+            &["parallelism={pipeline: {stages: 2}, shard: {ranks: 2, level: parameters}}"],
+            &["parallelism={pipeline: {stages: 2, schedule: interleaved-1f1b, \
+               virtual_stages: 2}, shard: {ranks: 2, level: optimizer}}"],
+        ],
+    );
 }
 
 #[test]
@@ -77,12 +113,37 @@ fn sharded_data_parallel() {
         &[&shard(2, "gradients"), "parallelism.pipeline={stages: 2, schedule: gpipe}"],
         &[&shard(2, "parameters"), "parallelism.recompute=full"],
     ]);
-    check_with(&["model.tied_embeddings=true"], &[&[&shard(2, "parameters")]]);
 }
 
 #[test]
 fn recomputation() {
     check(&[&["parallelism.recompute=full"], &["parallelism.recompute=selective"]]);
+    // What is computed again is the same to the last bit, in every form.
+    for layout in [
+        "",
+        "tensor: 2",
+        "tensor: 2, sequence: false",
+        "context: 2",
+        "replicate: 2",
+        "shard: {ranks: 2, level: parameters}",
+        "pipeline: {stages: 2, schedule: 1f1b}",
+        "pipeline: {stages: 2, schedule: zero-bubble}",
+    ] {
+        let with = |recompute: &str| {
+            let comma = if layout.is_empty() { "" } else { ", " };
+            let set = format!("parallelism={{{layout}{comma}recompute: {recompute}}}");
+            train(&config(&[&set]), 3)
+        };
+        let expected = with("none");
+        for recompute in ["selective", "full"] {
+            let found = with(recompute);
+            assert_eq!(found.losses, expected.losses, "{layout}: {recompute}");
+            assert_eq!(found.norms, expected.norms, "{layout}: {recompute}");
+            for (name, weight) in &expected.weights {
+                assert!(found.weights[name].equal(weight), "{layout}: {recompute}: {name}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -273,7 +273,8 @@ impl Meeting {
     ) -> Result<Arc<dyn Communicator>, CommError> {
         let mut groups = self.groups.lock().unwrap();
         if !groups.contains_key(name) {
-            let options = GroupOptions { timeout: self.timeout, ..GroupOptions::new(name, 1) };
+            let options =
+                GroupOptions { timeout: self.timeout, ..GroupOptions::new(name, 1).of(ranks) };
             let made = collectives::local::group(ranks.len(), &options)?;
             groups.insert(name.to_owned(), made.into_iter().map(Some).collect());
         }

@@ -9,6 +9,10 @@ const UNSAFE_ALLOWED: &[(&str, &str)] = &[
     ("trainer/crates/torch-shim/src/", "the one crate that calls libtorch"),
     ("trainer/crates/nccl-rs/src/", "the one crate that calls NCCL"),
     ("trainer/crates/collectives/src/mpi/raw.rs", "memory that MPI writes to between its calls"),
+    (
+        "trainer/crates/collectives/src/nccl/native.rs",
+        "addresses of tensors and streams, which NCCL takes",
+    ),
     ("launcher/src/supervisor/unix.rs", "what a child does between fork and exec"),
     ("trainer/crates/checkpoint-format/src/mapped.rs", "memory maps of read-only files"),
 ];

@@ -1,15 +1,25 @@
 //! Do the ranks issue the same operation? Compared through the store, so that a mismatch is an
 //! error and not a hang.
+//!
+//! An operation of a dtype and shape is compared before its first use. Later ones go on without,
+//! and those that differ then find no message of each other's: where an operation takes long, each
+//! rank says in the store at which one it is.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use torch_shim::gloo::Store;
+use torch_shim::tch::Tensor;
 
-use crate::error::{CommError, Result};
+use crate::error::{CommError, Members, Result};
 
 /// The longest wait for the store before the group's own state is looked at.
 const SLICE: Duration = Duration::from_millis(100);
+
+/// In a larger group each rank compares with one other, because all pairs would ask too much of
+/// the store.
+const ALL_PAIRS: usize = 64;
 
 /// Which operations the ranks compare before they start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,18 +33,81 @@ pub enum Check {
     Off,
 }
 
-/// Compares what the ranks of one group are about to do.
-pub(crate) struct Agreement {
+/// A rank among those of its group, and the store in which they compare.
+#[derive(Clone)]
+pub(crate) struct Voice {
     pub(crate) store: Store,
-    pub(crate) check: Check,
-    pub(crate) group: String,
+    pub(crate) members: Arc<Members>,
     pub(crate) rank: usize,
     pub(crate) size: usize,
+}
+
+impl Voice {
+    /// The members with which this one compares.
+    fn others(&self) -> Vec<usize> {
+        match (self.size <= ALL_PAIRS, self.rank) {
+            (true, _) => (0..self.size).filter(|&rank| rank != self.rank).collect(),
+            (false, 0) => vec![1],
+            (false, _) => vec![0],
+        }
+    }
+
+    /// What a member issues, in words.
+    fn issues(&self, member: usize, what: &str) -> String {
+        format!("rank {} issues {what}", self.members.in_run(member))
+    }
+
+    fn mismatch(&self, operation: String, detail: String) -> CommError {
+        CommError::Mismatch { group: self.members.group.clone(), operation, detail }
+    }
+
+    /// Says at which operation this rank is, which takes long or has failed, and compares with the
+    /// others that say so.
+    ///
+    /// # Errors
+    /// Where another is at the operation of this number too, but at another one.
+    pub(crate) fn stalls(&self, what: &str) -> Result<()> {
+        let key = |rank: usize| format!("stalls/{rank}");
+        self.store.set(&key(self.rank), what.as_bytes())?;
+        let Some((number, own)) = parts(what) else { return Ok(()) };
+        let mut differing = Vec::new();
+        for rank in self.others() {
+            let Some(theirs) = self.store.find(&key(rank))? else { continue };
+            let theirs = String::from_utf8_lossy(&theirs);
+            match parts(&theirs) {
+                Some((theirs, other)) if theirs == number && other != own => {
+                    differing.push(self.issues(rank, other));
+                }
+                _ => {}
+            }
+        }
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let detail = format!("{}, {}", self.issues(self.rank, own), differing.join(", "));
+        Err(self.mismatch(number.to_string(), detail))
+    }
+}
+
+/// `operation 7 (barrier)` in two.
+fn parts(what: &str) -> Option<(&str, &str)> {
+    what.strip_suffix(')')?.split_once(" (")
+}
+
+/// Compares what the ranks of one group are about to do.
+pub(crate) struct Agreement {
+    pub(crate) voice: Voice,
+    pub(crate) check: Check,
     pub(crate) timeout: Duration,
     pub(crate) seen: HashSet<String>,
 }
 
 impl Agreement {
+    /// Whether the ranks compare anything.
+    pub(crate) fn is_on(&self) -> bool {
+        self.voice.size > 1 && self.check != Check::Off
+    }
+
     /// Announces operation `sequence` and compares it with what the other ranks announce.
     ///
     /// `alive` says whether a rank can still announce anything; it is asked all along, so that a
@@ -46,23 +119,24 @@ impl Agreement {
         alive: &dyn Fn(usize) -> Result<()>,
     ) -> Result<()> {
         let known = !self.seen.insert(operation.to_string());
-        if self.size == 1 || self.check == Check::Off || (known && self.check == Check::FirstUse) {
+        let voice = &self.voice;
+        if !self.is_on() || (known && self.check == Check::FirstUse) {
             return Ok(());
         }
         let key = |rank: usize| format!("agree/{sequence}/{rank}");
-        self.store.set(&key(self.rank), operation.as_bytes())?;
+        voice.store.set(&key(voice.rank), operation.as_bytes())?;
         let mut differing = Vec::new();
-        for rank in (0..self.size).filter(|&rank| rank != self.rank) {
+        for rank in voice.others() {
             let theirs = self.announced(&key(rank), sequence, operation, rank, alive)?;
             if theirs != operation.as_bytes() {
-                differing.push(format!("rank {rank} issues {}", String::from_utf8_lossy(&theirs)));
+                differing.push(voice.issues(rank, &String::from_utf8_lossy(&theirs)));
             }
         }
         if differing.is_empty() {
             return Ok(());
         }
-        let detail = format!("rank {} issues {operation}, {}", self.rank, differing.join(", "));
-        Err(self.mismatch(sequence, detail))
+        let detail = format!("{}, {}", voice.issues(voice.rank, operation), differing.join(", "));
+        Err(voice.mismatch(format!("operation {sequence}"), detail))
     }
 
     /// What `rank` announces, waited for in slices.
@@ -74,26 +148,77 @@ impl Agreement {
         rank: usize,
         alive: &dyn Fn(usize) -> Result<()>,
     ) -> Result<Vec<u8>> {
-        let start = Instant::now();
+        let (start, voice) = (Instant::now(), &self.voice);
         loop {
-            let error = match self.store.get(key, SLICE) {
+            let error = match voice.store.get(key, SLICE) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
             alive(rank)?;
             if start.elapsed() >= self.timeout {
-                let own = self.rank;
-                let detail = format!(
-                    "rank {own} issues {operation}, rank {rank} announced nothing ({error})"
-                );
-                return Err(self.mismatch(sequence, detail));
+                let own = voice.issues(voice.rank, operation);
+                let silent = voice.members.in_run(rank);
+                let detail = format!("{own}, rank {silent} announced nothing ({error})");
+                return Err(voice.mismatch(format!("operation {sequence}"), detail));
             }
             // A store that fails at once must not be asked in a tight loop.
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
 
-    fn mismatch(&self, sequence: u64, detail: String) -> CommError {
-        CommError::Mismatch { group: self.group.clone(), sequence, detail }
+/// Compares the single messages between two ranks, at the first of each dtype and shape.
+///
+/// Neither waits for the other: whoever comes second sees what the first said.
+pub(crate) struct MessageAgreement {
+    voice: Voice,
+    check: Check,
+    /// By peer, tag and direction: what went that way, in the order of first use.
+    known: Mutex<HashMap<(usize, u32, bool), Vec<String>>>,
+}
+
+impl MessageAgreement {
+    pub(crate) fn new(voice: Voice, check: Check) -> Self {
+        Self { voice, check, known: Mutex::default() }
+    }
+
+    /// Compares a message to (or from) `peer`.
+    ///
+    /// # Errors
+    /// Where the peer said that it takes (or sends) something else.
+    pub(crate) fn compare(
+        &self,
+        peer: usize,
+        tag: u32,
+        is_sent: bool,
+        tensor: &Tensor,
+    ) -> Result<()> {
+        if self.check == Check::Off {
+            return Ok(());
+        }
+        let what = format!("{:?} {:?}", tensor.kind(), tensor.size());
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = known.entry((peer, tag, is_sent)).or_default();
+        if list.contains(&what) {
+            return Ok(());
+        }
+        let index = list.len();
+        list.push(what.clone());
+        drop(known);
+        let voice = &self.voice;
+        let (from, to) = if is_sent { (voice.rank, peer) } else { (peer, voice.rank) };
+        let side = |sent: bool| if sent { "sent" } else { "taken" };
+        let key = |sent: bool| format!("message/{from}/{to}/{tag}/{index}/{}", side(sent));
+        voice.store.set(&key(is_sent), what.as_bytes())?;
+        let Some(theirs) = voice.store.find(&key(!is_sent))? else { return Ok(()) };
+        if theirs == what.as_bytes() {
+            return Ok(());
+        }
+        let theirs = String::from_utf8_lossy(&theirs).into_owned();
+        let (sent, taken) = if is_sent { (what, theirs) } else { (theirs, what) };
+        let (from, to) = (voice.members.in_run(from), voice.members.in_run(to));
+        let detail = format!("rank {from} sends {sent}, rank {to} takes {taken}");
+        let operation = format!("message from rank {from} to rank {to}");
+        Err(voice.mismatch(operation, detail))
     }
 }

@@ -1,16 +1,19 @@
 //! What carries out the operations of a group.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use torch_shim::cuda::Event;
 use torch_shim::tch::{Device, Tensor};
 
 use crate::ReduceOp;
-use crate::error::Result;
+use crate::error::{CommError, Result};
 use crate::ring::{self, Exchange};
 use crate::transport::{Pending, Transport};
-use crate::work::{Behind, Work};
+use crate::work::{Behind, Completion, Finisher, Work};
 
 /// Tags from here on belong to the collectives.
 pub(crate) const TAG_LIMIT: u32 = 1 << 16;
@@ -42,8 +45,8 @@ impl Operation {
     }
 }
 
-/// What carries out the operations of a group. Errors that name a peer leave the rest of a
-/// [`crate::CommError::Peer`] to the caller.
+/// What carries out the operations of a group. Errors that name a peer are those of
+/// [`crate::CommError::lost`], which leaves the rest to the caller.
 pub(crate) trait Backend: Send + Sync {
     /// The device of its tensors.
     fn device(&self) -> Device;
@@ -53,14 +56,10 @@ pub(crate) trait Backend: Send + Sync {
         Ok(None)
     }
 
-    /// Carries out the `sequence`-th operation, on the group's thread; what is left may be under
+    /// Carries out an operation, `what` in words, on the group's thread; what is left may be under
     /// way on a stream.
-    fn run(
-        &self,
-        operation: Operation,
-        sequence: u64,
-        after: Option<Event>,
-    ) -> Result<Option<Behind>>;
+    fn run(&self, operation: Operation, what: &str, after: Option<Event>)
+    -> Result<Option<Behind>>;
 
     /// Starts to send a contiguous tensor of at least one element.
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work>;
@@ -83,6 +82,11 @@ pub(crate) trait Backend: Send + Sync {
         Ok(())
     }
 
+    /// What has been under way on a stream for longest, in words, and since when.
+    fn oldest(&self) -> Option<(String, Instant)> {
+        None
+    }
+
     /// Ends all that is under way, with an error.
     fn abort(&self, cause: &str);
 
@@ -101,11 +105,12 @@ pub(crate) struct OverMessages {
     rank: usize,
     size: usize,
     bytes: AtomicU64,
+    sends: Sends,
 }
 
 impl OverMessages {
     pub(crate) fn new(transport: Box<dyn Transport>, rank: usize, size: usize) -> OverMessages {
-        OverMessages { transport, rank, size, bytes: AtomicU64::new(0) }
+        OverMessages { transport, rank, size, bytes: AtomicU64::new(0), sends: Sends::default() }
     }
 
     fn count(&self, tensor: &Tensor) {
@@ -121,10 +126,14 @@ impl Backend for OverMessages {
     fn run(
         &self,
         operation: Operation,
-        sequence: u64,
+        what: &str,
         _after: Option<Event>,
     ) -> Result<Option<Behind>> {
-        let tag = TAG_LIMIT + (sequence % u64::from(TAG_LIMIT)) as u32;
+        // Ranks that carry out different operations find no message of each other's: they stall,
+        // and learn why, instead of taking what was meant for something else.
+        let mut hasher = DefaultHasher::new();
+        what.hash(&mut hasher);
+        let tag = TAG_LIMIT + (hasher.finish() % u64::from(TAG_LIMIT)) as u32;
         let ranks = &Exchanger { messages: self, tag };
         match &operation {
             Operation::AllReduce(tensor, op) => ring::all_reduce(ranks, tensor, *op),
@@ -141,7 +150,11 @@ impl Backend for OverMessages {
 
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
         self.count(tensor);
-        Ok(Work::message(self.transport.send(tensor, peer, tag)?))
+        let message = self.transport.send(tensor, peer, tag)?;
+        if self.transport.tells_when_sent() {
+            return Ok(Work::message(message));
+        }
+        self.sends.follow(message)
     }
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
@@ -158,6 +171,54 @@ impl Backend for OverMessages {
 
     fn bytes_sent(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for OverMessages {
+    fn drop(&mut self) {
+        if self.sends.under_way.load(Ordering::Acquire) > 0 {
+            self.transport.abort("the group was dropped while a message was sent");
+        }
+    }
+}
+
+/// Messages that were sent over a transport that does not tell when they are through: a thread
+/// waits for them, so that whoever holds their tensors for them can ask.
+#[derive(Default)]
+struct Sends {
+    queue: Mutex<Option<Sender<Sent>>>,
+    under_way: Arc<AtomicUsize>,
+}
+
+type Sent = (Box<dyn Pending>, Finisher);
+
+impl Sends {
+    fn follow(&self, message: Box<dyn Pending>) -> Result<Work> {
+        let completion = Arc::new(Completion::default());
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let sender = match queue.take() {
+            Some(sender) => sender,
+            None => self.start()?,
+        };
+        self.under_way.fetch_add(1, Ordering::Release);
+        // Where the thread is gone, the finisher says so.
+        let _ = sender.send((message, Finisher(completion.clone())));
+        *queue = Some(sender);
+        Ok(Work::queued(completion))
+    }
+
+    fn start(&self) -> Result<Sender<Sent>> {
+        let (sender, receiver) = channel::<Sent>();
+        let under_way = self.under_way.clone();
+        let wait = move || {
+            for (message, finisher) in receiver {
+                finisher.finish(message.wait().map(|()| None));
+                under_way.fetch_sub(1, Ordering::Release);
+            }
+        };
+        let thread = std::thread::Builder::new().name("comm-sends".into()).spawn(wait);
+        thread.map_err(|error| CommError::Backend(format!("no thread for messages: {error}")))?;
+        Ok(sender)
     }
 }
 

@@ -1,5 +1,7 @@
 //! What can go wrong between ranks.
 
+use std::sync::Arc;
+
 use thiserror::Error;
 use torch_shim::{ShimError, tch::TchError};
 
@@ -7,26 +9,24 @@ use torch_shim::{ShimError, tch::TchError};
 #[derive(Clone, Debug, Error)]
 pub enum CommError {
     /// A message did not get through: a peer is gone, or did not come in time.
-    #[error("group {group}, operation {sequence} ({operation}): lost rank {peer}: {detail}")]
+    #[error("group {group}, {operation}: lost rank {peer}: {detail}")]
     Peer {
         /// The group's name.
         group: String,
-        /// The number of the operation in the group.
-        sequence: u64,
-        /// What was being done.
+        /// What was being done: `operation 7 (barrier)`, or `receive Float [2] from rank 3`.
         operation: String,
-        /// The rank in the group that the message was for, or should have come from.
+        /// The rank that the message was for, or should have come from: its number in the run.
         peer: usize,
         /// The transport's own words.
         detail: String,
     },
     /// The ranks did not issue the same operation.
-    #[error("group {group}, operation {sequence}: the ranks do not agree: {detail}")]
+    #[error("group {group}, {operation}: the ranks do not agree: {detail}")]
     Mismatch {
         /// The group's name.
         group: String,
-        /// The number of the operation in the group.
-        sequence: u64,
+        /// Which one: `operation 7`, or `message 0 from rank 2 to rank 3`.
+        operation: String,
         /// Which rank issued what.
         detail: String,
     },
@@ -44,6 +44,55 @@ pub enum CommError {
     /// libtorch or the store refused.
     #[error("{0}")]
     Backend(String),
+}
+
+impl CommError {
+    /// A transport's own error, which knows the peer by its number in the group; [`Site::locate`]
+    /// says the rest.
+    pub(crate) fn lost(peer: usize, detail: impl Into<String>) -> CommError {
+        let (group, operation) = (String::new(), String::new());
+        CommError::Peer { group, operation, peer, detail: detail.into() }
+    }
+}
+
+/// Where an operation took place.
+#[derive(Clone, Debug)]
+pub(crate) struct Site {
+    /// The group's members, by their numbers in the run.
+    pub(crate) members: Arc<Members>,
+    /// What was being done.
+    pub(crate) operation: String,
+}
+
+/// Who is in a group.
+#[derive(Debug)]
+pub(crate) struct Members {
+    /// The group's name.
+    pub(crate) group: String,
+    /// Numbers in the run, by number in the group; empty where they are the same.
+    pub(crate) ranks: Vec<usize>,
+}
+
+impl Members {
+    /// The number in the run of a member.
+    pub(crate) fn in_run(&self, member: usize) -> usize {
+        self.ranks.get(member).copied().unwrap_or(member)
+    }
+}
+
+impl Site {
+    /// Says in which group and operation a transport lost a peer, and who that is.
+    pub(crate) fn locate(&self, error: CommError) -> CommError {
+        match error {
+            CommError::Peer { peer, detail, .. } => CommError::Peer {
+                group: self.members.group.clone(),
+                operation: self.operation.clone(),
+                peer: self.members.in_run(peer),
+                detail,
+            },
+            other => other,
+        }
+    }
 }
 
 impl From<ShimError> for CommError {

@@ -53,7 +53,8 @@ impl GlooTransport {
         start: impl FnOnce(&Gloo) -> torch_shim::Result<Message>,
     ) -> Result<Box<dyn Pending>> {
         let gloo = self.gloo.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let gloo = gloo.ok_or_else(|| lost(peer, "the connections are closed".to_string()))?;
+        let gloo =
+            gloo.ok_or_else(|| CommError::lost(peer, "the connections are closed".to_string()))?;
         let message = Arc::new(start(&gloo).map_err(|error| lost_by(peer, &error))?);
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         under_way.retain(|message| message.strong_count() > 0);
@@ -62,13 +63,8 @@ impl GlooTransport {
     }
 }
 
-fn lost(peer: usize, detail: String) -> CommError {
-    let (group, operation) = ("gloo".to_string(), "message".to_string());
-    CommError::Peer { group, sequence: 0, operation, peer, detail }
-}
-
 fn lost_by(peer: usize, error: &ShimError) -> CommError {
-    lost(peer, error.to_string())
+    CommError::lost(peer, error.to_string())
 }
 
 impl Transport for GlooTransport {
@@ -78,6 +74,10 @@ impl Transport for GlooTransport {
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
         self.start(peer, |gloo| gloo.recv(tensor, peer, tag))
+    }
+
+    fn tells_when_sent(&self) -> bool {
+        false
     }
 
     fn abort(&self, _cause: &str) {

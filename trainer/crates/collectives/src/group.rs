@@ -2,20 +2,23 @@
 
 use std::collections::HashSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use torch_shim::cuda::Event;
 use torch_shim::gloo::Store;
 use torch_shim::tch::{Device, Kind, Tensor};
 
-use crate::agreement::{Agreement, Check};
+use crate::agreement::{Agreement, Check, MessageAgreement, Voice};
 use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT};
-use crate::error::{CommError, Result};
+use crate::error::{CommError, Members, Result, Site};
 use crate::transport::Transport;
 use crate::work::{Completion, Finisher, Work};
 use crate::{Communicator, ReduceOp};
+
+/// An operation takes long from here on: the ranks compare where they are.
+const LONG: Duration = Duration::from_secs(1);
 
 /// What a group is made with.
 #[derive(Clone, Debug)]
@@ -24,6 +27,8 @@ pub struct GroupOptions {
     pub name: String,
     /// The run's generation: nothing of an older one is ever read.
     pub generation: u64,
+    /// The numbers in the run of its members, for messages to people; empty where they are 0, 1, …
+    pub ranks: Vec<usize>,
     /// The longest wait for one message.
     pub timeout: Duration,
     /// Which operations the ranks compare before they start.
@@ -35,7 +40,14 @@ impl GroupOptions {
     /// first use.
     pub fn new(name: impl Into<String>, generation: u64) -> Self {
         let timeout = Duration::from_secs(60);
-        GroupOptions { name: name.into(), generation, timeout, check: Check::default() }
+        let (name, ranks) = (name.into(), Vec::new());
+        GroupOptions { name, generation, ranks, timeout, check: Check::default() }
+    }
+
+    /// The same group, of these ranks of the run.
+    #[must_use]
+    pub fn of(self, ranks: &[usize]) -> Self {
+        GroupOptions { ranks: ranks.to_vec(), ..self }
     }
 
     /// The prefix of all the group's keys in the store.
@@ -48,15 +60,26 @@ impl GroupOptions {
 pub struct Group {
     shared: Arc<Shared>,
     queue: Mutex<Option<Sender<Job>>>,
-    worker: Option<JoinHandle<()>>,
+    messages: MessageAgreement,
+    threads: Vec<JoinHandle<()>>,
+    /// Dropped, it ends the watch.
+    watching: Option<Sender<()>>,
 }
 
 struct Shared {
     backend: Box<dyn Backend>,
-    name: String,
+    members: Arc<Members>,
     rank: usize,
     size: usize,
-    cause: Mutex<Option<String>>,
+    cause: Mutex<Option<CommError>>,
+    running: Mutex<Option<Running>>,
+}
+
+/// The operation that the group's thread is at.
+#[derive(Clone)]
+struct Running {
+    what: String,
+    since: Instant,
 }
 
 struct Job {
@@ -87,29 +110,42 @@ impl Group {
     ) -> Result<Group> {
         let shared = Arc::new(Shared {
             backend,
-            name: options.name.clone(),
+            members: Arc::new(Members {
+                group: options.name.clone(),
+                ranks: options.ranks.clone(),
+            }),
             rank,
             size,
             cause: Mutex::new(None),
+            running: Mutex::new(None),
         });
+        let voice = Voice { store, members: shared.members.clone(), rank, size };
         let agreement = Agreement {
-            store,
+            voice: voice.clone(),
             check: options.check,
-            group: options.name.clone(),
-            rank,
-            size,
             timeout: options.timeout,
             seen: HashSet::new(),
         };
+        let agreement_is_on = agreement.is_on();
+        let messages = MessageAgreement::new(voice.clone(), options.check);
         let (sender, receiver) = channel();
         let own = shared.clone();
-        let worker = std::thread::Builder::new()
-            .name(format!("comm-{}", options.name))
-            .spawn(move || work(&own, agreement, &receiver))
-            .map_err(|error| {
-                CommError::Backend(format!("no thread for group {}: {error}", options.name))
-            })?;
-        Ok(Group { shared, queue: Mutex::new(Some(sender)), worker: Some(worker) })
+        let worker = move || work(&own, agreement, &receiver);
+        let mut group = Group {
+            threads: vec![thread(format!("comm-{}", options.name), worker)?],
+            shared,
+            queue: Mutex::new(Some(sender)),
+            messages,
+            watching: None,
+        };
+        if agreement_is_on {
+            let (watching, ended) = channel();
+            let own = group.shared.clone();
+            let name = format!("watch-{}", options.name);
+            group.threads.push(thread(name, move || watch(&own, &voice, &ended))?);
+            group.watching = Some(watching);
+        }
+        Ok(group)
     }
 
     fn enqueue(&self, operation: Operation) -> Result<Work> {
@@ -117,9 +153,14 @@ impl Group {
         let completion = Arc::new(Completion::default());
         let after = self.shared.backend.issued()?;
         let job = Job { operation, after, finisher: Finisher(completion.clone()) };
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = lock(&self.queue);
         let sent = queue.as_ref().is_some_and(|queue| queue.send(job).is_ok());
         if sent { Ok(Work::queued(completion)) } else { Err(self.shared.dead()) }
+    }
+
+    fn agree(&self, peer: usize, tag: u32, is_sent: bool, tensor: &Tensor) -> Result<()> {
+        let compared = self.messages.compare(peer, tag, is_sent, tensor);
+        compared.map_err(|error| self.shared.fail(&error))
     }
 
     fn peer(&self, peer: usize, tag: u32) -> Result<()> {
@@ -127,11 +168,16 @@ impl Group {
             return Err(CommError::Invalid(format!(
                 "group {}: rank {} cannot exchange a message with rank {peer} of \
                  {} with tag {tag} (limit {TAG_LIMIT})",
-                self.shared.name, self.shared.rank, self.shared.size
+                self.shared.members.group, self.shared.rank, self.shared.size
             )));
         }
         Ok(())
     }
+}
+
+fn thread(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let thread = std::thread::Builder::new().name(name.clone()).spawn(body);
+    thread.map_err(|error| CommError::Backend(format!("no thread {name}: {error}")))
 }
 
 /// The communication thread.
@@ -139,20 +185,51 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
     let mut sequence = 0;
     while let Some(job) = next(shared, jobs) {
         let operation = job.operation.describe();
+        let what = format!("operation {sequence} ({operation})");
+        let site = Site { members: shared.members.clone(), operation: what.clone() };
+        let since = Instant::now();
+        *lock(&shared.running) = Some(Running { what: what.clone(), since });
         let result = shared.alive().and_then(|()| {
             let alive = |peer| shared.alive().and_then(|()| shared.backend.reachable(peer));
-            agreement
-                .compare(sequence, &operation, &alive)
-                .map_err(|error| shared.locate(error, sequence, &operation))?;
+            agreement.compare(sequence, &operation, &alive)?;
             // The tensors go before the waiter wakes, so that their memory is its own again.
-            let done = shared.backend.run(job.operation, sequence, job.after);
-            done.map_err(|error| shared.locate(error, sequence, &operation))
+            shared.backend.run(job.operation, &what, job.after)
         });
-        if let Err(error) = &result {
-            shared.fail(error);
-        }
+        *lock(&shared.running) = None;
+        let result = result.map_err(|error| {
+            // A peer may be gone because it found that this rank does something else.
+            let disagree = matches!(error, CommError::Peer { .. }) && agreement.is_on();
+            let compared = if disagree { agreement.voice.stalls(&what) } else { Ok(()) };
+            match compared {
+                Err(mismatch @ CommError::Mismatch { .. }) => shared.fail(&mismatch),
+                _ => shared.fail(&site.locate(error)),
+            }
+        });
         job.finisher.finish(result);
         sequence += 1;
+    }
+}
+
+/// Looks after an operation that takes long: do the other ranks wait in another one?
+fn watch(shared: &Shared, voice: &Voice, ended: &Receiver<()>) {
+    let (mut at, mut next) = (None, LONG);
+    while ended.recv_timeout(LONG / 2) == Err(RecvTimeoutError::Timeout) {
+        let running = lock(&shared.running).clone();
+        let on_stream = || shared.backend.oldest().map(|(what, since)| Running { what, since });
+        let Some(running) = running.or_else(on_stream) else { continue };
+        if at.as_ref() != Some(&running.what) {
+            (at, next) = (Some(running.what.clone()), LONG);
+        }
+        if running.since.elapsed() < next {
+            continue;
+        }
+        // Less and less often, for the sake of the store.
+        next *= 2;
+        match voice.stalls(&running.what) {
+            Ok(()) => {}
+            Err(error @ CommError::Mismatch { .. }) => drop(shared.fail(&error)),
+            Err(error) => tracing::debug!("{}: {error}", shared.members.group),
+        }
     }
 }
 
@@ -163,7 +240,7 @@ fn next(shared: &Shared, jobs: &Receiver<Job>) -> Option<Job> {
         if shared.alive().is_ok()
             && let Err(error) = shared.backend.watch()
         {
-            shared.fail(&error);
+            drop(shared.fail(&error));
         }
         match jobs.recv_timeout(interval) {
             Ok(job) => return Some(job),
@@ -175,37 +252,54 @@ fn next(shared: &Shared, jobs: &Receiver<Job>) -> Option<Job> {
 
 impl Shared {
     fn alive(&self) -> Result<()> {
-        match self.cause.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+        match lock(&self.cause).as_ref() {
             None => Ok(()),
-            Some(cause) => Err(CommError::Dead { group: self.name.clone(), cause: cause.clone() }),
+            Some(cause) => {
+                let (group, cause) = (self.members.group.clone(), cause.to_string());
+                Err(CommError::Dead { group, cause })
+            }
         }
     }
 
     fn dead(&self) -> CommError {
         let cause = "its communication thread is gone".to_string();
-        self.alive().err().unwrap_or(CommError::Dead { group: self.name.clone(), cause })
+        let group = self.members.group.clone();
+        self.alive().err().unwrap_or(CommError::Dead { group, cause })
     }
 
     /// Notes the first cause, and closes the connections so that every peer learns of it at once.
-    fn fail(&self, error: &CommError) {
-        let mut cause = self.cause.lock().unwrap_or_else(PoisonError::into_inner);
-        if cause.is_none() {
-            *cause = Some(error.to_string());
-        }
-        drop(cause);
+    /// Returns the error that says more: that the ranks disagree ends an operation by an abort.
+    fn fail(&self, error: &CommError) -> CommError {
+        let first = lock(&self.cause).get_or_insert_with(|| error.clone()).clone();
         self.backend.abort(&error.to_string());
+        if matches!(first, CommError::Mismatch { .. }) { first } else { error.clone() }
     }
 
-    /// Says which operation it was that lost a peer.
-    fn locate(&self, error: CommError, sequence: u64, operation: &str) -> CommError {
-        match error {
-            CommError::Peer { peer, detail, .. } => {
-                let (group, operation) = (self.name.clone(), operation.to_string());
-                CommError::Peer { group, sequence, operation, peer, detail }
-            }
-            other => other,
+    /// Starts a single message, whose failure says where it was.
+    fn message(
+        &self,
+        is_sent: bool,
+        peer: usize,
+        tensor: &Tensor,
+        start: impl FnOnce() -> Result<Work>,
+    ) -> Result<Work> {
+        let (verb, way) = if is_sent { ("send", "to") } else { ("receive", "from") };
+        let operation = format!(
+            "{verb} {:?} {:?} {way} rank {}",
+            tensor.kind(),
+            tensor.size(),
+            self.members.in_run(peer)
+        );
+        let site = Site { members: self.members.clone(), operation };
+        match start() {
+            Ok(work) => Ok(work.at(site)),
+            Err(error) => Err(site.locate(error)),
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn check(device: Device, tensors: &[&Tensor]) -> Result<()> {
@@ -302,7 +396,8 @@ impl Communicator for Group {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        self.shared.backend.send(tensor, peer, tag)
+        self.agree(peer, tag, true, tensor)?;
+        self.shared.message(true, peer, tensor, || self.shared.backend.send(tensor, peer, tag))
     }
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
@@ -312,7 +407,8 @@ impl Communicator for Group {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        self.shared.backend.recv(tensor, peer, tag)
+        self.agree(peer, tag, false, tensor)?;
+        self.shared.message(false, peer, tensor, || self.shared.backend.recv(tensor, peer, tag))
     }
 
     fn all_to_all(&self, output: &Tensor, input: &Tensor) -> Result<Work> {
@@ -330,7 +426,7 @@ impl Communicator for Group {
     }
 
     fn abort(&self) {
-        self.shared.fail(&CommError::Backend("aborted on request".to_string()));
+        drop(self.shared.fail(&CommError::Backend("aborted on request".to_string())));
     }
 
     fn bytes_sent(&self) -> u64 {
@@ -340,9 +436,10 @@ impl Communicator for Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
+        lock(&self.queue).take();
+        self.watching.take();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Collective operations between the ranks of a group.
 //!
-//! [`Communicator`] is the interface; [`gloo`] (processes, CPU), `mpi` (processes that `mpirun`
-//! started; feature `mpi`) and [`local`] (threads of one process, for tests) are its backends. They
-//! carry messages only: the algorithms in `ring` run on top of each, with a fixed order of
-//! summation, so that a result depends on the group's size and nothing else. [`conformance`] is the
-//! one suite that every backend passes.
+//! [`Communicator`] is the interface; [`nccl`] (GPUs), [`gloo`] (processes, CPU), `mpi` (processes
+//! that `mpirun` started; feature `mpi`) and [`local`] (threads of one process, for tests) are its
+//! backends. All but NCCL carry messages only: the algorithms in `ring` run on top of each, with a
+//! fixed order of summation, so that a result depends on the group's size and nothing else.
+//! [`conformance`] is the one suite that every backend passes.
 
 mod agreement;
 mod backend;

@@ -63,11 +63,6 @@ impl Drop for LocalTransport {
     }
 }
 
-fn lost(peer: usize, detail: String) -> CommError {
-    let (group, operation) = ("local".to_string(), "message".to_string());
-    CommError::Peer { group, sequence: 0, operation, peer, detail }
-}
-
 impl Transport for LocalTransport {
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
         let copy = tensor.f_empty_like()?;
@@ -75,7 +70,7 @@ impl Transport for LocalTransport {
         let mut state = self.post.lock();
         for rank in [self.rank, peer] {
             if let Some(cause) = state.dead.get(&rank) {
-                return Err(lost(rank, cause.clone()));
+                return Err(CommError::lost(rank, cause.clone()));
             }
         }
         state.boxes.entry((self.rank, peer, tag)).or_default().push_back(copy);
@@ -92,7 +87,7 @@ impl Transport for LocalTransport {
     fn reachable(&self, peer: usize) -> Result<()> {
         match self.post.lock().dead.get(&peer) {
             None => Ok(()),
-            Some(cause) => Err(lost(peer, cause.clone())),
+            Some(cause) => Err(CommError::lost(peer, cause.clone())),
         }
     }
 
@@ -132,12 +127,15 @@ impl Pending for Expected {
             }
             for dead in [rank, peer] {
                 if let Some(cause) = state.dead.get(&dead) {
-                    return Err(lost(dead, cause.clone()));
+                    return Err(CommError::lost(dead, cause.clone()));
                 }
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(lost(peer, format!("no message in {} ms", self.timeout.as_millis())));
+                return Err(CommError::lost(
+                    peer,
+                    format!("no message in {} ms", self.timeout.as_millis()),
+                ));
             }
             state = self
                 .post

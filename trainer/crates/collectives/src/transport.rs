@@ -9,13 +9,13 @@ pub(crate) trait Pending: Send {
     /// Waits, at most for the transport's time-out.
     fn wait(self: Box<Self>) -> Result<()>;
 
-    /// Whether a wait would return at once; may say no until waited for.
+    /// Whether a wait would return at once; may say no until waited for, but for what is sent over a
+    /// transport that [`Transport::tells_when_sent`].
     fn is_done(&self) -> bool;
 }
 
 /// Messages between the ranks of one group. Those between two ranks with one tag keep their order.
-/// Errors name the peer and the transport's own words, and leave the rest of a
-/// [`crate::CommError::Peer`] to the caller.
+/// Errors are those of [`crate::CommError::lost`], which leaves the rest to the caller.
 pub(crate) trait Transport: Send + Sync {
     /// Starts to send a contiguous tensor of at least one element.
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>>;
@@ -26,6 +26,12 @@ pub(crate) trait Transport: Send + Sync {
     /// An error where the transport knows, without a message, that a peer is gone.
     fn reachable(&self, _peer: usize) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether [`Pending::is_done`] of a message that was sent ever says yes before it is waited
+    /// for.
+    fn tells_when_sent(&self) -> bool {
+        true
     }
 
     /// Ends all messages, here and at the peers, with an error.

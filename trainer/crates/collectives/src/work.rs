@@ -5,12 +5,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use torch_shim::cuda::{Event, Stream};
 use torch_shim::tch::Tensor;
 
-use crate::error::{CommError, Result};
+use crate::error::{CommError, Result, Site};
 use crate::transport::Pending;
 
 /// An operation under way. The tensors live at least until it is done.
 #[must_use = "an operation is done only when it has been waited for"]
-pub struct Work(Kind);
+pub struct Work {
+    kind: Kind,
+    /// Where a single message goes.
+    site: Option<Site>,
+}
 
 enum Kind {
     Queued(Arc<Completion>),
@@ -20,15 +24,20 @@ enum Kind {
 
 impl Work {
     pub(crate) fn queued(completion: Arc<Completion>) -> Work {
-        Work(Kind::Queued(completion))
+        Work { kind: Kind::Queued(completion), site: None }
     }
 
     pub(crate) fn message(pending: Box<dyn Pending>) -> Work {
-        Work(Kind::Message(pending))
+        Work { kind: Kind::Message(pending), site: None }
     }
 
     pub(crate) fn done() -> Work {
-        Work(Kind::Done)
+        Work { kind: Kind::Done, site: None }
+    }
+
+    /// Its failure says where it was.
+    pub(crate) fn at(self, site: Site) -> Work {
+        Work { site: Some(site), ..self }
     }
 
     /// Waits until the operation is done here. Every wait of a transport is bounded, so this one
@@ -39,17 +48,21 @@ impl Work {
     /// # Errors
     /// What the operation failed with.
     pub fn wait(self) -> Result<()> {
-        match self.0 {
+        let result = match self.kind {
             Kind::Queued(completion) => completion.wait(),
             Kind::Message(pending) => pending.wait(),
             Kind::Done => Ok(()),
-        }
+        };
+        result.map_err(|error| match &self.site {
+            Some(site) => site.locate(error),
+            None => error,
+        })
     }
 
-    /// Whether the operation is over, well or not, so that a wait returns at once. A single message
-    /// may say no until it is waited for.
+    /// Whether the operation is over, well or not, so that a wait returns at once. That of a
+    /// receive may say no until it is waited for; that of a send says yes soon after.
     pub fn is_done(&self) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::Queued(completion) => completion.is_done(),
             Kind::Message(pending) => pending.is_done(),
             Kind::Done => true,

@@ -12,8 +12,7 @@
 //! memory must stay allocated, and its output untouched, from the call until the work has passed
 //! its [`Stream`]; a stream must live as long. The caller holds what owns them until an event
 //! behind the work has passed, after an abort too: that makes the work leave the stream, soon but
-//! not at once. On the host these addresses are never followed; a GPU that is given a dangling one
-//! reads or writes whatever lies there now.
+//! not at once. So whoever makes a buffer or a stream of an address promises it, in an unsafe call.
 //!
 //! **Threads.** Any thread may use a communicator; its calls take turns. The calls of different
 //! communicators on one device should come from one thread, in the same order on every rank:

@@ -79,9 +79,14 @@ pub struct DeviceBuffer {
 impl DeviceBuffer {
     /// `count` elements from `address` on (a tensor's data pointer, its number of elements).
     ///
+    /// # Safety
+    /// Whenever the buffer, or a piece of it, is given to an operation, that many elements lie at
+    /// the address in memory that the communicator's GPU reaches, and they stay there, and an
+    /// output untouched, until the work has left its stream.
+    ///
     /// # Errors
     /// When the address is null although there are elements, or not aligned to one.
-    pub fn new(address: *mut c_void, count: usize, dtype: DType) -> Result<DeviceBuffer> {
+    pub unsafe fn new(address: *mut c_void, count: usize, dtype: DType) -> Result<DeviceBuffer> {
         let address = address.addr();
         let is_null = address == 0 && count > 0;
         if is_null || !address.is_multiple_of(dtype.size_bytes()) {
@@ -135,7 +140,11 @@ pub struct Stream(usize);
 
 impl Stream {
     /// The stream with this native handle.
-    pub fn from_native(handle: *mut c_void) -> Stream {
+    ///
+    /// # Safety
+    /// It is a stream of the communicator's GPU, or null, and lives until all work on it is done:
+    /// the driver follows the handle.
+    pub unsafe fn from_native(handle: *mut c_void) -> Stream {
         Stream(handle.addr())
     }
 
@@ -174,6 +183,11 @@ impl fmt::Debug for UniqueId {
 mod tests {
     use super::*;
 
+    fn buffer(address: *mut c_void, count: usize, dtype: DType) -> Result<DeviceBuffer> {
+        // SAFETY: it is given to no operation.
+        unsafe { DeviceBuffer::new(address, count, dtype) }
+    }
+
     #[test]
     fn the_codes_are_nccls() {
         let dtypes = [
@@ -195,15 +209,15 @@ mod tests {
     #[test]
     fn a_buffer_is_refused_where_it_cannot_be_one() {
         let at = without_provenance_mut::<c_void>;
-        assert!(DeviceBuffer::new(at(0), 1, DType::U8).is_err());
-        assert!(DeviceBuffer::new(at(0), 0, DType::U8).is_ok());
-        assert!(DeviceBuffer::new(at(0x1004), 1, DType::F64).is_err());
-        assert!(DeviceBuffer::new(at(0x1004), 1, DType::F32).is_ok());
+        assert!(buffer(at(0), 1, DType::U8).is_err());
+        assert!(buffer(at(0), 0, DType::U8).is_ok());
+        assert!(buffer(at(0x1004), 1, DType::F64).is_err());
+        assert!(buffer(at(0x1004), 1, DType::F32).is_ok());
     }
 
     #[test]
     fn pieces_lie_side_by_side() {
-        let whole = DeviceBuffer::new(without_provenance_mut(0x1000), 6, DType::Bf16).unwrap();
+        let whole = buffer(without_provenance_mut(0x1000), 6, DType::Bf16).unwrap();
         let piece = whole.piece(2, 3).unwrap();
         assert_eq!((piece.address, piece.count, piece.dtype), (0x1008, 2, DType::Bf16));
         for (index, num_pieces) in [(3, 3), (0, 4), (0, 0)] {

@@ -99,7 +99,7 @@ impl Data {
     /// What a reduction failed with in a hook.
     pub(crate) fn failure(&self) -> Option<ParallelError> {
         match self {
-            Data::Replicated(data) => data.finish().err(),
+            Data::Replicated(data) => data.failure().map(Into::into),
             Data::Alone | Data::Sharded(_) => None,
         }
     }

@@ -29,6 +29,8 @@ struct State {
     /// Buckets before this one have been issued.
     next: usize,
     armed: bool,
+    /// What the hook failed with: libtorch makes a text of it.
+    failure: Option<CommError>,
 }
 
 struct Pending {
@@ -68,12 +70,17 @@ impl DataParallel {
                 bucket,
             });
         }
-        let state = State { comm, buckets, bucket_of, next: 0, armed: false };
+        let state = State { comm, buckets, bucket_of, next: 0, armed: false, failure: None };
         let state = Arc::new(Mutex::new(state));
         let hook = Arc::downgrade(&state);
         set.set_ready_hook(move |index| match hook.upgrade() {
             Some(state) => {
-                lock(&state).ready(index).map_err(|error| ShimError::Closure(error.to_string()))
+                let mut state = lock(&state);
+                state.ready(index).map_err(|error| {
+                    let text = error.to_string();
+                    state.failure.get_or_insert(error);
+                    ShimError::Closure(text)
+                })
             }
             None => Ok(()),
         })?;
@@ -112,6 +119,12 @@ impl DataParallel {
         drop(state);
         works.into_iter().try_for_each(Work::wait)?;
         Ok(())
+    }
+
+    /// What a reduction that was issued in a backward pass failed with. It issues none: the other
+    /// ranks may have failed too, or wait for something else.
+    pub(crate) fn failure(&self) -> Option<CommError> {
+        lock(&self.state).failure.take()
     }
 
     /// Number of buckets.

@@ -66,7 +66,8 @@ pub(crate) struct Stage<'a> {
     handed: HashMap<(MessageKind, usize, usize), Tensor>,
     /// Sends under way; their tensors must live until they are done.
     sent: Vec<(Work, Tensor)>,
-    loss: f64,
+    /// Read at the end: reading one on a GPU waits for all that was issued before it.
+    losses: Vec<Tensor>,
 }
 
 impl<'a> Stage<'a> {
@@ -91,7 +92,7 @@ impl<'a> Stage<'a> {
             deferred: HashMap::new(),
             handed: HashMap::new(),
             sent: Vec::new(),
-            loss: 0.0,
+            losses: Vec::new(),
         }
     }
 
@@ -120,7 +121,8 @@ impl<'a> Stage<'a> {
         for (work, _) in std::mem::take(&mut self.sent) {
             work.wait()?;
         }
-        Ok(self.loss)
+        let read = |loss: &Tensor| loss.f_double_value(&[]).map_err(ShimError::from);
+        self.losses.iter().try_fold(0.0, |sum, loss| Ok(sum + read(loss)?))
     }
 
     /// Begins to receive what an action needs.
@@ -226,7 +228,7 @@ impl<'a> Stage<'a> {
             return Ok(Alive { input, output: stream.sum()? });
         }
         let loss = model.loss(stream, &batch.inputs, &batch.targets_BS, self.scale)?;
-        self.loss += loss.f_double_value(&[]).map_err(ShimError::from)?;
+        self.losses.push(loss.f_detach().map_err(ShimError::from)?);
         Ok(Alive { input, output: loss })
     }
 }

@@ -92,6 +92,18 @@ impl Store {
     pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>> {
         self.backend.get(&self.key(key), timeout)
     }
+
+    /// A key's value, where it is there now.
+    ///
+    /// # Errors
+    /// When the store cannot be reached.
+    pub fn find(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let key = self.key(key);
+        if !self.backend.check(std::slice::from_ref(&key))? {
+            return Ok(None);
+        }
+        self.backend.get(&key, Duration::from_secs(1)).map(Some)
+    }
 }
 
 /// The connections of one rank to all others of a group.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use torch_shim::tch::Tensor;
 
-use super::group::{GroupState, Outcome, lost};
+use super::group::{GroupState, Outcome};
 use super::raw::{ANY_PROCESS, Direction, InFlight, Private, World};
 use crate::error::{CommError, Result};
 
@@ -192,7 +192,7 @@ impl Engine {
         let flight = InFlight::start(&self.world, direction, buffer, process, tag);
         match flight {
             Ok(flight) => self.active.push(Active { flight, group, peer, outcome }),
-            Err(error) => outcome.finish(Err(lost(peer, error.to_string()))),
+            Err(error) => outcome.finish(Err(CommError::lost(peer, error.to_string()))),
         }
     }
 
@@ -236,7 +236,7 @@ impl Engine {
                     self.detached.push(flight);
                 }
                 Ok(peer) => {
-                    let lost = || lost(peer, "MPI kept the memory of the message");
+                    let lost = || CommError::lost(peer, "MPI kept the memory of the message");
                     outcome.finish(flight.into_buffer().ok_or_else(lost));
                 }
             }
@@ -251,10 +251,12 @@ impl Engine {
         let active = &mut self.active[index];
         match active.flight.test() {
             Ok(true) => Some(Ok(active.peer)),
-            Err(error) => Some(Err(lost(active.peer, error.to_string()))),
+            Err(error) => Some(Err(CommError::lost(active.peer, error.to_string()))),
             Ok(false) => match active.group.reachable(active.peer) {
                 Err(error) => Some(Err(error)),
-                Ok(()) if active.outcome.is_unwanted() => Some(Err(lost(active.peer, "too late"))),
+                Ok(()) if active.outcome.is_unwanted() => {
+                    Some(Err(CommError::lost(active.peer, "too late")))
+                }
                 Ok(()) => None,
             },
         }

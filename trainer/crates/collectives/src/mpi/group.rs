@@ -12,11 +12,6 @@ use crate::error::{CommError, Result};
 /// What a peer that left had sent before is still taken for this long.
 const GRACE: Duration = Duration::from_millis(50);
 
-pub(super) fn lost(peer: usize, detail: impl Into<String>) -> CommError {
-    let (group, operation) = ("mpi".to_string(), "message".to_string());
-    CommError::Peer { group, sequence: 0, operation, peer, detail: detail.into() }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -62,10 +57,10 @@ impl GroupState {
     pub(super) fn reachable(&self, peer: usize) -> Result<()> {
         let ended = lock(&self.ended);
         if let Some((by, cause)) = &ended.all {
-            return Err(lost(by.unwrap_or(peer), cause.clone()));
+            return Err(CommError::lost(by.unwrap_or(peer), cause.clone()));
         }
         match ended.left.get(&peer) {
-            Some(at) if at.elapsed() >= GRACE => Err(lost(peer, "it left the group")),
+            Some(at) if at.elapsed() >= GRACE => Err(CommError::lost(peer, "it left the group")),
             _ => Ok(()),
         }
     }

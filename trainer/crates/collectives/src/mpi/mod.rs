@@ -23,7 +23,7 @@ use torch_shim::reduce;
 use torch_shim::tch::Tensor;
 
 use self::engine::{Command, Notice, Start, tell};
-use self::group::{GroupState, Outcome, lost};
+use self::group::{GroupState, Outcome};
 use self::raw::{Direction, Private};
 use crate::error::{CommError, Result};
 use crate::group::{Group, GroupOptions};
@@ -216,7 +216,10 @@ impl MpiTransport {
         tag: u32,
     ) -> Result<Arc<Outcome>> {
         self.group.reachable(peer)?;
-        let there = *self.members.get(peer).ok_or_else(|| lost(peer, "it is not in the group"))?;
+        let there = *self
+            .members
+            .get(peer)
+            .ok_or_else(|| CommError::lost(peer, "it is not in the group"))?;
         let here = self.members[self.rank];
         let outcome = Arc::new(Outcome::default());
         let start = Start {
@@ -289,7 +292,7 @@ impl Pending for OnItsWay {
         let Some(result) = self.outcome.wait(self.timeout) else {
             let did = if self.into.is_some() { "sent" } else { "took" };
             let detail = format!("it {did} nothing in {} ms", self.timeout.as_millis());
-            return Err(lost(self.peer, detail));
+            return Err(CommError::lost(self.peer, detail));
         };
         let buffer = result?;
         match &self.into {

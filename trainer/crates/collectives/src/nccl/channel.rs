@@ -7,7 +7,8 @@ use torch_shim::cuda::Event;
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Result};
-use crate::nccl::lane::{Lane, Place, buffer};
+use crate::nccl::lane::{Lane, Place};
+use crate::nccl::native::buffer;
 use crate::nccl::{Route, WATCH};
 use crate::work::{Completion, Finisher, Work};
 

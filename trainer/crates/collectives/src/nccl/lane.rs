@@ -4,14 +4,14 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nccl_rs::{Aborter, Communicator, DType, DeviceBuffer, Nccl, NcclError, Options, UniqueId};
+use nccl_rs::{Aborter, Communicator, Nccl, NcclError, Options, UniqueId};
 use torch_shim::cuda::{self, Event, Stream};
 use torch_shim::gloo::Store;
-use torch_shim::tch::{Kind, Tensor};
+use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Result};
 use crate::group::GroupOptions;
-use crate::nccl::lock;
+use crate::nccl::{lock, native};
 use crate::work::Behind;
 
 /// What is called on a lane: it only puts work on the stream.
@@ -128,7 +128,7 @@ impl Lane {
         place.enter(connecting.aborter())?;
         let communicator = connecting.wait().map_err(|error| place.error(&error))?;
         let stream = Arc::new(Stream::take(place.device)?);
-        let native = nccl_rs::Stream::from_native(stream.native()?);
+        let native = native::stream(&stream)?;
         let under_way = Mutex::default();
         Ok(Lane { place: place.clone(), communicator, stream, native, under_way })
     }
@@ -148,6 +148,12 @@ impl Lane {
         let begun = None;
         lock(&self.under_way).push_back(UnderWay { what, after, end: end.clone(), begun });
         Ok(Behind { event: end, stream: self.stream.clone(), tensors })
+    }
+
+    /// The first operation on the stream that has not ended, and when it was seen to begin.
+    pub(crate) fn oldest(&self) -> Option<(String, Instant)> {
+        let under_way = lock(&self.under_way);
+        under_way.front().and_then(|work| Some((work.what.clone(), work.begun?)))
     }
 
     /// What failed on the stream, or does not end.
@@ -175,17 +181,4 @@ impl Lane {
         }
         Ok(())
     }
-}
-
-/// What NCCL works on.
-pub(crate) fn buffer(tensor: &Tensor) -> Result<DeviceBuffer> {
-    let dtype = match tensor.kind() {
-        Kind::Float => DType::F32,
-        Kind::Double => DType::F64,
-        Kind::BFloat16 => DType::Bf16,
-        Kind::Int64 => DType::I64,
-        other => return Err(CommError::Invalid(format!("NCCL has no {other:?}"))),
-    };
-    DeviceBuffer::new(tensor.data_ptr(), tensor.numel(), dtype)
-        .map_err(|error| CommError::Invalid(error.to_string()))
 }

@@ -14,11 +14,12 @@
 
 mod channel;
 mod lane;
+mod native;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nccl_rs::Nccl;
 use torch_shim::cuda::Event;
@@ -30,7 +31,8 @@ use crate::backend::{Backend, Operation, bytes};
 use crate::error::Result;
 use crate::group::{Group, GroupOptions};
 use crate::nccl::channel::Channel;
-use crate::nccl::lane::{Lane, Place, buffer};
+use crate::nccl::lane::{Lane, Place};
+use crate::nccl::native::buffer;
 use crate::work::{Behind, Work};
 
 /// How often the work under way is looked after.
@@ -120,17 +122,16 @@ impl Backend for NcclBackend {
     fn run(
         &self,
         operation: Operation,
-        sequence: u64,
+        what: &str,
         after: Option<Event>,
     ) -> Result<Option<Behind>> {
         let Some(after) = after else { return Ok(None) };
-        let what = format!("operation {sequence} ({})", operation.describe());
         self.count(&operation);
         let put = |after: Event, tensors: Vec<Tensor>, call: &lane::Call<'_>| {
             if tensors.iter().all(|tensor| tensor.numel() == 0) {
                 return Ok(None);
             }
-            self.lane.put(&what, after, tensors, call).map(Some)
+            self.lane.put(what, after, tensors, call).map(Some)
         };
         let reduce = |op: ReduceOp| match op {
             ReduceOp::Sum => nccl_rs::ReduceOp::Sum,
@@ -164,7 +165,7 @@ impl Backend for NcclBackend {
             Operation::Barrier => {
                 let token = lock(&self.token).shallow_clone();
                 let whole = buffer(&token)?;
-                let behind = self.lane.put(&what, after, vec![token], &|nccl, stream| {
+                let behind = self.lane.put(what, after, vec![token], &|nccl, stream| {
                     nccl.all_reduce(whole, nccl_rs::ReduceOp::Sum, stream)
                 })?;
                 // The one operation that the host waits for.
@@ -193,6 +194,10 @@ impl Backend for NcclBackend {
     fn watch(&self) -> Result<()> {
         self.lane.watch()?;
         self.place.failure()
+    }
+
+    fn oldest(&self) -> Option<(String, Instant)> {
+        self.lane.oldest()
     }
 
     fn abort(&self, cause: &str) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nccl_rs::{Communicator, Nccl, Options, Search};
+use nccl_rs::{Communicator, DType, DeviceBuffer, Nccl, NcclError, Options, Search, Stream};
 use tempfile::TempDir;
 
 /// A library of its own in a folder of its own, so that tests do not see each other.
@@ -102,4 +102,19 @@ pub fn says(error: &dyn std::error::Error, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{text:?} does not say {part:?}");
     }
+}
+
+/// A buffer at an address that the fake library only writes down.
+#[expect(unsafe_code, reason = "the fake library follows no address")]
+pub fn buffer(address: usize, count: usize, dtype: DType) -> Result<DeviceBuffer, NcclError> {
+    let address = std::ptr::without_provenance_mut(address);
+    // SAFETY: the fake library follows no address.
+    unsafe { DeviceBuffer::new(address, count, dtype) }
+}
+
+/// A stream with a handle that the fake library only writes down.
+#[expect(unsafe_code, reason = "the fake library follows no handle")]
+pub fn stream(handle: usize) -> Stream {
+    // SAFETY: the fake library follows no handle.
+    unsafe { Stream::from_native(std::ptr::without_provenance_mut(handle)) }
 }

@@ -3,17 +3,15 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nccl_rs::{Aborter, Communicator, DType, DeviceBuffer, NcclError, ReduceOp, Stream};
+use nccl_rs::{Aborter, Communicator, DType, DeviceBuffer, NcclError, ReduceOp};
 
-use crate::fake::{Fake, options, says};
+use crate::fake::{Fake, buffer, options, says, stream};
 
 const IN_PROGRESS: i64 = 7;
 const REMOTE_ERROR: i64 = 6;
 
 fn reduce(communicator: &Communicator) -> Result<(), NcclError> {
-    let buffer = DeviceBuffer::new(std::ptr::without_provenance_mut(0x1000), 8, DType::F32)?;
-    let stream = Stream::from_native(std::ptr::null_mut());
-    communicator.all_reduce(buffer, ReduceOp::Sum, stream)
+    communicator.all_reduce(buffer(0x1000, 8, DType::F32)?, ReduceOp::Sum, stream(0))
 }
 
 /// That nothing reaches NCCL any more, and every call fails with the first cause.
@@ -166,8 +164,8 @@ fn an_operation_that_does_not_reach_its_stream_meets_the_deadline() {
     let id = nccl.unique_id().unwrap();
     let communicator = Communicator::connect(&nccl, id, 0, 2, options(100)).unwrap();
     fake.tell(&[("return:ncclAllReduce", IN_PROGRESS), ("state:1", IN_PROGRESS)]);
-    let buffer = DeviceBuffer::new(std::ptr::without_provenance_mut(8), 1, DType::F64).unwrap();
-    let stream = Stream::from_native(std::ptr::null_mut());
+    let buffer = buffer(8, 1, DType::F64).unwrap();
+    let stream = stream(0);
     let error = communicator.all_reduce(buffer, ReduceOp::Sum, stream).unwrap_err();
     says(&error, &["ncclAllReduce was still in progress after 100 ms"]);
     assert!(matches!(communicator.check().unwrap_err(), NcclError::Dead { .. }));

@@ -1,24 +1,22 @@
 //! Operations: their arguments as NCCL sees them, and groups.
 
-use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::without_provenance_mut;
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
 use nccl_rs::{Calls, Communicator, DType, DeviceBuffer, NcclError, ReduceOp, Stream};
 
-use crate::fake::{Fake, says};
+use crate::fake::{self, Fake, buffer, says};
 
 const IN_PROGRESS: i64 = 7;
 
 fn at(address: usize, count: usize, dtype: DType) -> DeviceBuffer {
-    DeviceBuffer::new(without_provenance_mut::<c_void>(address), count, dtype).unwrap()
+    buffer(address, count, dtype).unwrap()
 }
 
 fn stream() -> Stream {
-    Stream::from_native(without_provenance_mut(0x57))
+    fake::stream(0x57)
 }
 
 #[test]
