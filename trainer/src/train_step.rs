@@ -94,11 +94,10 @@ fn read(rank: &mut Rank) -> Result<Vec<MicroBatch>> {
 /// # Errors
 /// Where libtorch refuses.
 pub fn squared_norm(worker: &Worker) -> Result<f64> {
-    let mut sum = 0.0;
-    for gradient in worker.counted_gradients()? {
-        sum += optim::squared_norm(&gradient)?.f_double_value(&[])?;
-    }
-    Ok(sum)
+    let gradients = worker.counted_gradients()?;
+    // All are begun before one is read: on a GPU the host waits for each.
+    let squares = gradients.iter().map(optim::squared_norm).collect::<Result<Vec<_>, _>>()?;
+    squares.iter().try_fold(0.0, |sum, square| Ok(sum + square.f_double_value(&[])?))
 }
 
 /// A micro-batch on the device.
