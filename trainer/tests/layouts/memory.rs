@@ -1,10 +1,13 @@
 //! The memory that a rank really takes is what the plan says: that of weights, master weights,
-//! gradients and optimizer state, and what the blocks keep for the backward pass, byte for byte.
+//! gradients and optimizer state, and what the blocks keep for the backward pass, with the masks of
+//! context parallelism, byte for byte.
 
-use crate::harness::{config, num_ranks, on_ranks, step};
+use crate::harness::{Member, batch_stage, config, num_ranks, on_ranks, step};
 use collectives::{CommError, Communicator, ReduceOp, Work};
 use layout::memory::memory_of_rank;
 use layout::{Memory, Mesh};
+use model::{Inputs, targets};
+use parallel::Pass;
 use run_config::RunConfig;
 use std::sync::{Arc, Mutex};
 use torch_shim::memory::Meter;
@@ -163,21 +166,68 @@ impl Communicator for Reading {
 /// Micro-batches of a step below.
 const MICRO_BATCHES: usize = 4;
 
+/// The documents of a row, by their lengths; of a micro-batch and a row of it.
+type RowDocuments = fn(usize, usize) -> Vec<usize>;
+
+/// Micro-batches whose documents, where the config asks for them, are those given.
+fn passes(config: &RunConfig, documents: RowDocuments) -> Vec<Pass> {
+    let (rows, length) = (config.training.micro_batch, batch_stage(config).sequence_length);
+    let pass = |micro_batch| {
+        let tokens: Vec<i32> =
+            (0..rows * length).map(|at| (at * 7 + micro_batch) as i32 % 64).collect();
+        let positions: Vec<i32> = (0..rows * length).map(|at| (at % length) as i32).collect();
+        let ids = |row| {
+            let lengths = documents(micro_batch, row).into_iter();
+            lengths.zip(0..).flat_map(|(length, id)| std::iter::repeat_n(id, length))
+        };
+        let ids: Vec<i32> = (0..rows).flat_map(ids).collect();
+        let ids = config.data.document_mask.then_some(ids.as_slice());
+        let inputs = Inputs::new(&tokens, &positions, ids, rows, Device::Cpu).unwrap();
+        Pass { inputs, targets_BS: targets(&tokens, rows, Device::Cpu).unwrap() }
+    };
+    (0..MICRO_BATCHES).map(pass).collect()
+}
+
+/// Documents as they come, and begin within chunks.
+const MIXED: RowDocuments = |micro_batch, row| {
+    let first = 5 + (3 * micro_batch + row) % 11;
+    vec![first, 20, 44 - first]
+};
+
+/// What a rank took in the forward and backward passes of a step.
+struct Taken {
+    /// Whenever it sent to another stage.
+    at_sends: Vec<u64>,
+    peak: u64,
+}
+
+/// Runs the forward and backward passes of `passes`, and counts what they make.
+fn metered(member: &mut Member, passes: &[Pass]) -> Taken {
+    let (readings, meter) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Meter::new().unwrap()));
+    let group = member.worker.groups.pipeline.clone().unwrap();
+    let (own, read) = (group.clone(), readings.clone());
+    let reading = Reading { group, meter: meter.clone(), readings: read };
+    member.worker.groups.pipeline = Some(Arc::new(reading));
+    meter.count(|| member.worker.forward_backward(passes, 1.0).unwrap());
+    member.worker.groups.pipeline = Some(own);
+    let at_sends = std::mem::take(&mut *readings.lock().unwrap());
+    Taken { at_sends, peak: meter.peak() }
+}
+
+/// What each rank takes in a step that is not its first.
+fn taken(config: &RunConfig, documents: RowDocuments) -> Vec<Taken> {
+    on_ranks(config, |member| {
+        let passes = passes(config, documents);
+        metered(member, &passes);
+        metered(member, &passes)
+    })
+}
+
 /// What the first stage of two keeps after the forward pass of each micro-batch, by rank. With
 /// gpipe all forward passes come first; with the last, room is made for the first gradient.
 fn kept_after_forward(config: &RunConfig) -> Vec<Vec<u64>> {
-    on_ranks(config, |member| {
-        let readings = Arc::new(Mutex::new(Vec::new()));
-        let meter = Arc::new(Meter::new().unwrap());
-        step(config, member, 0);
-        let groups = &mut member.worker.groups;
-        let group = groups.pipeline.clone().unwrap();
-        let reading = Reading { group, meter: meter.clone(), readings: readings.clone() };
-        groups.pipeline = Some(Arc::new(reading));
-        meter.count(|| step(config, member, 1));
-        let readings = std::mem::take(&mut *readings.lock().unwrap());
-        readings[..MICRO_BATCHES - 1].to_vec()
-    })
+    let kept = |taken: Taken| taken.at_sends[..MICRO_BATCHES - 1].to_vec();
+    taken(config, MIXED).into_iter().map(kept).collect()
 }
 
 /// The model of the measurements below, as wide as the fused attention wants it.
@@ -240,4 +290,145 @@ fn activations_of_tensor_and_context_parallel_blocks() {
         &["parallelism.context=2", BF16, CAUSAL],
         &["parallelism={tensor: 2, context: 2}", FP32],
     ]);
+}
+
+/// Bytes of a block of the model in FP32: for each of 64 tokens 4 dim, 3 ffn_dim, 2 (heads +
+/// kv_heads) head_dim, and a statistic of each norm and head.
+const FP32_BLOCK: u64 = 64 * 4 * (4 * 32 + 3 * 80 + 2 * (8 + 2) * 16 + 2 + 8);
+
+/// Two blocks more on each stage add to its peak what the plan says that they do, byte for byte.
+/// And the peak is the planned one and what the plan does not count, which is less than a block;
+/// with BF16 that depends on what the machine computes in FP32.
+fn check_peaks(stages: usize, layouts: &[&[&str]]) {
+    let mut wrong = Vec::new();
+    for sets in layouts {
+        let with = |blocks: usize| {
+            let layers = format!("model.layers={}", blocks * stages);
+            config(&[&MODEL, *sets, &[&layers]].concat())
+        };
+        let (fewer, more) = (with(4), with(6));
+        let peaks = |config| taken(config, MIXED).into_iter().map(|taken| taken.peak);
+        for (rank, (more_peak, peak)) in peaks(&more).zip(peaks(&fewer)).enumerate() {
+            let activations = |config| planned(config, rank).activations;
+            let expected = activations(&fewer);
+            let (added, expected_added) = (more_peak - peak, activations(&more) - expected);
+            let is_near = (expected..expected + FP32_BLOCK).contains(&peak);
+            if added != expected_added || sets.contains(&FP32) && !is_near {
+                let added = format!("{added} for two blocks, planned {expected_added}");
+                wrong.push(format!("{sets:?}, {rank}: {added}; {peak}, planned {expected}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "peaks in bytes\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn peaks_of_schedules() {
+    for schedule in ["gpipe", "1f1b", "zero-bubble"] {
+        for recompute in ["none", "selective", "full"] {
+            let recompute = format!("parallelism.recompute={recompute}");
+            let pipeline =
+                |stages| format!("parallelism.pipeline={{stages: {stages}, schedule: {schedule}}}");
+            check_peaks(2, &[&[BF16, &recompute, &pipeline(2)]]);
+            check_peaks(3, &[&[FP32, &recompute, &pipeline(3)]]);
+        }
+    }
+}
+
+#[test]
+fn peaks_of_deferred_weight_gradients_in_parallel_forms() {
+    let pipeline = "parallelism.pipeline={stages: 2, schedule: zero-bubble}";
+    for recompute in ["none", "selective", "full"] {
+        let recompute = format!("parallelism.recompute={recompute}");
+        check_peaks(
+            2,
+            &[
+                &[pipeline, &recompute, "parallelism.tensor=2", BF16],
+                &["parallelism={tensor: 2, sequence: false}", pipeline, &recompute, BF16],
+                &[pipeline, &recompute, "parallelism.context=2", BF16],
+            ],
+        );
+    }
+}
+
+/// The first document of each row, of another length in each; the second is all the rest.
+const LONG: RowDocuments = |micro_batch, row| {
+    let first = first_document(micro_batch, row);
+    vec![first, 64 - first]
+};
+
+fn first_document(micro_batch: usize, row: usize) -> usize {
+    1 + 2 * micro_batch + row
+}
+
+/// Bytes of the masks of one row on a rank of two, where the last document begins at `start`. The
+/// chunks are 16 tokens long; that at the begin of the sequence needs none.
+fn row_masks(rank: usize, start: usize) -> u64 {
+    let ends: &[usize] = if rank == 0 { &[64] } else { &[32, 48] };
+    ends.iter().map(|end| (16 * (end - start) * 2) as u64).sum()
+}
+
+/// The masks that are there after each micro-batch's forward pass on each rank of the first stage,
+/// where documents are long, over what is there without masks.
+fn masks_after_forward(sets: &[&str]) -> Vec<Vec<u64>> {
+    let causal = taken(&config(&[sets, &[CAUSAL]].concat()), LONG);
+    let of_rank = |(long, causal): (Taken, Taken)| -> Vec<u64> {
+        // Without documents the masks are those of the first step, which was not counted.
+        let pairs = long.at_sends.into_iter().zip(causal.at_sends);
+        pairs.take(MICRO_BATCHES).map(|(long, causal)| long - causal).collect()
+    };
+    taken(&config(sets), LONG).into_iter().zip(causal).take(2).map(of_rank).collect()
+}
+
+#[test]
+fn masks_of_documents() {
+    let pipeline = "parallelism.pipeline={stages: 2, schedule: gpipe}";
+    let batch = ["training.micro_batch=2", "training.global_batch=8"];
+    for recompute in ["none", "selective", "full"] {
+        let recompute = format!("parallelism.recompute={recompute}");
+        let own = [pipeline, "parallelism.context=2", BF16, &recompute];
+        let sets = [&MODEL[..], &own, &batch].concat();
+        for (rank, found) in masks_after_forward(&sets).into_iter().enumerate() {
+            let of_pass = |micro_batch| -> u64 {
+                (0..2).map(|row| row_masks(rank, first_document(micro_batch, row))).sum()
+            };
+            // A graph keeps its micro-batch's masks; where attention is computed again, only those
+            // of the last are at hand.
+            let is_kept = recompute.ends_with("none");
+            let first = |last| if is_kept { 0 } else { last };
+            let expected: Vec<u64> =
+                (0..MICRO_BATCHES).map(|last| (first(last)..=last).map(of_pass).sum()).collect();
+            assert_eq!(found, expected, "rank {rank}, {recompute}");
+            // The plan has the most that there can be, of documents that begin in the first token.
+            let most = |micro_batches| 2 * micro_batches * row_masks(rank, 0);
+            let activations = |sets: &[&str]| planned(&config(sets), rank).activations;
+            let causal = [&sets[..], &[CAUSAL]].concat();
+            let expected = most(if is_kept { MICRO_BATCHES as u64 } else { 1 });
+            let added = activations(&sets) - activations(&causal);
+            assert_eq!(added + row_masks(rank, 0), expected, "rank {rank}, {recompute}");
+        }
+    }
+}
+
+/// Without documents all micro-batches and both rows of each read the same masks.
+#[test]
+fn masks_of_whole_sequences() {
+    let pipeline = "parallelism.pipeline={stages: 2, schedule: gpipe}";
+    let batch = ["training.micro_batch=2", "training.global_batch=8"];
+    for recompute in ["none", "selective", "full"] {
+        let recompute = format!("parallelism.recompute={recompute}");
+        let own = [pipeline, "parallelism.context=2", BF16, CAUSAL, &recompute];
+        let config = config(&[&MODEL[..], &own, &batch].concat());
+        // Those of the first step stay for the second.
+        let made = on_ranks(&config, |member| {
+            let passes = passes(&config, LONG);
+            let [first, second] = [metered(member, &passes), metered(member, &passes)];
+            let pairs = first.at_sends.into_iter().zip(second.at_sends);
+            pairs.map(|(first, second)| first - second).collect::<Vec<u64>>()
+        });
+        for (rank, found) in made.iter().take(2).enumerate() {
+            let expected = vec![row_masks(rank, 0); MICRO_BATCHES];
+            assert_eq!(found[..MICRO_BATCHES], expected, "rank {rank}, {recompute}");
+        }
+    }
 }

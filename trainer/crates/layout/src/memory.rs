@@ -1,16 +1,19 @@
 //! Bytes of one rank, by kind. Weights, master weights, gradients and optimizer state are exact,
 //! those of sharded weights and gradients at their most within a step; activations are those that
-//! the blocks keep for the backward pass.
+//! the blocks keep for the backward pass, and the attention masks of context parallelism.
 //!
 //! Not in it: what an operation needs while it runs, tensors on their way to or from other ranks,
 //! and the few that lie outside of blocks (tokens, rotary factors, the head's input).
+//!
+//! Sums and products of what the config says saturate: what does not fit a `u64` does not fit a
+//! rank either.
 
 use crate::communication::{Dtype, LOSS_CHUNK_TOKENS, LayoutError, Step};
 use crate::held::Held;
 use crate::mesh::{Axis, Mesh};
-use crate::schedule::Schedule;
+use crate::schedule::{Action, Schedule};
 use crate::sharded::sharded_step;
-use run_config::{BatchStage, Recompute, RunConfig};
+use run_config::{BatchStage, PipelineSchedule, Recompute, RunConfig};
 use serde::Serialize;
 
 /// Bytes of one rank.
@@ -25,7 +28,7 @@ pub struct Memory {
     pub gradients: u64,
     /// AdamW's two moments.
     pub optimizer: u64,
-    /// What blocks keep for the backward pass.
+    /// What blocks keep for the backward pass, and the masks of context parallelism.
     pub activations: u64,
     /// Estimate: logits of one chunk of a micro-batch's tokens, whose gradient takes their place.
     pub logits: u64,
@@ -34,8 +37,8 @@ pub struct Memory {
 impl Memory {
     /// Sum over the kinds.
     pub fn total(&self) -> u64 {
-        let state = self.weights + self.master + self.gradients + self.optimizer;
-        state + self.activations + self.logits
+        let state = [self.weights, self.master, self.gradients, self.optimizer];
+        sum(state).saturating_add(sum([self.activations, self.logits]))
     }
 }
 
@@ -52,7 +55,8 @@ pub fn memory_per_rank(config: &RunConfig, mesh: &Mesh) -> Result<Memory, Layout
     Ok(fullest.unwrap_or_default())
 }
 
-/// Memory of each rank of a pipeline stage: pieces are equal.
+/// Memory of the fullest rank of a pipeline stage: pieces are equal, but for the masks of context
+/// parallelism, of which the first rank has least.
 ///
 /// # Errors
 /// As [`memory_per_rank`].
@@ -61,7 +65,8 @@ pub fn memory_of_stage(
     mesh: &Mesh,
     stage: usize,
 ) -> Result<Memory, LayoutError> {
-    memory_of_rank(config, mesh, mesh.first_of_stage(stage))
+    let last_chunks = mesh.degree(Axis::Tensor) * (mesh.degree(Axis::Context) - 1);
+    memory_of_rank(config, mesh, mesh.first_of_stage(stage) + last_chunks)
 }
 
 /// Memory of `rank`.
@@ -77,7 +82,8 @@ pub fn memory_of_rank(config: &RunConfig, mesh: &Mesh, rank: usize) -> Result<Me
         let of_batch = place.in_step(batch, &schedule);
         memory.weights = memory.weights.max(of_batch.weights);
         memory.gradients = memory.gradients.max(of_batch.gradients);
-        if of_batch.activations + of_batch.logits > memory.activations + memory.logits {
+        let passes = |memory: &Memory| sum([memory.activations, memory.logits]);
+        if passes(&of_batch) > passes(&memory) {
             (memory.activations, memory.logits) = (of_batch.activations, of_batch.logits);
         }
     }
@@ -89,6 +95,8 @@ struct Place<'a> {
     config: &'a RunConfig,
     mesh: &'a Mesh,
     stage: usize,
+    /// Its place in its context-parallel group.
+    context: usize,
     held: Held,
     /// Bytes of an element in compute.
     compute: u64,
@@ -102,6 +110,7 @@ impl<'a> Place<'a> {
             config,
             mesh,
             stage: mesh.coordinate(rank, Axis::Pipeline),
+            context: mesh.coordinate(rank, Axis::Context),
             held: Held::new(config, mesh, rank)?,
             compute: Dtype::of_compute(config.precision.compute).width(),
             state: Dtype::of_state(config.precision.compute).width(),
@@ -113,14 +122,14 @@ impl<'a> Place<'a> {
     fn state(&self, weights: u64, gradients: u64) -> Memory {
         let all = self.held.num_elements();
         let ranks = self.mesh.degree(Axis::Shard) as u64;
-        let owned = all / ranks * self.state;
+        let owned = product([all / ranks, self.state]);
         let is_cut = ranks > 1;
         Memory {
-            weights: if is_cut { weights } else { all } * self.compute,
+            weights: product([if is_cut { weights } else { all }, self.compute]),
             // What is owned of cut weights lies apart from the whole, whatever its format.
             master: if is_cut || self.compute != self.state { owned } else { 0 },
-            gradients: owned + if is_cut { gradients * self.state } else { 0 },
-            optimizer: 2 * owned,
+            gradients: sum([owned, if is_cut { product([gradients, self.state]) } else { 0 }]),
+            optimizer: product([2, owned]),
             ..Memory::default()
         }
     }
@@ -137,7 +146,7 @@ impl<'a> Place<'a> {
     /// Tokens of one micro-batch on one rank.
     fn tokens(&self, batch: &BatchStage) -> u64 {
         let length = batch.sequence_length.div_ceil(self.mesh.degree(Axis::Context));
-        (length * self.config.training.micro_batch) as u64
+        product([length as u64, self.config.training.micro_batch as u64])
     }
 
     /// Logits, or their gradient, of one chunk of tokens in the accumulation's format, and in the
@@ -148,25 +157,61 @@ impl<'a> Place<'a> {
         }
         let width = self.state + if self.compute == self.state { 0 } else { self.compute };
         let vocab = self.config.model.vocab_size.div_ceil(self.mesh.degree(Axis::Tensor));
-        self.tokens(batch).min(LOSS_CHUNK_TOKENS as u64) * vocab as u64 * width
+        product([self.tokens(batch).min(LOSS_CHUNK_TOKENS as u64), vocab as u64, width])
     }
 
-    /// What this rank's blocks keep for the backward pass, of as many micro-batches as the schedule
-    /// holds at once in the largest chunk.
+    /// What this rank keeps for the backward passes of the micro-batches that the schedule has
+    /// there at once, each in the largest chunk.
     fn activations(&self, batch: &BatchStage, schedule: &Schedule) -> u64 {
         let blocks = self.held.chunks.iter().map(|chunk| chunk.blocks.len()).max().unwrap_or(0);
-        let in_flight = schedule.peak_activations(self.stage) as u64;
-        let (kept, blocks) = (self.kept(batch), blocks as u64);
-        match self.config.parallelism.recompute {
-            Recompute::None => in_flight * blocks * (kept.around + kept.attention),
-            // What is computed again is there for one block at a time.
-            Recompute::Selective => in_flight * blocks * kept.around + kept.attention,
-            // A block's input is a stream and what the block before it adds; the first has no other
-            // before it.
-            Recompute::Full => {
-                let inputs = (2 * blocks).saturating_sub(1);
-                in_flight * inputs * kept.stream + kept.around + kept.attention
+        let pass = self.pass(batch, blocks as u64);
+        let peak = match schedule.kind() {
+            PipelineSchedule::ZeroBubble => pass.peak_deferring(schedule, self.stage),
+            _ => {
+                let others = schedule.peak_activations(self.stage).saturating_sub(1) as u64;
+                sum([product([others, pass.alive]), pass.backward])
             }
+        };
+        sum([peak, pass.shared])
+    }
+
+    /// What one micro-batch takes in a chunk of so many blocks.
+    fn pass(&self, batch: &BatchStage, blocks: u64) -> Pass {
+        if blocks == 0 {
+            return Pass::default();
+        }
+        let block = self.block(batch);
+        let masks = self.masks(batch);
+        let recompute = self.config.parallelism.recompute;
+        let all = sum([block.around, block.attention]);
+        // What a block keeps from its forward pass on, and what it makes again for its backward.
+        let (kept, again) = match recompute {
+            Recompute::None => (all, 0),
+            Recompute::Selective => (block.around, block.attention),
+            // Its input is a stream and what the block before it adds.
+            Recompute::Full => (product([2, block.stream]), all),
+        };
+        // A recomputed linear of a whole model's width holds its graph, and that the block's input.
+        let holds_input = recompute == Recompute::Full && self.held.tensor.ranks == 1;
+        let deferred = sum([block.linears, if holds_input { kept } else { 0 }]);
+        // The first block's input has no addition.
+        let missing = if recompute == Recompute::Full { block.stream } else { 0 };
+        let first = kept.saturating_sub(missing);
+        let first_deferred = deferred.saturating_sub(if holds_input { missing } else { 0 });
+        let later = blocks - 1;
+        // Graphs keep the masks that they read: where attention is computed again, nothing reads
+        // them but the block at work. Without documents, all micro-batches read the same.
+        let is_own = recompute == Recompute::None && self.config.data.document_mask;
+        let (own, shared) = if is_own { (masks, 0) } else { (0, masks) };
+        let alive = sum([product([later, kept]), first, own]);
+        let later_deferred = product([later, deferred]);
+        Pass {
+            alive,
+            backward: sum([alive, again]),
+            deferred: sum([later_deferred, first_deferred]),
+            // At the first block, where all others have left what their weight gradients read.
+            deferring: sum([later_deferred, sum([first, again]).max(first_deferred), own]),
+            shared,
         }
     }
 
@@ -174,38 +219,114 @@ impl<'a> Place<'a> {
     /// what they make of them (4 dim), their statistics (2 numbers of the state's format); queries,
     /// keys and values after the rotation and the attention's output (2 heads + 2 kv_heads, times
     /// head_dim), with a statistic a head; gate and up and their product (3 ffn_dim). Attention
-    /// weights are not kept (flash attention); the masks of context parallelism are shared by all
-    /// blocks.
-    fn kept(&self, batch: &BatchStage) -> Kept {
+    /// weights are not kept (flash attention).
+    fn block(&self, batch: &BatchStage) -> Block {
         let (m, p) = (&self.config.model, &self.config.parallelism);
         let tensor = self.held.tensor;
         let tokens = self.tokens(batch);
         // The residual stream is cut along the sequence.
         let stream_tokens = tokens / if tensor.sequence { tensor.ranks as u64 } else { 1 };
-        let stream = stream_tokens * m.dim as u64 * self.compute;
-        let statistics = stream_tokens * 2 * self.state;
-        let ffn = tokens * (3 * m.ffn_dim / p.tensor) as u64 * self.compute;
-        let (heads, kv_heads) = (m.heads / p.tensor, (m.kv_heads / p.tensor).max(1));
+        let of_tokens = |tokens: u64| product([tokens, m.dim as u64, self.compute]);
+        let stream = of_tokens(stream_tokens);
+        let statistics = product([stream_tokens, 2, self.state]);
+        let inner = product([3, m.ffn_dim as u64]) / p.tensor as u64;
+        let ffn = product([tokens, inner, self.compute]);
+        let (heads, kv_heads) =
+            ((m.heads / p.tensor) as u64, (m.kv_heads / p.tensor).max(1) as u64);
+        let of_heads = |heads: u64| product([tokens, heads, m.head_dim as u64, self.compute]);
+        let mixed = sum([product([2, heads]), product([2, kv_heads])]);
         // With context parallelism, keys and values are those of all ranks' tokens, and the outputs
         // of the two chunks are kept by themselves and as one.
-        let (queries, ranks) = if p.context > 1 { (3 * heads, p.context) } else { (2 * heads, 1) };
-        let mixed = (m.head_dim * (queries + 2 * kv_heads * ranks)) as u64 * self.compute;
-        Kept {
+        let attended = match p.context {
+            1 => mixed,
+            ranks => sum([product([3, heads]), product([2, kv_heads, ranks as u64])]),
+        };
+        Block {
             stream,
-            around: 4 * stream + statistics + ffn,
-            attention: tokens * (mixed + heads as u64 * self.state),
+            around: sum([product([4, stream]), statistics, ffn]),
+            attention: sum([of_heads(attended), product([tokens, heads, self.state])]),
+            // Inputs and output gradients of the four linears: what norms make and get (4 dim, of
+            // the whole sequence also where the stream is cut), what the rotation gets and
+            // attention makes (2 heads + 2 kv_heads, times head_dim), and 3 ffn_dim.
+            linears: sum([product([4, of_tokens(tokens)]), of_heads(mixed), ffn]),
         }
+    }
+
+    /// The masks that one micro-batch's attention reads with context parallelism, at their most:
+    /// each of the rank's two chunks but the sequence's first has one, as wide as all tokens up to
+    /// its end. With the document mask each row has its own, the smaller the later the chunk's
+    /// first document begins.
+    fn masks(&self, batch: &BatchStage) -> u64 {
+        let ranks = self.mesh.degree(Axis::Context) as u64;
+        if ranks == 1 {
+            return 0;
+        }
+        let chunk = (batch.sequence_length as u64).div_ceil(product([2, ranks]));
+        let rank = self.context as u64;
+        // Both ends together, in chunks: those of chunks `rank` and `2 ranks - 1 - rank`.
+        let ends = if rank == 0 { product([2, ranks]) } else { sum([product([2, ranks]), 1]) };
+        let has_own = self.config.data.document_mask;
+        let rows = if has_own { self.config.training.micro_batch as u64 } else { 1 };
+        product([rows, chunk, chunk, ends, self.compute])
     }
 }
 
 /// Bytes that a block keeps of a micro-batch.
-struct Kept {
+struct Block {
     /// One tensor of the residual stream.
     stream: u64,
     /// Norms and feed-forward, and the input of attention.
     around: u64,
     /// Within attention.
     attention: u64,
+    /// What the weight gradients of the linears read.
+    linears: u64,
+}
+
+/// Bytes that one micro-batch takes in a chunk.
+#[derive(Default)]
+struct Pass {
+    /// Between its forward and its backward pass.
+    alive: u64,
+    /// The most in its backward pass: at its start.
+    backward: u64,
+    /// While its weight gradients wait, after the gradient of its input.
+    deferred: u64,
+    /// At the end of the gradient of its input, where that leaves the weight gradients.
+    deferring: u64,
+    /// For all micro-batches together.
+    shared: u64,
+}
+
+impl Pass {
+    /// The most at once on a stage whose weight gradients wait, by its order of actions.
+    fn peak_deferring(&self, schedule: &Schedule, stage: usize) -> u64 {
+        let most = self.backward.max(self.deferring);
+        let (mut alive, mut deferred, mut peak) = (0u64, 0u64, 0);
+        for action in schedule.actions(stage) {
+            let mut own = 0;
+            match action {
+                Action::Forward { .. } => alive += 1,
+                Action::Backward { .. } | Action::BackwardInput { .. } => {
+                    alive = alive.saturating_sub(1);
+                    own = most;
+                }
+                Action::BackwardWeight { .. } => deferred = deferred.saturating_sub(1),
+            }
+            let others = [product([alive, self.alive]), product([deferred, self.deferred])];
+            peak = peak.max(sum(others).saturating_add(own));
+            deferred += u64::from(matches!(action, Action::BackwardInput { .. }));
+        }
+        peak
+    }
+}
+
+fn sum<const N: usize>(summands: [u64; N]) -> u64 {
+    summands.into_iter().fold(0, u64::saturating_add)
+}
+
+fn product<const N: usize>(factors: [u64; N]) -> u64 {
+    factors.into_iter().fold(1, u64::saturating_mul)
 }
 
 #[cfg(test)]
@@ -335,8 +456,10 @@ mod tests {
             config.parallelism.pipeline.virtual_stages = virtual_stages;
             let mesh = mesh(&config, 8);
             let of = |stage| memory_of_stage(&config, &mesh, stage).unwrap().activations;
-            // In 64ths of all blocks.
-            assert_eq!([0, 1, 2, 3].map(|stage| of(stage) * 64 / one), expected, "{schedule:?}");
+            // In 64ths of all blocks, to the nearest: what waits for its weight gradients has no
+            // statistics any more.
+            let found = [0, 1, 2, 3].map(|stage| (of(stage) * 64 + one / 2) / one);
+            assert_eq!(found, expected, "{schedule:?}");
             let fullest = memory_per_rank(&config, &mesh);
             assert!([0, 1, 2, 3].iter().any(|s| memory_of_stage(&config, &mesh, *s) == fullest));
         };
@@ -345,6 +468,68 @@ mod tests {
         check(PipelineSchedule::OneForwardOneBackward, 1, [4 * 16, 3 * 16, 2 * 16, 16]);
         check(PipelineSchedule::ZeroBubble, 1, [4 * 16; 4]);
         check(PipelineSchedule::Interleaved, 2, [11 * 8, 9 * 8, 7 * 8, 5 * 8]);
+    }
+
+    /// Weight gradients that wait keep what they read, whether or not blocks are computed again.
+    #[test]
+    fn recomputation_saves_little_where_weight_gradients_wait() {
+        let check = |schedule: &str, expected: [u64; 4]| {
+            let of = |recompute: &str| {
+                let pipeline = format!("parallelism.pipeline={{stages: 4, schedule: {schedule}}}");
+                let recompute = format!("parallelism.recompute={recompute}");
+                let config = config("llama3-8b", &[&pipeline, &recompute]);
+                let mesh = mesh(&config, 4);
+                [0, 1, 2, 3].map(|s| memory_of_stage(&config, &mesh, s).unwrap().activations)
+            };
+            let (none, full) = (of("none"), of("full"));
+            let percent = [0, 1, 2, 3].map(|s| (full[s] * 100 + none[s] / 2) / none[s]);
+            assert_eq!(percent, expected, "{schedule}");
+        };
+        check("1f1b", [14, 15, 17, 24]);
+        // Stage s keeps what s + 1 micro-batches' weight gradients read, and the blocks' inputs.
+        check("zero-bubble", [36, 61, 86, 111]);
+    }
+
+    /// 8192 tokens on 2 context ranks are 4 chunks of 2048: rank 0 masks its last of 4, and rank 1
+    /// its chunks of 2 and 3.
+    #[test]
+    fn masks_of_context_parallelism() {
+        let check = |sets: &[&str], expected: [u64; 2]| {
+            let of = |layers: usize| {
+                let layers = format!("model.layers={layers}");
+                let mut all = vec!["data.sequence_length=8192", "training.micro_batch=2", &layers];
+                all.extend(sets);
+                let config = config("llama3-8b", &all);
+                let mesh = mesh(&config, 2);
+                [0, 1].map(|rank| memory_of_rank(&config, &mesh, rank).unwrap().activations)
+            };
+            // What would be left of no blocks.
+            let (fewer, more) = (of(4), of(8));
+            let found = [0, 1].map(|rank| 2 * fewer[rank] - more[rank]);
+            assert_eq!(found, expected.map(|chunks| chunks * 2048 * 2048 * 2), "{sets:?}");
+        };
+        let two = "parallelism.context=2";
+        check(&[two, "data.document_mask=false"], [4, 5]);
+        // The longest documents in each of two rows.
+        check(&[two, "data.document_mask=true"], [8, 10]);
+        check(&["parallelism.replicate=2"], [0, 0]);
+    }
+
+    /// More than 2^64 bytes are the most that there can be, and no panic.
+    #[test]
+    fn what_no_number_holds_is_the_most() {
+        let mut config = config("llama3-8b", &["parallelism.context=2"]);
+        config.training.micro_batch = 1 << 50;
+        config.training.batch_stages[0].global_batch = 1 << 60;
+        config.training.batch_stages[0].sequence_length = 1 << 30;
+        for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+            config.parallelism.recompute = recompute;
+            for schedule in [PipelineSchedule::Gpipe, PipelineSchedule::ZeroBubble] {
+                config.parallelism.pipeline.schedule = schedule;
+                config.parallelism.pipeline.stages = 4;
+                assert_eq!(fullest(&config, 8).total(), u64::MAX);
+            }
+        }
     }
 
     /// The first and the last stage hold a table each and fewer blocks; the middle is fuller.
