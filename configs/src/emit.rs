@@ -165,6 +165,7 @@ fn parallelism(y: &mut Yaml, p: &Parallelism) {
         y.key("stages", p.pipeline.stages);
         y.key("schedule", word(&p.pipeline.schedule));
         y.key("virtual_stages", p.pipeline.virtual_stages);
+        y.key("contiguous_micro_batches", or_auto(p.pipeline.contiguous_micro_batches));
     });
     y.section("shard", |y| {
         y.key("ranks", p.shard.ranks);

@@ -196,6 +196,8 @@ impl Resolver<'_> {
                 stages: self.size(v, "parallelism.pipeline.stages")?,
                 schedule: self.choice(v, "parallelism.pipeline.schedule")?,
                 virtual_stages: self.size(v, "parallelism.pipeline.virtual_stages")?,
+                contiguous_micro_batches: self
+                    .optional_size(v, "parallelism.pipeline.contiguous_micro_batches"),
             },
             shard: Shard {
                 ranks: self.size(v, "parallelism.shard.ranks")?,

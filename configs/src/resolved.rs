@@ -202,6 +202,9 @@ pub struct Pipeline {
     pub schedule: PipelineSchedule,
     /// Model chunks per rank.
     pub virtual_stages: usize,
+    /// Micro-batches that a rank runs through one chunk before it turns to the next; `None`
+    /// (`auto`): as many as there are stages.
+    pub contiguous_micro_batches: Option<usize>,
 }
 
 /// Pipeline schedules.

@@ -171,6 +171,99 @@ fn what_context_and_pipeline_must_divide() {
     ));
 }
 
+/// The degrees in hints go with the other degrees and the ranks.
+#[test]
+fn degrees_that_would_do_divide_the_ranks() {
+    let layers = ["model.layers=6", "model.heads=12", "model.kv_heads=12", "model.head_dim=16"];
+    let check = |ranks: usize, sets: &[&str], expected: &str, not: &str| {
+        let ranks = format!("cluster.ranks_per_node={ranks}");
+        let text = errors(GOOD, &[&layers, sets, &[&ranks]].concat());
+        assert!(text.contains(expected) && (not.is_empty() || !text.contains(not)), "{text}");
+    };
+    let stages = "parallelism.pipeline.stages=";
+    check(16, &["parallelism.pipeline.stages=16"], &format!("{stages}4 would do"), "");
+    check(2, &["parallelism.pipeline.stages=16"], &format!("{stages}2 would do"), "");
+    let tensor = ["parallelism.tensor=8", "model.vocab_size=516", "model.ffn_dim=12"];
+    check(8, &tensor, "parallelism.tensor=4 would do", " or 12");
+    check(2, &tensor, "parallelism.tensor=2 would do", "tensor=4");
+    let with_stages = [&tensor[..], &["parallelism.pipeline.stages=2"]].concat();
+    check(4, &with_stages, "parallelism.tensor=2 would do", "tensor=4");
+    check(12, &["parallelism.context=6"], "parallelism.context=4 would do", "context=8");
+}
+
+/// One problem where sequence parallelism alone does not go, with both ways out.
+#[test]
+fn tensor_parallelism_against_the_sequence() {
+    let text = errors(GOOD, &["parallelism.tensor=4", "data.sequence_length=66"]);
+    assert!(text.contains("the run config has a problem"), "{text}");
+    assert!(text.contains("the 66 tokens of a sequence = 4 x 16 + 2"), "{text}");
+    let hint = "parallelism.tensor=2 would do; with parallelism.sequence=false sequences are not";
+    assert!(text.contains(hint), "{text}");
+    let off = ["parallelism.tensor=4", "data.sequence_length=66", "parallelism.sequence=false"];
+    load(GOOD, &off).unwrap();
+    let chunks = errors(GOOD, &["parallelism.tensor=4", "parallelism.context=16"]);
+    let name = "the 2 tokens of each of the 32 chunks of a sequence of 64 = 4 x 0 + 2";
+    assert!(chunks.contains(name) && chunks.contains("has a problem"), "{chunks}");
+}
+
+const INTERLEAVED: &str =
+    "parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}";
+
+#[test]
+fn contiguous_micro_batches() {
+    let key = "parallelism.pipeline.contiguous_micro_batches";
+    let set = |number: usize| format!("{key}={number}");
+    let base = [INTERLEAVED, "model.layers=4", "cluster.ranks_per_node=4"];
+    // 8 sequences on 2 replicas.
+    for number in ["auto", "2", "3", "4"] {
+        let loaded = load(GOOD, &[&base[..], &[&format!("{key}={number}")]].concat()).unwrap();
+        let expected = number.parse().ok();
+        assert_eq!(loaded.config.parallelism.pipeline.contiguous_micro_batches, expected);
+        assert!(loaded.notes.iter().all(|note| note.key != key), "{:?}", loaded.notes);
+    }
+    insta::assert_snapshot!(errors(GOOD, &[&base[..], &[&set(5)]].concat()));
+    insta::assert_snapshot!(errors(GOOD, &[&set(2), "parallelism.pipeline.stages=2"]));
+    let zero = errors(GOOD, &[&set(0)]);
+    assert!(zero.contains("an integer from 1 to 16777216, or auto"), "{zero}");
+    let few = load(GOOD, &[&base[..], &[&set(1)]].concat()).unwrap();
+    let note = few.notes.iter().find(|note| note.key == key).unwrap().to_string();
+    assert!(note.contains("1 in a row are fewer than the 2 stages"), "{note}");
+}
+
+/// What would overflow whoever computes with it.
+#[test]
+fn sizes_that_make_no_sense() {
+    let ranks = "cluster.ranks_per_node=2";
+    let tokens = ["data.sequence_length=16777216", "training.micro_batch=16777216"];
+    let batch = "training.global_batch=16777216";
+    insta::assert_snapshot!(errors(GOOD, &[&tokens[..], &[batch, "training.steps=4"]].concat()));
+    let chunks = "parallelism.pipeline={stages: 2, virtual_stages: 64, schedule: interleaved-1f1b}";
+    insta::assert_snapshot!(errors(GOOD, &["model.layers=128", batch, chunks, ranks]));
+    let blocks = errors(GOOD, &["model.layers=4096", "training.global_batch=8192", ranks]);
+    let arithmetic = "4096 micro-batches x 4096 blocks x 2 passes = 33554432 passes through blocks";
+    assert!(blocks.contains(arithmetic) && blocks.contains("2048 micro-batches"), "{blocks}");
+    let model = "model={dim: 262144, layers: 4096, heads: 4096, head_dim: 4096, kv_heads: 4096, \
+                 ffn_dim: 1048576, vocab_size: 16777216}";
+    insta::assert_snapshot!(errors(GOOD, &[model, ranks]));
+    let model = model.replace("head_dim: 4096, ", "head_dim: 64, ");
+    let fewer = model.replace("layers: 4096", "layers: 64");
+    let large = ["data.sequence_length=65536", "training.global_batch=65536"];
+    let text = errors(GOOD, &[&[fewer.as_str(), ranks], &large[..]].concat());
+    assert!(text.contains("training.global_batch: a rank may hold or send"), "{text}");
+}
+
+/// Stages whose lengths do not go together have no beginnings to compute.
+#[test]
+fn ramps_at_the_limits() {
+    let ramp = "training.global_batch=[{from_tokens: 0, global_batch: 16777216, \
+                sequence_length: 16777215}, {from_tokens: 1, global_batch: 16777216, \
+                sequence_length: 16777213}, {from_tokens: 2, global_batch: 1}]";
+    let text = errors(GOOD, &[ramp, "data.sequence_length=16777216", "training.steps=1"]);
+    assert!(text.contains("16777213 does not divide 16777216"), "{text}");
+    let tokens = ["training.steps=null", "training.tokens=1000000000000000"];
+    errors(GOOD, &[&[ramp, "data.sequence_length=16777216"], &tokens[..]].concat());
+}
+
 #[test]
 fn the_405b_splits_over_16_stages() {
     let text = GOOD.replace(

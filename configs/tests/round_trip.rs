@@ -115,6 +115,7 @@ prop_compose! {
         ranks in prop::sample::select(vec!["auto", "1", "2", "4"]),
         scaling in proptest::option::of(1.0f64..100.0),
         flag in any::<bool>(),
+        contiguous in prop::sample::select(vec!["auto", "1", "2"]),
     ) -> Vec<String> {
         let stages: Vec<String> = stages.iter().enumerate().map(|(i, (batch, shift))| format!(
             "{{from_tokens: {}, global_batch: {}, sequence_length: {}}}",
@@ -131,6 +132,8 @@ prop_compose! {
             format!("training.global_batch=[{}]", stages.join(", ")),
             format!("schedule.kind={kind}"), format!("precision.compute={compute}"),
             format!("cluster.ranks_per_node={ranks}"),
+            format!("parallelism.pipeline={{schedule: zero-bubble, virtual_stages: 2, \
+                     contiguous_micro_batches: {contiguous}}}"),
             format!("model.rope.scaling={scaling}"),
         ]
     }
@@ -185,6 +188,8 @@ proptest! {
             "parallelism.pipeline.virtual_stages", "parallelism.shard.ranks",
             "parallelism.replicate", "cluster.nodes", "cluster.ranks_per_node", "training.tokens",
             "schedule.warmup_steps", "checkpoint.keep_every_steps", "cluster.threads_per_rank",
+            "parallelism.pipeline.contiguous_micro_batches", "model.ffn_dim",
+            "model.layers", "model.vocab_size",
         ]),
         other in prop::sample::select(vec!["parallelism.replicate", "cluster.nodes", "model.heads",
             "training.micro_batch", "data.sequence_length", "training.global_batch"]),

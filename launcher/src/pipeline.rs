@@ -94,6 +94,12 @@ impl PipelinePlan {
                     step.first_step
                 ),
             );
+            if p.virtual_stages > 1 {
+                let (least, most) = step.schedule.row_lengths();
+                let rows =
+                    if least == most { format!("{least}") } else { format!("{least} or {most}") };
+                row("", format!("{rows} micro-batch(es) through a chunk before the next one"));
+            }
             let peaks = runs(step.peaks());
             row("", format!("activations held, by stage: {peaks} (micro-batches x chunks)"));
         }
@@ -143,6 +149,10 @@ impl PipelinePlan {
             json!({
                 "first_step": step.first_step,
                 "micro_batches": step.schedule.micro_batches(),
+                "contiguous_micro_batches": [
+                    step.schedule.row_lengths().0,
+                    step.schedule.row_lengths().1,
+                ],
                 "bubble_fraction": step.bubble_fraction(),
                 "peak_activations": step.peaks().collect::<Vec<_>>(),
             })
@@ -151,6 +161,7 @@ impl PipelinePlan {
             "schedule": self.pipeline.schedule,
             "stages": self.pipeline.stages,
             "virtual_stages": self.pipeline.virtual_stages,
+            "contiguous_micro_batches": self.pipeline.contiguous_micro_batches,
             "chunks": self.chunks.iter().map(chunk).collect::<Vec<_>>(),
             "memory_per_stage": self.memory,
             "steps": self.steps.iter().map(step).collect::<Vec<_>>(),
@@ -225,7 +236,7 @@ mod tests {
     }
 
     fn pipeline(schedule: PipelineSchedule, stages: usize, virtual_stages: usize) -> Pipeline {
-        Pipeline { stages, schedule, virtual_stages }
+        Pipeline { stages, schedule, virtual_stages, contiguous_micro_batches: None }
     }
 
     fn table(plan: &PipelinePlan) -> String {
@@ -267,6 +278,7 @@ bubble: 31.9 % of a step of 32 micro-batch(es), from step 1
             // (P - 1) / (V M) of the work: 3 / 16.
             "bubble: 15.8 % of a step of 8 micro-batch(es), from step 1",
             "by stage: 11, 9, 7, 5 (micro-batches x chunks)",
+            ": 4 micro-batch(es) through a chunk before the next one",
         ] {
             assert!(table.contains(part), "{part} is not in\n{table}");
         }
@@ -282,17 +294,41 @@ bubble: 31.9 % of a step of 32 micro-batch(es), from step 1
         let fraction = json["steps"][0]["bubble_fraction"].as_f64().unwrap();
         assert!((fraction - 3.0 / 19.0).abs() < 1e-12);
         assert!(json["drawing"].as_str().unwrap().contains("stage 3  .   .   .   F0a"));
+        assert_eq!(json["contiguous_micro_batches"], Value::Null);
+        assert_eq!(json["steps"][0]["contiguous_micro_batches"], json!([4, 4]));
+    }
+
+    /// Breadth first a stage holds the activations of all micro-batches, and shows it.
+    #[test]
+    fn contiguous_micro_batches() {
+        let asked = |number| Pipeline {
+            contiguous_micro_batches: Some(number),
+            ..pipeline(PipelineSchedule::Interleaved, 4, 2)
+        };
+        let check = |number, parts: [&str; 3]| {
+            let plan = planned("llama3-8b", asked(number), 18);
+            let table = table(&plan);
+            for part in parts {
+                assert!(table.contains(part), "{part} is not in\n{table}");
+            }
+            assert_eq!(plan.json()["contiguous_micro_batches"], number);
+        };
+        let rows = |rows| format!(": {rows} micro-batch(es) through a chunk before the next one");
+        let depth_first = ["14.3 % of a step of 9 micro-batch(es)", "by stage: 12, 10, 8, 6 ("];
+        let breadth_first = ["14.3 % of a step of 9 micro-batch(es)", "by stage: 16, 14, 12, 10 ("];
+        check(4, [&rows("4 or 5"), depth_first[0], depth_first[1]]);
+        check(9, [&rows("9"), breadth_first[0], breadth_first[1]]);
     }
 
     /// The formula where the clock would take too long.
     #[test]
     fn long_schedules_are_not_drawn() {
         let gpipe = pipeline(PipelineSchedule::Gpipe, 4, 1);
-        let plan = planned("llama3-8b", gpipe, 1 << 20);
-        assert!(table(&plan).contains("0.0 % of a step of 524288 micro-batch(es)"));
-        assert!(plan.drawing().contains("4194304 passes are too many to draw (limit 1000000)"));
+        let plan = planned("llama3-8b", gpipe, 1 << 19);
+        assert!(table(&plan).contains("0.0 % of a step of 262144 micro-batch(es)"));
+        assert!(plan.drawing().contains("2097152 passes are too many to draw (limit 1000000)"));
         let error = plan.write_svg(Path::new("/nonexistent/a.svg")).unwrap_err();
-        assert!(error.to_string().contains("no SVG: 4194304 passes are too many"), "{error}");
+        assert!(error.to_string().contains("no SVG: 2097152 passes are too many"), "{error}");
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! Rules over several keys, and what is worth noting. A rule that involves a value already known
 //! to be wrong stays silent.
 
+mod degrees;
+mod sizes;
+
 use crate::batch_plan::first_steps;
 use crate::problem::{Note, NoteLevel, Place, Problem, ProblemKind};
 use crate::resolve::Resolver;
 use crate::resolved::*;
 use crate::walk::Leaf;
-
-/// Total tokens of a run, with room left in 64 bits.
-const MAX_TOTAL_TOKENS: u128 = 1 << 60;
 
 /// Checks a typed config and gathers problems and notes.
 pub(crate) struct Rules<'a, 'b> {
@@ -42,6 +42,7 @@ impl Rules<'_, '_> {
         self.data();
         self.ranks();
         self.batches();
+        self.sizes();
         self.splits();
         self.pipeline();
         self.unused();
@@ -125,78 +126,10 @@ impl Rules<'_, '_> {
         }
     }
 
-    /// The product of the degrees against the ranks.
-    fn ranks(&mut self) {
-        let p = &self.config.parallelism;
-        let degrees = [p.tensor, p.context, p.pipeline.stages, p.shard.ranks];
-        let product: u128 = degrees.iter().map(|degree| *degree as u128).product();
-        let spelled = degrees.map(|degree| degree.to_string()).join(" x ");
-        let keys = [
-            "cluster.ranks_per_node",
-            "cluster.nodes",
-            "parallelism.tensor",
-            "parallelism.context",
-            "parallelism.pipeline.stages",
-            "parallelism.shard.ranks",
-            "parallelism.replicate",
-        ];
-        let Some(ranks) = self.config.num_ranks() else { return };
-        let ranks_are = "ranks are cluster.nodes x cluster.ranks_per_node";
-        match p.replicate {
-            Some(replicate) if product * replicate as u128 != ranks as u128 => {
-                let all = product * replicate as u128;
-                let message = format!(
-                    "the degrees tensor x context x pipeline x shard x replicate = \
-                     {spelled} x {replicate} = {all} are not the {ranks} ranks"
-                );
-                let replicas = ranks as u128 / product;
-                let hint = if replicas > 0 && (ranks as u128).is_multiple_of(product) {
-                    format!("parallelism.replicate={replicas} would do; {ranks_are}")
-                } else {
-                    ranks_are.to_owned()
-                };
-                self.conflict(&keys, message, &format!("{all} ranks"), &hint);
-            }
-            None if !(ranks as u128).is_multiple_of(product) => {
-                let message = format!(
-                    "the degrees tensor x context x pipeline x shard = {spelled} = {product} \
-                     do not divide the {ranks} ranks"
-                );
-                let near = usize::try_from(product).map_or(String::new(), |p| multiples(ranks, p));
-                let hint = format!("{near} ranks would do; {ranks_are}");
-                let limit = format!("a multiple of {product} ranks");
-                self.conflict(&keys, message, &limit, &hint);
-            }
-            _ => {}
-        }
-        self.cores(ranks);
-    }
-
-    fn cores(&mut self, ranks: usize) {
-        let c = &self.config.cluster;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let local = c.kind == ClusterKind::Local && c.device != DeviceKind::Cuda;
-        let on_node = ranks / c.nodes.max(1);
-        if local && on_node > cores {
-            let message =
-                format!("{on_node} ranks on {}: they will take turns", counted(cores, "core"));
-            self.note(NoteLevel::Warning, "cluster.ranks_per_node", message);
-        } else if let Some(threads) = c.threads_per_rank
-            && local
-            && threads * on_node > cores
-        {
-            let (ranks, threads) = (counted(on_node, "rank"), counted(threads, "thread"));
-            let cores = counted(cores, "core");
-            let message = format!("{ranks} of {threads} on {cores}: they will take turns");
-            self.note(NoteLevel::Warning, "cluster.threads_per_rank", message);
-        }
-    }
-
     fn batches(&mut self) {
         let t = &self.config.training;
-        let is_ramp = t.batch_stages.len() > 1;
         let longest = t.batch_stages.iter().map(|s| s.sequence_length).max().unwrap_or(1);
-        let mut from = None;
+        let (mut from, mut is_sound) = (None, true);
         for (index, stage) in t.batch_stages.iter().enumerate() {
             let key = |name: &str| format!("training.global_batch[{index}].{name}");
             let whole = "training.global_batch";
@@ -208,6 +141,7 @@ impl Rules<'_, '_> {
                 );
                 let limit = "a divisor of the longest sequence";
                 self.conflict(&[&key("sequence_length"), whole], message, limit, "");
+                is_sound = false;
             }
             let in_order = match from {
                 None => stage.from_tokens == 0,
@@ -217,13 +151,14 @@ impl Rules<'_, '_> {
                 let limit = "0 in the first stage, then rising";
                 let message = format!("{} is out of order", stage.from_tokens);
                 self.conflict(&[&key("from_tokens"), whole], message, limit, "");
+                is_sound = false;
             }
             from = Some(stage.from_tokens);
         }
-        if is_ramp {
+        // Where the stages begin says nothing of lengths that do not go together.
+        if t.batch_stages.len() > 1 && is_sound {
             self.stage_starts();
         }
-        self.total_tokens();
     }
 
     fn divides_over_ranks(&mut self, stage: &BatchStage, key: &str) {
@@ -265,106 +200,6 @@ impl Rules<'_, '_> {
                 }
                 Some(_) => {}
             }
-        }
-    }
-
-    fn total_tokens(&mut self) {
-        let t = &self.config.training;
-        let largest = t.batch_stages.iter().map(|s| s.sequence_length * s.global_batch).max();
-        let most = u128::from(t.steps) * largest.unwrap_or(0) as u128;
-        if most > MAX_TOTAL_TOKENS {
-            let message = format!("{} steps may see {most} tokens", t.steps);
-            let keys = ["training.steps", "training.global_batch"];
-            self.conflict(&keys, message, &format!("{MAX_TOTAL_TOKENS} tokens"), "");
-        }
-    }
-
-    /// What tensor and context parallelism must divide.
-    fn splits(&mut self) {
-        let (p, m) = (&self.config.parallelism, &self.config.model);
-        let tensor = "parallelism.tensor";
-        let sizes = [("heads", m.heads), ("ffn_dim", m.ffn_dim), ("vocab_size", m.vocab_size)];
-        let goes_with_kv_heads = |degree: usize| {
-            let (small, large) = (m.kv_heads.min(degree), m.kv_heads.max(degree));
-            large.is_multiple_of(small)
-        };
-        let works = |degree: usize| {
-            sizes.iter().all(|(_, size)| size.is_multiple_of(degree)) && goes_with_kv_heads(degree)
-        };
-        let hint = would_do(tensor, &nearest(p.tensor, m.heads, works));
-        for (name, size) in sizes {
-            if !size.is_multiple_of(p.tensor) {
-                let key = format!("model.{name}");
-                let message = format!("{} ranks do not divide {key} {size}", p.tensor);
-                let limit = format!("a divisor of {size}");
-                self.conflict(&[tensor, &key], message, &limit, &hint);
-            }
-        }
-        if !goes_with_kv_heads(p.tensor) {
-            let message = format!(
-                "{} ranks and model.kv_heads {} do not divide one another",
-                p.tensor, m.kv_heads
-            );
-            let limit = format!("a divisor or a multiple of {}", m.kv_heads);
-            self.conflict(&[tensor, "model.kv_heads"], message, &limit, &hint);
-        }
-        let by_tensor = if p.sequence { p.tensor } else { 1 };
-        let chunks = if p.context > 1 { 2 * p.context } else { 1 } * by_tensor;
-        for stage in &self.config.training.batch_stages {
-            if !stage.sequence_length.is_multiple_of(chunks) {
-                let message = format!(
-                    "a sequence of {} tokens does not split in {chunks} (2 chunks per \
-                     context-parallel rank, times the ranks of sequence parallelism)",
-                    stage.sequence_length
-                );
-                let by = if p.context > 1 { "parallelism.context" } else { tensor };
-                let keys = [by, "parallelism.sequence", "data.sequence_length"];
-                let length = stage.sequence_length;
-                let near = multiples(length, chunks);
-                let degrees = nearest(p.context, length.min(1 << 16), |context| {
-                    length.is_multiple_of(if context > 1 { 2 * context } else { 1 } * by_tensor)
-                });
-                let degrees = match would_do("parallelism.context", &degrees) {
-                    degrees if degrees.is_empty() || p.context == 1 => String::new(),
-                    degrees => format!("; {degrees}"),
-                };
-                let hint = format!("a sequence of {near} tokens would do{degrees}");
-                self.conflict(&keys, message, &format!("a multiple of {chunks}"), &hint);
-            }
-        }
-    }
-
-    fn pipeline(&mut self) {
-        let p = &self.config.parallelism.pipeline;
-        let layers = self.config.model.layers;
-        let chunks = p.stages * p.virtual_stages;
-        let stages = "parallelism.pipeline.stages";
-        let virtual_stages = "parallelism.pipeline.virtual_stages";
-        if chunks > layers {
-            let message = format!(
-                "{layers} layers for {} stages x {} virtual stages = {chunks} chunks",
-                p.stages, p.virtual_stages
-            );
-            let limit = format!("at most {layers} chunks: each holds a layer or more");
-            let most = layers / p.virtual_stages.max(1);
-            let hint = if most > 0 { would_do(stages, &most.to_string()) } else { String::new() };
-            self.conflict(&[stages, virtual_stages, "model.layers"], message, &limit, &hint);
-        }
-        let schedule = "parallelism.pipeline.schedule";
-        let plain =
-            matches!(p.schedule, PipelineSchedule::Gpipe | PipelineSchedule::OneForwardOneBackward);
-        if p.virtual_stages > 1 && plain {
-            let message = format!("{} model chunks per rank in this schedule", p.virtual_stages);
-            let limit = "1 with gpipe and 1f1b";
-            let hint = "schedule: interleaved-1f1b or zero-bubble";
-            self.conflict(&[virtual_stages, schedule], message, limit, hint);
-        }
-        let shard = &self.config.parallelism.shard;
-        if shard.level == ShardLevel::None && shard.ranks > 1 {
-            let message = format!("{} ranks share nothing while level is none", shard.ranks);
-            let keys = ["parallelism.shard.ranks", "parallelism.shard.level"];
-            let hint = "set parallelism.shard.level, or count the ranks as replicas";
-            self.conflict(&keys, message, "1 with level: none", hint);
         }
     }
 

@@ -95,17 +95,22 @@ impl Held {
 fn specs(config: &RunConfig, chunks: &[ChunkSpan]) -> Vec<ParameterSpec> {
     let tied = config.model.tied_embeddings;
     let all = parameters(&config.model);
+    let places: Vec<&[ParameterSpec]> = all.chunk_by(|a, b| a.place == b.place).collect();
+    let of = |place| places.iter().filter(move |specs| specs[0].place == place).copied().flatten();
+    let first_block = places.iter().position(|specs| specs[0].place == Place::Block(0));
+    let first_block = first_block.unwrap_or(places.len());
     let mut held: Vec<ParameterSpec> = Vec::new();
     let mut has_embedding = false;
     for chunk in chunks {
-        for spec in &all {
-            let is_held = match spec.place {
-                Place::Embedding => (chunk.embedding || chunk.head && tied) && !has_embedding,
-                Place::Block(layer) => chunk.blocks.contains(&layer),
-                Place::Head => chunk.head,
-            };
-            has_embedding |= is_held && spec.place == Place::Embedding;
-            held.extend(is_held.then(|| spec.clone()));
+        if (chunk.embedding || chunk.head && tied) && !has_embedding {
+            held.extend(of(Place::Embedding).cloned());
+            has_embedding = true;
+        }
+        // The blocks are in their order.
+        let blocks = places.iter().skip(first_block + chunk.blocks.start).take(chunk.blocks.len());
+        held.extend(blocks.copied().flatten().cloned());
+        if chunk.head {
+            held.extend(of(Place::Head).cloned());
         }
     }
     held

@@ -138,6 +138,7 @@ mod tests {
                 stages,
                 schedule: PipelineSchedule::OneForwardOneBackward,
                 virtual_stages: 1,
+                contiguous_micro_batches: None,
             },
             shard: Shard { ranks, level: ShardLevel::None, reshard_after_forward: false },
             replicate,

@@ -2,7 +2,6 @@
 
 use super::{Counter, Group, Operation};
 use crate::mesh::Axis;
-use crate::schedule::MessageKind;
 use run_config::Recompute;
 
 /// Tokens whose logits are held at a time in the loss.
@@ -106,14 +105,16 @@ impl Counter<'_> {
         if self.schedule.stages() < 2 {
             return;
         }
+        let micro_batches = self.schedule.micro_batches() as u64;
+        // Each chunk but the model's last hands its activations on, each but the first their
+        // gradients, and with two stages or more always to another stage.
+        let chunks = (0..self.schedule.virtual_stages())
+            .map(|chunk| self.schedule.global_chunk(stage, chunk));
+        let last = self.schedule.num_chunks() - 1;
         let (mut activations, mut gradients) = (0, 0);
-        for action in self.schedule.actions(stage) {
-            match self.schedule.messages(stage, action).send {
-                Some(message) if message.is_local() => {}
-                Some(message) if message.kind == MessageKind::Activation => activations += 1,
-                Some(_) => gradients += 1,
-                None => {}
-            }
+        for chunk in chunks {
+            activations += if chunk < last { micro_batches } else { 0 };
+            gradients += if chunk > 0 { micro_batches } else { 0 };
         }
         let parts = if self.held.tensor.sequence { self.held.tensor.ranks } else { 1 };
         let boundary = (self.stream_elements() / parts as u64, self.compute());

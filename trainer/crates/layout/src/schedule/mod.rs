@@ -167,7 +167,9 @@ impl Schedule {
     /// # Errors
     /// As [`Schedule::new`].
     pub fn of(pipeline: &Pipeline, micro_batches: usize) -> Result<Self, ScheduleError> {
-        Self::new(pipeline.schedule, pipeline.stages, micro_batches, pipeline.virtual_stages)
+        let Pipeline { schedule, stages, virtual_stages, contiguous_micro_batches } = *pipeline;
+        let schedule = Self::new(schedule, stages, micro_batches, virtual_stages)?;
+        Ok(schedule.in_a_row(contiguous_micro_batches.unwrap_or(stages)))
     }
 
     /// With at least `num` micro-batches (1 or more) through a chunk before the stage turns to its
@@ -251,10 +253,23 @@ mod tests {
 
     #[test]
     fn a_config_names_its_schedule() {
-        let pipeline = Pipeline { stages: 4, schedule: Interleaved, virtual_stages: 2 };
+        let pipeline = Pipeline {
+            stages: 4,
+            schedule: Interleaved,
+            virtual_stages: 2,
+            contiguous_micro_batches: None,
+        };
         let schedule = Schedule::of(&pipeline, 8).unwrap();
         assert_eq!((schedule.kind(), schedule.stages()), (Interleaved, 4));
         assert_eq!((schedule.micro_batches(), schedule.virtual_stages()), (8, 2));
         assert_eq!((schedule.num_chunks(), schedule.global_chunk(3, 1)), (8, 7));
+        assert_eq!(schedule.row_lengths(), (4, 4));
+        let of = |number| Pipeline { contiguous_micro_batches: Some(number), ..pipeline.clone() };
+        let schedule = |number| Schedule::of(&of(number), 8).unwrap();
+        assert_eq!(schedule(8), Schedule::of(&pipeline, 8).unwrap().in_a_row(8));
+        assert_eq!(
+            [2, 3, 5, 8].map(|n| schedule(n).row_lengths()),
+            [(2, 2), (4, 4), (8, 8), (8, 8)]
+        );
     }
 }

@@ -80,8 +80,8 @@ impl Schedule {
         if self.splits_backward() { stage.min(self.passes()) } else { 0 }
     }
 
-    /// Fewest and most micro-batches in a row.
-    pub(super) fn row_lengths(&self) -> (usize, usize) {
+    /// Fewest and most micro-batches that go through a chunk before the stage turns to its next.
+    pub fn row_lengths(&self) -> (usize, usize) {
         let rows = self.num_rows();
         (self.micro_batches / rows, self.micro_batches.div_ceil(rows))
     }
