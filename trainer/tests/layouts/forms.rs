@@ -70,6 +70,8 @@ fn uneven_pipelines() {
             &["parallelism.pipeline={stages: 4, schedule: zero-bubble}"],
             &["parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}"],
             &["parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 3}"],
+            &["parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2, \
+               contiguous_micro_batches: 3}"],
             &["parallelism.pipeline={stages: 2, schedule: zero-bubble, virtual_stages: 3}"],
         ],
     );
