@@ -186,6 +186,7 @@ pub(crate) const KEYS: &[Key] = &[
     integer("cluster.ranks_per_node", 1, 4096).auto(),
     integer("cluster.threads_per_rank", 1, 4096).auto(),
     choice("cluster.device", &["auto", "cpu", "cuda"]),
+    integer("cluster.timeout_s", 1, 3600),
     section("metrics"),
     boolean("metrics.tensorboard"),
 ];

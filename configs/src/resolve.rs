@@ -77,6 +77,7 @@ impl Resolver<'_> {
                 ranks_per_node: self.optional_size(&v, "cluster.ranks_per_node"),
                 threads_per_rank: self.optional_size(&v, "cluster.threads_per_rank"),
                 device: self.choice(&v, "cluster.device")?,
+                timeout_s: self.integer(&v, "cluster.timeout_s")?,
             },
             metrics: Metrics { tensorboard: self.boolean(&v, "metrics.tensorboard")? },
             checked: Checked::new(),

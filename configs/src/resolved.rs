@@ -410,6 +410,8 @@ pub struct Cluster {
     pub threads_per_rank: Option<usize>,
     /// Device.
     pub device: DeviceKind,
+    /// Longest wait for one message of a peer, in seconds; a peer that takes longer is an error.
+    pub timeout_s: u64,
 }
 
 /// Kinds of cluster.

@@ -250,6 +250,8 @@ fn sizes_that_make_no_sense() {
     let large = ["data.sequence_length=65536", "training.global_batch=65536"];
     let text = errors(GOOD, &[&[fewer.as_str(), ranks], &large[..]].concat());
     assert!(text.contains("training.global_batch: a rank may hold or send"), "{text}");
+    let timeout = errors(GOOD, &["cluster.timeout_s=0"]);
+    assert!(timeout.contains("an integer from 1 to 3600"), "{timeout}");
 }
 
 /// Stages whose lengths do not go together have no beginnings to compute.

@@ -115,6 +115,7 @@ prop_compose! {
         ranks in prop::sample::select(vec!["auto", "1", "2", "4"]),
         scaling in proptest::option::of(1.0f64..100.0),
         flag in any::<bool>(),
+        timeout in 1u64..=3600,
         contiguous in prop::sample::select(vec!["auto", "1", "2"]),
     ) -> Vec<String> {
         let stages: Vec<String> = stages.iter().enumerate().map(|(i, (batch, shift))| format!(
@@ -131,7 +132,7 @@ prop_compose! {
             format!("training.clip_norm={}", clip.map_or("null".to_owned(), |c| format!("{c:?}"))),
             format!("training.global_batch=[{}]", stages.join(", ")),
             format!("schedule.kind={kind}"), format!("precision.compute={compute}"),
-            format!("cluster.ranks_per_node={ranks}"),
+            format!("cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}}}"),
             format!("parallelism.pipeline={{schedule: zero-bubble, virtual_stages: 2, \
                      contiguous_micro_batches: {contiguous}}}"),
             format!("model.rope.scaling={scaling}"),
@@ -188,7 +189,7 @@ proptest! {
             "parallelism.pipeline.virtual_stages", "parallelism.shard.ranks",
             "parallelism.replicate", "cluster.nodes", "cluster.ranks_per_node", "training.tokens",
             "schedule.warmup_steps", "checkpoint.keep_every_steps", "cluster.threads_per_rank",
-            "parallelism.pipeline.contiguous_micro_batches", "model.ffn_dim",
+            "parallelism.pipeline.contiguous_micro_batches", "cluster.timeout_s", "model.ffn_dim",
             "model.layers", "model.vocab_size",
         ]),
         other in prop::sample::select(vec!["parallelism.replicate", "cluster.nodes", "model.heads",

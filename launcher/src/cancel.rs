@@ -3,12 +3,14 @@
 use crate::error::UserError;
 use crate::print::out;
 use crate::runs::{self, holder, name_of};
+use crate::supervisor::policy::Policy;
 use rank_protocol::{RunDir, exit_code};
+use run_config::RunConfig;
 use rustix::process::{Pid, Signal, kill_process};
 use std::time::{Duration, Instant};
 
-/// Longest wait for the step to be finished and saved.
-const PATIENCE: Duration = Duration::from_secs(660);
+/// Longest wait beyond that of the launcher itself, which ends ranks that do not save in time.
+const SLACK: Duration = Duration::from_secs(60);
 
 /// Arguments of `phalanx cancel`.
 #[derive(Clone, Debug, clap::Args)]
@@ -42,11 +44,23 @@ pub fn run(args: CancelArgs) -> Result<i32, UserError> {
     Ok(exit_code::DONE)
 }
 
+/// Longest wait for the step to be finished and saved.
+fn patience(run: &RunDir) -> Duration {
+    let policy = Policy::new(1, 1);
+    // A run whose config cannot be read is waited for as one with the usual limits.
+    let policy = match RunConfig::load(&run.config(), &[]) {
+        Ok(loaded) => policy.outlasting(Duration::from_secs(loaded.config.cluster.timeout_s)),
+        Err(_) => policy,
+    };
+    policy.stop + SLACK
+}
+
 fn wait(run: &RunDir) -> Result<(), UserError> {
-    let deadline = Instant::now() + PATIENCE;
+    let patience = patience(run);
+    let deadline = Instant::now() + patience;
     while let Some(pid) = holder(run) {
         if Instant::now() >= deadline {
-            let seconds = PATIENCE.as_secs();
+            let seconds = patience.as_secs();
             let error = UserError::failed(format!("process {pid} goes on after {seconds} s"));
             return Err(error.hint("cancel it with --now"));
         }

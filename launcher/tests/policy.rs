@@ -121,6 +121,18 @@ fn a_stall_is_told_once_and_does_not_hide_a_late_stop() {
     assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
 }
 
+/// Ranks that wait for a peer tell of it before they are late themselves.
+#[test]
+fn limits_outlast_the_wait_of_ranks_for_one_another() {
+    let limits = |seconds| {
+        let policy = Policy::new(2, 3).outlasting(Duration::from_secs(seconds));
+        (policy.stop.as_secs(), policy.exit.as_secs())
+    };
+    assert_eq!(limits(1), (600, 60));
+    assert_eq!(limits(60), (600, 65));
+    assert_eq!(limits(3600), (3660, 3605));
+}
+
 #[test]
 fn a_rank_that_will_not_end_is_killed() {
     let mut run = Run::begin(2, None);

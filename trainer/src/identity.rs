@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::time::Duration;
 use xxhash_rust::xxh3::Xxh3;
 
-/// Longest wait for rank 0 to say what it runs.
+/// Longest wait for rank 0 to say what it runs, but where ranks wait longer for one another.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What a rank runs.
@@ -64,7 +64,8 @@ pub fn agree(client: &RankClient, config: &RunConfig) -> Result<()> {
         let text = serde_json::to_vec(&own).map_err(|error| plain(&error))?;
         return store.set(&key, &text).map_err(|error| plain(&error));
     }
-    let text = store.get(&key, TIMEOUT).map_err(|error| plain(&error))?;
+    let timeout = TIMEOUT.max(Duration::from_secs(config.cluster.timeout_s));
+    let text = store.get(&key, timeout).map_err(|error| plain(&error))?;
     let first: Identity = serde_json::from_slice(&text).map_err(|error| plain(&error))?;
     own.compare(place.rank, &first)
 }

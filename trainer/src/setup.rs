@@ -185,15 +185,16 @@ pub fn connect(
     let mesh = Mesh::new(&config.parallelism, place.world_size)
         .map_err(|error| TrainError::Config(error.to_string()))?;
     let all: Vec<usize> = (0..place.world_size).collect();
-    let storage = GroupOptions::new("storage", place.generation);
-    let storage = GroupOptions { timeout: STORAGE_TIMEOUT, ..storage };
+    let timeout = Duration::from_secs(config.cluster.timeout_s);
+    let options =
+        |name: &str| GroupOptions { timeout, ..GroupOptions::new(name, place.generation) };
+    let storage = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options("storage") };
     let gpu = match device {
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,
     };
-    let mut connect = |name: &str, ranks: &[usize]| {
-        join(client, backend, ranks, &GroupOptions::new(name, place.generation), gpu.as_ref())
-    };
+    let mut connect =
+        |name: &str, ranks: &[usize]| join(client, backend, ranks, &options(name), gpu.as_ref());
     Ok(Connections {
         groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
         storage: join(client, backend, &all, &storage, None)?,
@@ -225,6 +226,7 @@ fn join(
     let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
     let store = store.with_prefix(&place.run_id);
     let rank = ranks.iter().position(|&rank| rank == place.rank).unwrap_or(0);
+    let options = &options.clone().of(ranks);
     let group = match gpu {
         Some((nccl, device)) => {
             collectives::nccl::connect(nccl, *device, &store, (rank, ranks.len()), options)?

@@ -37,6 +37,14 @@ impl Policy {
             exit: Duration::from_secs(60),
         }
     }
+
+    /// With limits that outlast a `wait` of ranks for one another: whoever waits for a peer that
+    /// stalls has told of it before it counts as late itself.
+    #[must_use]
+    pub fn outlasting(self, wait: Duration) -> Self {
+        let (stop, exit) = (self.stop.max(wait + self.exit), self.exit.max(wait + self.grace));
+        Self { stop, exit, ..self }
+    }
 }
 
 /// What the policy is told.

@@ -103,6 +103,7 @@ impl Executor {
         searches: mpsc::Sender<Result<Restored, String>>,
     ) -> Self {
         let policy = Policy::new(plan.world_size, plan.config.restart.max_no_progress);
+        let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
         let state = State::new(policy, plan.last_generation);
         let status = Status {
             name: plan.config.name.clone(),
