@@ -9,8 +9,8 @@ pub(crate) trait Pending: Send {
     /// Waits, at most for the transport's time-out.
     fn wait(self: Box<Self>) -> Result<()>;
 
-    /// Whether a wait would return at once; may say no until waited for, but for what is sent over a
-    /// transport that [`Transport::tells_when_sent`].
+    /// Whether a wait would return at once; may say no until waited for, unless it was sent over
+    /// a transport that [`Transport::tells_when_sent`].
     fn is_done(&self) -> bool;
 }
 
