@@ -174,20 +174,40 @@ fn the_covering_set_has_every_pair() {
     assert_eq!(eight.collect::<BTreeSet<_>>().len(), 1 + 5 + 15 + 35, "factorisations");
 }
 
+/// Layouts without recomputation, which changes no bit (`forms::recomputation`).
+fn kept(ranks: usize) -> Vec<Layout> {
+    layouts(ranks).into_iter().filter(|layout| layout.recompute == "none").collect()
+}
+
 /// FP32 rounds differently in another order of summation, and an early step of AdamW divides each
 /// gradient by its own size: the sign of one that is all rounding moves a weight by the learning
 /// rate. With Llama 2's eps such gradients count for nothing. The learning rate has the ratio to
 /// the weights' standard deviation of Llama 3 8B, 3e-4 to 0.02.
-#[test]
-fn fp32_stays_close() {
+fn check_in_fp32(layouts: impl IntoIterator<Item = Layout>) {
     let sets =
         [LAYERS, "precision.compute=fp32", "optimizer.learning_rate=0.003", "optimizer.eps=1e-5"];
     let expected = train(&config(&sets), STEPS);
-    for layout in layouts(2).into_iter().filter(|layout| layout.recompute == "none") {
+    for layout in layouts {
         let text = layout.to_string();
         let found = train(&config(&[&sets[..], &[&text]].concat()), STEPS);
         compare_losses_and_weights(&found, &expected, 1e-5, &text);
     }
+}
+
+#[test]
+fn fp32_stays_close() {
+    check_in_fp32(kept(2));
+}
+
+#[test]
+fn fp32_stays_close_on_4_ranks() {
+    check_in_fp32(covering(&kept(4)));
+}
+
+#[test]
+#[ignore = "takes about an hour on two cores"]
+fn full_grid_in_fp32() {
+    check_in_fp32(grid());
 }
 
 #[test]
