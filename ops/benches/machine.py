@@ -9,7 +9,7 @@ import sys
 import time
 
 RUN_TIMEOUT_S = 900
-IDLE_WINDOW_S = 2.0
+IDLE_WINDOW_S = 0.5
 
 
 class Failed(Exception):

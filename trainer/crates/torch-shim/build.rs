@@ -11,11 +11,14 @@ mod rpath {
     }
 }
 
-/// Kernels that are compiled once for each instruction set, and chosen at run time.
+const AVX512: &[&str] = &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"];
+
+/// Kernels that are compiled for an instruction set, and chosen at run time.
 const KERNELS: &[(&str, &[&str])] = &[
-    ("avx512", &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]),
-    ("avx2", &["-mavx2", "-mfma"]),
-    ("baseline", &[]),
+    ("kernels_avx512", AVX512),
+    ("kernels_avx2", &["-mavx2", "-mfma"]),
+    ("kernels_baseline", &[]),
+    ("pack_avx512", AVX512),
 ];
 
 const SOURCES: &[&str] = &[
@@ -29,6 +32,7 @@ const SOURCES: &[&str] = &[
     "csrc/fused_head.cpp",
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",
+    "csrc/matmul.cpp",
     "csrc/reduce.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/cuda.cpp",
@@ -51,21 +55,25 @@ fn main() {
         .include(root.join("include/torch/csrc/api/include"))
         .include("csrc")
         .include("csrc/gloo_stub")
+        // Without it, libtorch's parallel_for runs its body on the calling thread alone.
+        .flag("-fopenmp")
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
         .files(SOURCES);
     build.compile("phalanx_torch_shim");
-    for (set, flags) in KERNELS {
+    for (source, flags) in KERNELS {
         let mut build = cc::Build::new();
         build.cpp(true).std("c++17").pic(true).opt_level(3).debug(false);
         for flag in *flags {
             build.flag(flag);
         }
-        build.file(format!("csrc/kernels_{set}.cpp")).compile(&format!("phalanx_kernels_{set}"));
+        build.file(format!("csrc/{source}.cpp")).compile(&format!("phalanx_{source}"));
     }
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
+    // The one that libtorch brings: both have the same name.
+    println!("cargo:rustc-link-lib=gomp");
 }
 
 /// The libtorch prefix: `LIBTORCH`, or else what torch-sys was built against.

@@ -2,10 +2,12 @@
 #include <ATen/ATen.h>
 
 #include "fused.h"
+#include "matmul.h"
 
 namespace phalanx {
 
 void accumulate_product(Tensor& accumulator, const Tensor& a, const Tensor& b) {
+  if (fast_accumulate(accumulator, a, b)) return;
   auto dtype = accumulator.scalar_type();
   // Products of BF16 operands are exact in FP32, so casting both loses nothing and keeps the sum in FP32.
   accumulator.addmm_(a.to(dtype).t(), b.to(dtype));
@@ -31,18 +33,27 @@ static bool widen(const Tensor& x) {
 }
 
 Tensor project(const Tensor& x, const Tensor& weight) {
-  if (!widen(x) || weight.scalar_type() != at::kBFloat16) return at::linear(x, weight);
-  return at::linear(x.to(at::kFloat), weight.to(at::kFloat)).to(at::kBFloat16);
+  if (widen(x) && weight.scalar_type() == at::kBFloat16)
+    return at::linear(x.to(at::kFloat), weight.to(at::kFloat)).to(at::kBFloat16);
+  if (!x.is_cpu() || x.scalar_type() != at::kFloat) return at::linear(x, weight);
+  auto rows = x.reshape({-1, x.size(-1)});
+  auto out = at::empty({rows.size(0), weight.size(0)}, x.options());
+  if (!fast_project(rows, weight, out)) return at::linear(x, weight);
+  auto sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  return out.view(sizes);
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
-  return widen(a) ? at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16) : at::mm(a, b);
+  auto out = at::empty({a.size(0), b.size(1)}, a.options());
+  multiply_into(out, a, b);
+  return out;
 }
 
 void multiply_into(Tensor out, const Tensor& a, const Tensor& b) {
   if (widen(a))
     out.copy_(at::mm(a.to(at::kFloat), b.to(at::kFloat)));
-  else
+  else if (!fast_product(a, b, out))
     at::mm_out(out, a, b);
 }
 

@@ -94,8 +94,12 @@ fn compare(
 #[test]
 fn linear_equals_its_reference() {
     for kind in KINDS {
-        for shape in [[2, 7, 33], [1, 64, 16]] {
-            let (_set, weight) = parameter(&[19, shape[2]], kind);
+        // The last two are large enough for products by blocks: rows, columns and terms of whole
+        // blocks, and with a rest in each, once with an odd number of tokens.
+        let shapes =
+            [([2, 7, 33], 19), ([1, 64, 16], 19), ([2, 256, 256], 128), ([3, 199, 333], 209)];
+        for (shape, rows) in shapes {
+            let (_set, weight) = parameter(&[rows, shape[2]], kind);
             compare(
                 "linear",
                 kind,
@@ -104,6 +108,27 @@ fn linear_equals_its_reference() {
                 |x| vec![fused::linear(&x[0], &weight).unwrap()],
                 |x, w| vec![reference::linear(&x[0], w.unwrap()).unwrap()],
             );
+        }
+    }
+}
+
+/// The products of a linear layer on `threads` threads: output, the input's gradient, the weight's.
+fn on_threads(threads: i32, kind: Kind) -> [Tensor; 3] {
+    tch::manual_seed(3);
+    tch::set_num_threads(threads);
+    let (_set, weight) = parameter(&[300, 200], kind);
+    let (x, given) = (leaf(&[2, 300, 200], kind), random(&[2, 300, 300], kind));
+    let out = fused::linear(&x, &weight).unwrap();
+    autograd::backward(&[&out], &[&given]).unwrap();
+    [out.detach(), x.grad(), weight.grad.copy()]
+}
+
+#[test]
+fn products_do_not_depend_on_the_number_of_threads() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let (one, three) = (on_threads(1, kind), on_threads(3, kind));
+        for (index, (one, three)) in one.iter().zip(&three).enumerate() {
+            assert!(one.equal(three), "{kind:?}: result {index} differs");
         }
     }
 }
