@@ -1,7 +1,8 @@
 //! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
 
+use crate::cluster::nodes::ClusterPlan;
 use crate::error::UserError;
-use crate::machine::{self, Resolved};
+use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::record::write_whole;
@@ -13,6 +14,7 @@ use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -53,10 +55,58 @@ pub struct ResumeArgs {
     pub options: Options,
 }
 
+/// Arguments of `phalanx coordinator`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CoordinatorArgs {
+    /// The run config of a new run, a YAML file; or the directory or name of a run to go on with.
+    pub run: String,
+    /// Where to listen for agents; port 0: any that is free.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:0")]
+    pub listen: SocketAddr,
+    /// Host name or address at which agents reach this machine; by default its name, or the address
+    /// that it listens on.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Shared options.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// Where a coordinator listens.
+type Listen = (SocketAddr, Option<String>);
+
+/// Begins a run, or goes on with one, whose ranks agents start; returns the exit code.
+pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
+    let listen = Some((args.listen, args.host));
+    let path = PathBuf::from(&args.run);
+    let is_config = path.is_file() || path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    match is_config {
+        true => begin(RunArgs { config: path, options: args.options }, listen),
+        false => {
+            let (run, options) = (args.run, args.options);
+            go_on(ResumeArgs { run, step: None, from_start: false, options }, listen)
+        }
+    }
+}
+
 /// Begins a new run; returns the exit code.
 pub fn run(args: RunArgs) -> Result<i32, UserError> {
-    let resolved = machine::resolve(&args.config, &args.options.set)?;
-    let prepared = prepare(&resolved)?;
+    begin(args, None)
+}
+
+/// Continues a run; returns the exit code.
+pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+    go_on(args, None)
+}
+
+fn starter_of(listen: &Option<Listen>) -> Starter {
+    if listen.is_some() { Starter::Agents } else { Starter::Launcher }
+}
+
+fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
+    let starter = starter_of(&listen);
+    let resolved = machine::resolve(&args.config, &args.options.set, starter)?;
+    let prepared = prepare(&resolved, starter)?;
     let config = &resolved.loaded.config;
     crate::init_from::check(&config.model, &runs::runs_dir())?;
     let (run, lock) = runs::create(&config.name)?;
@@ -76,28 +126,29 @@ pub fn run(args: RunArgs) -> Result<i32, UserError> {
         }),
     )];
     let history = History { run_id: Some(run_id), ..History::default() };
-    go(lock, run, resolved, prepared, history, Start::default(), &args.options, begun)
+    let start = Start { listen, ..Start::default() };
+    go(lock, run, resolved, prepared, history, start, &args.options, begun)
 }
 
-/// Continues a run; returns the exit code.
-pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
+    let starter = starter_of(&listen);
     let run = runs::find(&args.run)?;
     let lock = RunLock::take(&run)?;
     let history = runs::history(&run)?;
     let set = &args.options.set;
     let before = RunConfig::load(&run.config(), &[])?.config;
-    let resolved = resolve_again(&run, &before, &history, set)?;
+    let resolved = resolve_again(&run, &before, &history, set, starter)?;
     let config = &resolved.loaded.config;
     if config.name != before.name {
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let start = choose_start(&run, &history, &args)?;
+    let start = Start { listen, ..choose_start(&run, &history, &args)? };
     let changes = differences(&before, config);
     if has_finished(config, &start, &args, !changes.is_empty())? {
         return Ok(exit_code::DONE);
     }
-    let prepared = prepare(&resolved)?;
+    let prepared = prepare(&resolved, starter)?;
     let mut begun = vec![(
         "run_resumed",
         json!({
@@ -134,14 +185,15 @@ fn resolve_again(
     before: &RunConfig,
     history: &History,
     set: &[String],
+    starter: Starter,
 ) -> Result<Resolved, UserError> {
     let path = run.config();
-    let kept = machine::resolve(&path, set)?;
-    let is_new_split = Some(kept.world_size) != before.cluster.ranks_per_node;
+    let kept = machine::resolve(&path, set, starter)?;
+    let is_new_split = kept.loaded.config.cluster.ranks_per_node != before.cluster.ranks_per_node;
     if history.has_auto_threads && is_new_split {
         // The later override counts.
         let auto = ["cluster.threads_per_rank=auto".to_owned()];
-        return machine::resolve(&path, &[&auto[..], set].concat());
+        return machine::resolve(&path, &[&auto[..], set].concat(), starter);
     }
     let is_same = kept.loaded.config.cluster.threads_per_rank == before.cluster.threads_per_rank;
     Ok(Resolved { has_auto_threads: history.has_auto_threads && is_same, ..kept })
@@ -186,6 +238,8 @@ struct Start {
     first_step: Option<u64>,
     /// Set where that is not the newest.
     branch: Option<Branch>,
+    /// Where to listen for agents.
+    listen: Option<Listen>,
 }
 
 fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
@@ -205,7 +259,8 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
         }
         let generation = history.last_generation + 1;
         let branch = (Some(step) != newest).then_some(Branch { step, generation });
-        return Ok(Start { committed: Some(step), first_step: Some(step), branch });
+        let (committed, first_step) = (Some(step), Some(step));
+        return Ok(Start { committed, first_step, branch, listen: None });
     }
     match (newest, args.from_start) {
         (Some(step), true) => {
@@ -214,7 +269,7 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
             ));
             Err(error.hint("start a new run with --set name=…"))
         }
-        (Some(step), false) => Ok(Start { committed: Some(step), first_step: None, branch: None }),
+        (Some(step), false) => Ok(Start { committed: Some(step), ..Start::default() }),
         (None, true) => Ok(Start::default()),
         (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
     }
@@ -235,22 +290,29 @@ fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> Us
 }
 
 /// What must be there before a directory is made.
+#[derive(Default)]
 struct Prepared {
     trainer: PathBuf,
     library_path: Option<std::ffi::OsString>,
 }
 
-fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
+fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError> {
     for note in &resolved.loaded.notes {
         err!("{note}");
     }
     let config = &resolved.loaded.config;
-    machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
+    if starter == Starter::Launcher {
+        machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
+    }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
         hint: None,
     })?;
+    if starter == Starter::Agents {
+        // Theirs to find.
+        return Ok(Prepared::default());
+    }
     let trainer = machine::trainer()?;
     let library_path = machine::library_path(config.cluster.device)?;
     if config.cluster.kind == ClusterKind::Mpi {
@@ -274,6 +336,12 @@ fn go(
     let run_id = history.run_id.unwrap_or_else(|| new_run_id(&config.name));
     let mut branches = history.branches;
     branches.extend(start.branch);
+    let cluster = start.listen.map(|(listen, host)| ClusterPlan {
+        listen,
+        host,
+        num_nodes: config.cluster.nodes,
+        ranks_per_node: config.cluster.ranks_per_node.unwrap_or(1),
+    });
     let plan = Plan {
         run,
         run_id,
@@ -286,6 +354,7 @@ fn go(
         branches,
         first_step: start.first_step,
         restarts: history.restarts,
+        cluster,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)

@@ -65,6 +65,7 @@ fn report(class: FailureClass, line: &str) -> FailureReport {
 fn short(action: &Action) -> String {
     match action {
         Action::FindCheckpoint => "find".into(),
+        Action::Gather { step } => format!("gather for {step:?}"),
         Action::Spawn { generation, resume_step } => {
             format!("spawn {generation} from {resume_step:?}")
         }

@@ -429,6 +429,7 @@ mod tests {
             world_size: 1,
             local_rank: 0,
             local_world_size: 1,
+            address: "127.0.0.1".to_owned(),
             threads: 1,
             run_dir: "run".into(),
             resume_step: None,

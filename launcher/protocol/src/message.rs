@@ -105,6 +105,8 @@ pub struct Assignment {
     pub local_rank: usize,
     /// Ranks on this node.
     pub local_world_size: usize,
+    /// Address of this node, at which the ranks of others reach this one.
+    pub address: String,
     /// CPU threads the rank may use.
     pub threads: usize,
     /// The run's directory, absolute; its `config.yaml` is the resolved config.

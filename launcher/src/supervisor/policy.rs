@@ -22,6 +22,9 @@ pub struct Policy {
     pub stop: Duration,
     /// Longest time ranks may take to exit once the first has finished.
     pub exit: Duration,
+    /// Whether there are agents: nodes are gathered before each generation, and one that is lost
+    /// is replaced.
+    pub has_agents: bool,
 }
 
 impl Policy {
@@ -35,6 +38,7 @@ impl Policy {
             grace: Duration::from_secs(5),
             stop: Duration::from_secs(600),
             exit: Duration::from_secs(60),
+            has_agents: false,
         }
     }
 
@@ -58,6 +62,11 @@ pub enum Event {
     /// The search for a checkpoint ended with this step.
     Found {
         /// Step to continue from; `None`: there is no checkpoint.
+        step: Option<u64>,
+    },
+    /// The nodes of the next generation are there.
+    Gathered {
+        /// Step to continue from, as it was found.
         step: Option<u64>,
     },
     /// The search or the start of a rank failed in a way that trying again does not mend.
@@ -134,6 +143,11 @@ pub enum Event {
 pub enum Action {
     /// Look for the newest good checkpoint; answer with [`Event::Found`].
     FindCheckpoint,
+    /// Find a node for every place; answer with [`Event::Gathered`].
+    Gather {
+        /// Step to continue from.
+        step: Option<u64>,
+    },
     /// Start all ranks.
     Spawn {
         /// Generation.

@@ -69,6 +69,9 @@ pub struct Status {
 pub struct RankStatus {
     /// Rank.
     pub rank: usize,
+    /// The node that it runs on, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// Process id.
     pub pid: u32,
     /// `starting`, `running`, `finished`, `stopped`, `done` or `failed`.

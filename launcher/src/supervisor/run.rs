@@ -2,11 +2,13 @@
 //! one loop on one thread.
 
 use super::mpirun;
-use super::rank::{Input, News, RankHandle, start};
+use super::rank::{Input, News, RankHandle, set_environment, start};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
+use crate::cluster::members::{NodeId, Seek};
+use crate::cluster::nodes::{ClusterPlan, Happening, Nodes, Outcome};
 use crate::view::View;
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
@@ -18,6 +20,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+
+/// Where the ranks of one machine reach each other.
+const LOOPBACK: &str = "127.0.0.1";
 
 /// Messages of all ranks that wait for the loop; a rank that says more waits.
 const NUM_INPUTS: usize = 4096;
@@ -48,6 +53,8 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
+    /// Set where agents start the ranks.
+    pub cluster: Option<ClusterPlan>,
 }
 
 struct Executor {
@@ -57,6 +64,12 @@ struct Executor {
     view: View,
     store: Store,
     ranks: Vec<RankHandle>,
+    /// The other machines, where there are any.
+    nodes: Option<Nodes>,
+    /// The nodes of the generation, by place.
+    places: Vec<NodeId>,
+    /// The step from which a generation shall go on that has not all its nodes.
+    gathering: Option<Option<u64>>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
     generation_start: Instant,
@@ -79,12 +92,28 @@ pub fn supervise(
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let (inputs, received) = mpsc::channel(NUM_INPUTS);
         let (searches, found) = mpsc::channel(1);
+        let (nodes, happened) = match &plan.cluster {
+            Some(cluster) => {
+                let (nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                (Some(nodes), Some(happened))
+            }
+            None => (None, None),
+        };
         let mut executor = Executor::new(plan, view, inputs, searches);
+        executor.nodes = nodes;
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
-        executor.run(received, found).await
+        executor.run(received, found, happened).await
     })
+}
+
+/// What happens next on other machines; never, where there are none.
+async fn next_of(happened: &mut Option<mpsc::Receiver<Happening>>) -> Option<Happening> {
+    match happened {
+        Some(happened) => happened.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The next signal, where it is listened to; never, otherwise.
@@ -102,7 +131,10 @@ impl Executor {
         inputs: mpsc::Sender<Input>,
         searches: mpsc::Sender<Result<Restored, String>>,
     ) -> Self {
-        let policy = Policy::new(plan.world_size, plan.config.restart.max_no_progress);
+        let policy = Policy {
+            has_agents: plan.cluster.is_some(),
+            ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
+        };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
         let state = State::new(policy, plan.last_generation);
         let status = Status {
@@ -126,6 +158,9 @@ impl Executor {
             view,
             store: Store::default(),
             ranks: Vec::new(),
+            nodes: None,
+            places: Vec::new(),
+            gathering: None,
             inputs,
             searches,
             generation_start: Instant::now(),
@@ -140,6 +175,7 @@ impl Executor {
         &mut self,
         mut inputs: mpsc::Receiver<Input>,
         mut searches: mpsc::Receiver<Result<Restored, String>>,
+        mut happened: Option<mpsc::Receiver<Happening>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -157,6 +193,7 @@ impl Executor {
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
                 Some(search) = searches.recv() => { self.take_search(search); None }
+                Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
@@ -171,24 +208,70 @@ impl Executor {
                     _ => Event::StopNow { by },
                 });
             }
+            self.gather();
+            if let Some(nodes) = &mut self.nodes {
+                nodes.flush();
+            }
         }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
+        if let Some(nodes) = &mut self.nodes {
+            nodes.over(code, &reason).await;
+        }
         Ok(self.end(code, reason))
     }
 
     fn next_wake(&self) -> Instant {
         let times = [self.state.next_tick(), self.store.next_deadline()];
         let next_status = self.recorder.next_write() + Duration::from_millis(500);
-        times.into_iter().flatten().fold(next_status, Instant::min)
+        let next = times.into_iter().flatten().fold(next_status, Instant::min);
+        self.nodes.as_ref().map_or(next, |nodes| next.min(nodes.next_wake(Instant::now())))
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
         let replies = self.store.expire(now);
         self.reply(replies);
+        let outcomes = self.nodes.as_mut().map(|nodes| nodes.wake(now)).unwrap_or_default();
+        self.take_outcomes(outcomes);
         self.handle(Event::Tick);
         if self.recorder.next_write() <= now {
             self.update_status();
+        }
+    }
+
+    fn happened(&mut self, happening: Happening) {
+        let now = Instant::now();
+        let outcomes = self.nodes.as_mut().map(|nodes| nodes.take(happening, now));
+        self.take_outcomes(outcomes.unwrap_or_default());
+    }
+
+    fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Rank(input) => self.take(input),
+                Outcome::Event(kind, fields) => self.recorder.event(kind, fields),
+            }
+        }
+    }
+
+    /// Starts a generation that waits for its nodes as soon as they are there.
+    fn gather(&mut self) {
+        let (Some(step), Some(nodes)) = (self.gathering, &mut self.nodes) else { return };
+        match nodes.found(Instant::now()) {
+            Seek::Waiting => {}
+            Seek::Found(places) => {
+                let names: Vec<String> = places.iter().map(|node| nodes.name(*node)).collect();
+                self.gathering = None;
+                self.places = places;
+                self.recorder.event("nodes_placed", json!({ "nodes": names }));
+                self.handle(Event::Gathered { step });
+            }
+            Seek::TooFew(found) => {
+                self.gathering = None;
+                let wanted = self.plan.config.cluster.nodes;
+                let reason = format!("{found} of {wanted} nodes are there, and no more come");
+                self.handle(Event::Broken { code: exit_code::FAILED, reason });
+            }
         }
     }
 
@@ -303,6 +386,12 @@ impl Executor {
     fn act(&mut self, action: Action) {
         match action {
             Action::FindCheckpoint => self.search(),
+            Action::Gather { step } => {
+                self.gathering = Some(step);
+                if let Some(nodes) = &mut self.nodes {
+                    nodes.seek(Instant::now());
+                }
+            }
             Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
             Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
             Action::Abort { reason } => {
@@ -377,6 +466,10 @@ impl Executor {
             tracing::info!("generation {generation} continues from step {step}");
         }
         self.ranks.clear();
+        if self.nodes.is_some() {
+            self.start_on_nodes(generation, resume_step);
+            return self.update_status();
+        }
         let started = match self.plan.config.cluster.kind {
             ClusterKind::Mpi => self.start_under_mpirun(generation),
             _ => self.start_ranks(generation),
@@ -402,6 +495,15 @@ impl Executor {
             self.ranks.push(handle.map_err(|error| (rank, error))?);
         }
         Ok(())
+    }
+
+    /// The agents tell the ranks their places.
+    fn start_on_nodes(&mut self, generation: u64, resume_step: Option<u64>) {
+        let assignment = |rank| self.assignment(generation, rank, resume_step);
+        let assignments = (0..self.plan.world_size).map(assignment).collect();
+        if let Some(nodes) = &mut self.nodes {
+            self.ranks = nodes.start(generation, &self.plan.run, &self.places, assignments);
+        }
     }
 
     fn start_under_mpirun(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
@@ -432,26 +534,22 @@ impl Executor {
     }
 
     fn set_environment(&self, command: &mut Command) {
-        for name in env::THREADS {
-            command.env(name, self.plan.threads.to_string());
-        }
-        if let Some(path) = &self.plan.library_path {
-            command.env(env::LIBRARY_PATH, path);
-        }
-        let (queues, number) = env::CUDA_QUEUES;
-        if std::env::var_os(queues).is_none() {
-            command.env(queues, number);
-        }
+        set_environment(command, self.plan.threads, self.plan.library_path.as_deref());
     }
 
     fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
+        let on_node = self.plan.cluster.as_ref().map(|cluster| cluster.ranks_per_node);
+        let on_node = on_node.unwrap_or(self.plan.world_size).max(1);
+        let node = self.places.get(rank / on_node);
+        let address = node.zip(self.nodes.as_ref()).map(|(node, nodes)| nodes.address_of(*node));
         Assignment {
             run_id: self.plan.run_id.clone(),
             generation,
             rank,
             world_size: self.plan.world_size,
-            local_rank: rank,
-            local_world_size: self.plan.world_size,
+            local_rank: rank % on_node,
+            local_world_size: on_node,
+            address: address.unwrap_or_else(|| LOOPBACK.to_owned()),
             threads: self.plan.threads,
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
@@ -462,6 +560,7 @@ impl Executor {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
             rank,
+            node: self.nodes.as_ref().and_then(|nodes| nodes.node_of(rank)),
             pid: handle.pid(),
             state: state.name().to_owned(),
             phase: phase.name().to_owned(),

@@ -132,6 +132,7 @@ impl State {
                 vec![Action::FindCheckpoint]
             }
             Event::Found { step } => self.found(step, now),
+            Event::Gathered { step } => self.gathered(step, now),
             Event::Broken { code, reason } => self.broken(code, reason),
             Event::Step { rank, step } => self.stepped(rank, step, now),
             Event::Phase { rank, phase } => self.entered(rank, phase, now),
@@ -165,6 +166,16 @@ impl State {
                  not starting from zero"
             );
             return self.over(exit_code::FAILED, reason);
+        }
+        match self.policy.has_agents {
+            true => vec![Action::Gather { step }],
+            false => self.gathered(step, now),
+        }
+    }
+
+    fn gathered(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
+        if self.stage != Stage::Between {
+            return Vec::new();
         }
         self.generation += 1;
         self.committed_before = self.committed;
@@ -309,6 +320,7 @@ impl State {
                 let reason = format!("{what}; trying again is of no use");
                 return self.over(exit_code::CONFIG, reason);
             }
+            FailureClass::Node if self.policy.has_agents => self.failures.clear(),
             FailureClass::Node => {
                 return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
             }

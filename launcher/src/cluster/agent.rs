@@ -1,0 +1,515 @@
+//! `phalanx agent`: starts the ranks of this node, and passes on what they and the coordinator say
+//! to each other.
+//!
+//! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
+
+use super::nodes::{Address, host_name};
+use super::secrets;
+use super::wire;
+use crate::error::UserError;
+use crate::machine;
+use crate::runs;
+use crate::supervisor::cause::Exit;
+use crate::supervisor::rank::{Input, News, RankHandle, set_environment, start};
+use crate::supervisor::relay::RankLog;
+use crate::view::View;
+use rank_protocol::agent::{
+    ALIVE_EVERY_MS, Answer, FromAgent, Join, NodeInfo, Running, Start, ToAgent,
+};
+use rank_protocol::frame::MAX_FRAME_BYTES;
+use rank_protocol::session::{Numbered, Session};
+use rank_protocol::{
+    Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, env, exit_code,
+};
+use run_config::RunConfig;
+use std::collections::BTreeMap;
+use std::io::{Error, ErrorKind};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+/// Messages of all ranks that wait for the loop.
+const NUM_INPUTS: usize = 4096;
+/// Messages to the coordinator that are kept until it has taken them in.
+const NUM_KEPT: usize = 64 << 10;
+/// Longest time that an attempt to connect may take.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time between two attempts.
+const RETRY: Duration = Duration::from_millis(500);
+/// Silence after which a connection counts as lost.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Longest time without a coordinator while no rank runs here.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Longest time that killed ranks may take to be gone.
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+/// Arguments of `phalanx agent`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AgentArgs {
+    /// The run's directory or name, as all nodes see it.
+    pub run: String,
+    /// This node's name; the host's, where it is not given.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// This node's place in the infrastructure's order.
+    #[arg(long)]
+    pub index: Option<u64>,
+    /// Address at which the ranks of other nodes reach those of this one; by default that from
+    /// which the coordinator is reached.
+    #[arg(long)]
+    pub address: Option<String>,
+    /// The coordinator, HOST:PORT; by default what it wrote into the run's directory.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<String>,
+}
+
+/// What happened on the connection.
+enum Happening {
+    Connected(Box<Connected>),
+    Failed { why: String, is_final: bool },
+    Said { connection: u64, frame: Box<Numbered<ToAgent>> },
+    Ended { connection: u64, why: String },
+}
+
+struct Connected {
+    conversation: u64,
+    taken: u64,
+    stream: TlsStream<TcpStream>,
+}
+
+struct Agent {
+    run: RunDir,
+    args: AgentArgs,
+    info: NodeInfo,
+    session: Session<FromAgent>,
+    conversation: u64,
+    connection: u64,
+    outbox: Option<mpsc::Sender<Numbered<FromAgent>>>,
+    is_connecting: bool,
+    next_attempt: Instant,
+    next_alive: Instant,
+    /// When the coordinator was last heard of.
+    heard: Instant,
+    has_told_loss: bool,
+    ranks: BTreeMap<usize, RankHandle>,
+    generation: u64,
+    /// A generation that waits for the ranks of the last one to be gone.
+    next: Option<Box<Start>>,
+    inputs: mpsc::Sender<Input>,
+    happenings: mpsc::Sender<Happening>,
+    end: Option<(i32, String)>,
+}
+
+/// Runs this node's share of a run to its end; returns the exit code.
+pub fn run(args: AgentArgs) -> Result<i32, UserError> {
+    let mut view = View::start(false);
+    let run = find(&args.run)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| UserError::failed(format!("the agent cannot start: {error}")))?;
+    // Ranks are spawned on this thread, which lives as long as the agent.
+    let code = tokio::task::LocalSet::new().block_on(&runtime, async {
+        let (inputs, received) = mpsc::channel(NUM_INPUTS);
+        let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
+        let mut agent = Agent::new(run, args, inputs, happenings);
+        agent.run(received, happened).await
+    });
+    view.end();
+    code.map_err(|error| UserError::failed(format!("the agent failed: {error}")))
+}
+
+/// The run, which the coordinator may not have made yet.
+fn find(name: &str) -> Result<RunDir, UserError> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut has_told = false;
+    loop {
+        let error = match runs::find(name) {
+            Ok(run) => return Ok(run),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(error) => error,
+        };
+        if !std::mem::replace(&mut has_told, true) {
+            tracing::info!("waiting for the coordinator to make the run: {}", error.message);
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+impl Agent {
+    fn new(
+        run: RunDir,
+        args: AgentArgs,
+        inputs: mpsc::Sender<Input>,
+        happenings: mpsc::Sender<Happening>,
+    ) -> Self {
+        let info = NodeInfo {
+            name: args.name.clone().unwrap_or_else(host_name),
+            index: args.index,
+            boot_id: boot_id(),
+            agent: format!("{}-{}", std::process::id(), crate::time::now()),
+            address: args.address.clone().unwrap_or_default(),
+            cores: machine::num_cores(),
+            gpus: machine::num_gpus(),
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let now = Instant::now();
+        Self {
+            run,
+            args,
+            info,
+            session: Session::new(NUM_KEPT),
+            conversation: 0,
+            connection: 0,
+            outbox: None,
+            is_connecting: false,
+            next_attempt: now,
+            next_alive: now,
+            heard: now,
+            has_told_loss: false,
+            ranks: BTreeMap::new(),
+            generation: 0,
+            next: None,
+            inputs,
+            happenings,
+            end: None,
+        }
+    }
+
+    async fn run(
+        &mut self,
+        mut inputs: mpsc::Receiver<Input>,
+        mut happened: mpsc::Receiver<Happening>,
+    ) -> std::io::Result<i32> {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut user = signal(SignalKind::user_defined2())?;
+        let mut num_signals = 0;
+        while self.end.is_none() {
+            let wake = self.next_alive.min(self.next_attempt.max(Instant::now()));
+            let wake =
+                if self.is_connecting || self.outbox.is_some() { self.next_alive } else { wake };
+            let by = tokio::select! {
+                Some(input) = inputs.recv() => { self.take(input); None }
+                Some(happening) = happened.recv() => { self.happened(happening); None }
+                _ = interrupt.recv() => Some("SIGINT"),
+                _ = terminate.recv() => Some("SIGTERM"),
+                _ = user.recv() => Some("SIGUSR2"),
+                () = tokio::time::sleep_until(wake.into()) => { self.wake(); None }
+            };
+            if let Some(by) = by {
+                num_signals += 1;
+                self.asked_to_stop(by, num_signals);
+            }
+        }
+        let (code, reason) = self.end.take().unwrap_or((exit_code::FAILED, String::new()));
+        tracing::info!("the run is over: {reason}");
+        self.clear(&mut inputs).await;
+        Ok(code)
+    }
+
+    /// Kills what is left, and waits until it is gone.
+    async fn clear(&mut self, inputs: &mut mpsc::Receiver<Input>) {
+        self.ranks.values().for_each(RankHandle::kill);
+        let gone = async {
+            while !self.ranks.is_empty() {
+                let Some(input) = inputs.recv().await else { return };
+                if matches!(input.news, News::Exited { .. }) {
+                    self.ranks.remove(&input.rank);
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_WAIT, gone).await;
+    }
+
+    /// A stop of one node is a stop of the run: a rank of it asks for it.
+    fn asked_to_stop(&mut self, by: &str, num_signals: u32) {
+        if num_signals > 1 {
+            self.end = Some((exit_code::INTERRUPTED, format!("stopped at once by {by}")));
+            return;
+        }
+        let Some(&rank) = self.ranks.keys().next() else {
+            self.end = Some((exit_code::PREEMPTED, format!("{by}, and no rank runs here")));
+            return;
+        };
+        tracing::info!("{by}: the run finishes the step and saves; again to stop here at once");
+        let signal = format!("{by} to node {}", self.info.name);
+        let message = FromRank::StopRequested { signal };
+        self.tell(FromAgent::Said { generation: self.generation, rank, message });
+    }
+
+    fn wake(&mut self) {
+        let now = Instant::now();
+        if now >= self.next_alive {
+            self.next_alive = now + Duration::from_millis(ALIVE_EVERY_MS);
+            let alive = self.session.alive();
+            self.send(alive);
+            if self.outbox.is_some() && now.saturating_duration_since(self.heard) >= SILENCE {
+                self.lost("it is silent");
+            }
+        }
+        if self.outbox.is_none() && !self.is_connecting && now >= self.next_attempt {
+            self.connect();
+        }
+        let silence = now.saturating_duration_since(self.heard);
+        if self.ranks.is_empty() && silence >= PATIENCE {
+            let reason = format!("no coordinator for {} s", PATIENCE.as_secs());
+            self.end = Some((exit_code::FAILED, reason));
+        }
+    }
+
+    fn lost(&mut self, why: &str) {
+        self.outbox = None;
+        self.next_attempt = Instant::now();
+        if !self.has_told_loss {
+            self.has_told_loss = true;
+            tracing::warn!("the coordinator is away ({why}); the ranks go on");
+        }
+    }
+
+    fn connect(&mut self) {
+        self.is_connecting = true;
+        let running = Running {
+            generation: self.generation,
+            ranks: self.ranks.iter().map(|(rank, handle)| (*rank, handle.pid())).collect(),
+        };
+        let join = Join {
+            token: String::new(),
+            node: self.info.clone(),
+            conversation: self.conversation,
+            taken: self.session.taken(),
+            running: (!running.ranks.is_empty()).then_some(running),
+        };
+        let (run, given) = (self.run.clone(), self.args.coordinator.clone());
+        let happenings = self.happenings.clone();
+        spawn_local(async move {
+            let attempt = tokio::time::timeout(ATTEMPT_TIMEOUT, attempt(run, given, join)).await;
+            let happening = match attempt {
+                Ok(Ok(Ok(connected))) => Happening::Connected(Box::new(connected)),
+                Ok(Ok(Err(reason))) => Happening::Failed { why: reason, is_final: true },
+                Ok(Err(error)) => Happening::Failed { why: error.to_string(), is_final: false },
+                Err(_) => Happening::Failed { why: "no answer".into(), is_final: false },
+            };
+            let _ = happenings.send(happening).await;
+        });
+    }
+
+    fn happened(&mut self, happening: Happening) {
+        match happening {
+            Happening::Connected(connected) => self.connected(*connected),
+            Happening::Failed { why, is_final } => {
+                self.is_connecting = false;
+                self.next_attempt = Instant::now() + RETRY;
+                if is_final {
+                    let reason = format!("refused by the coordinator: {why}");
+                    self.end = Some((exit_code::CONFIG, reason));
+                } else if !self.has_told_loss {
+                    self.has_told_loss = true;
+                    tracing::info!("waiting for the coordinator: {why}");
+                }
+            }
+            Happening::Said { connection, frame } if connection == self.connection => {
+                self.heard = Instant::now();
+                match self.session.take(*frame) {
+                    Ok(Some(message)) => self.obey(message),
+                    Ok(None) => {}
+                    Err(error) => self.lost(&error.to_string()),
+                }
+            }
+            Happening::Ended { connection, why } if connection == self.connection => {
+                if self.outbox.is_some() {
+                    self.lost(&why);
+                }
+            }
+            Happening::Said { .. } | Happening::Ended { .. } => {}
+        }
+    }
+
+    fn connected(&mut self, connected: Connected) {
+        let Connected { conversation, taken, stream } = connected;
+        self.is_connecting = false;
+        self.heard = Instant::now();
+        self.has_told_loss = false;
+        if conversation != self.conversation {
+            self.conversation = conversation;
+            self.session.other_side_is_new();
+        }
+        let again = match self.session.resume(taken) {
+            Ok(again) => again,
+            Err(error) => return self.lost(&error.to_string()),
+        };
+        self.connection += 1;
+        tracing::info!("node {} belongs to the run", self.info.name);
+        let connection = self.connection;
+        let first: Option<()> = None;
+        let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
+        let ended = move |why| Happening::Ended { connection, why };
+        self.outbox = Some(wire::talk(stream, first, self.happenings.clone(), said, ended));
+        for frame in again {
+            self.send(frame);
+        }
+    }
+
+    fn obey(&mut self, message: ToAgent) {
+        match message {
+            ToAgent::Start(start) => {
+                self.ranks.values().for_each(RankHandle::kill);
+                self.next = Some(start);
+                self.start_next();
+            }
+            ToAgent::Tell { generation, rank, message } => {
+                self.with(generation, rank, |handle| handle.tell(message));
+            }
+            ToAgent::Terminate { generation, rank } => {
+                self.with(generation, rank, RankHandle::terminate);
+            }
+            ToAgent::Kill { generation, rank } => self.with(generation, rank, RankHandle::kill),
+            ToAgent::Over { code, reason } => self.end = Some((code, reason)),
+        }
+    }
+
+    fn with(&self, generation: u64, rank: usize, body: impl FnOnce(&RankHandle)) {
+        if generation == self.generation
+            && let Some(handle) = self.ranks.get(&rank)
+        {
+            body(handle);
+        }
+    }
+
+    /// Starts the ranks of the next generation once those of the last one are gone.
+    fn start_next(&mut self) {
+        if !self.ranks.is_empty() {
+            return;
+        }
+        let Some(start) = self.next.take() else { return };
+        self.generation = start.generation;
+        let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
+        tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
+        for assignment in start.ranks {
+            let (generation, rank) = (assignment.generation, assignment.rank);
+            match self.start_rank(assignment) {
+                Ok(handle) => {
+                    let pid = handle.pid();
+                    self.ranks.insert(rank, handle);
+                    self.tell(FromAgent::Started { generation, rank, pid });
+                }
+                Err(why) => self.could_not_start(rank, why),
+            }
+        }
+    }
+
+    fn start_rank(&self, assignment: Assignment) -> Result<RankHandle, String> {
+        let run = RunDir::new(&assignment.run_dir);
+        let config = RunConfig::load(&run.config(), &[]).map_err(|error| error.to_string())?.config;
+        let trainer = machine::trainer().map_err(|error| error.message)?;
+        let library_path =
+            machine::library_path(config.cluster.device).map_err(|error| error.message)?;
+        let rank = assignment.rank;
+        let mut command = Command::new(&trainer);
+        command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
+        command.env(env::RANK, rank.to_string());
+        set_environment(&mut command, assignment.threads, library_path.as_deref());
+        let log = RankLog::open(&run.log(assignment.generation, rank), rank);
+        let handle = start(command, assignment.generation, rank, log, self.inputs.clone())
+            .map_err(|error| format!("{}: {error}", trainer.display()))?;
+        handle.tell(ToRank::Assignment(assignment));
+        Ok(handle)
+    }
+
+    fn could_not_start(&mut self, rank: usize, why: String) {
+        let generation = self.generation;
+        let report = FailureReport {
+            class: FailureClass::Config,
+            phase: Phase::Init,
+            step: None,
+            collective: None,
+            lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
+        };
+        let message = FromRank::Failure(Box::new(report));
+        self.tell(FromAgent::Said { generation, rank, message });
+        let exit = Exit { code: Some(exit_code::CONFIG), signal: None };
+        self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+    }
+
+    /// Passes on what a rank did.
+    fn take(&mut self, input: Input) {
+        let Input { generation, rank, news } = input;
+        let message = match news {
+            News::Message(message) => FromAgent::Said { generation, rank, message },
+            News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
+            News::Exited { exit, last_lines } => {
+                if generation == self.generation {
+                    self.ranks.remove(&rank);
+                }
+                FromAgent::Exited { generation, rank, exit, last_lines }
+            }
+        };
+        self.tell(message);
+        self.start_next();
+    }
+
+    /// Tells the coordinator, now or once it is back.
+    fn tell(&mut self, message: FromAgent) {
+        match self.session.push(message) {
+            Ok(frame) => self.send(frame),
+            Err(error) => {
+                self.ranks.values().for_each(RankHandle::kill);
+                let reason = format!("the coordinator is away for too long: {error}");
+                self.end = Some((exit_code::FAILED, reason));
+            }
+        }
+    }
+
+    fn send(&mut self, frame: Numbered<FromAgent>) {
+        if self.outbox.as_ref().is_some_and(|outbox| outbox.try_send(frame).is_err()) {
+            self.lost("it takes nothing in");
+        }
+    }
+}
+
+/// Connects once: `Err` within `Ok` where the coordinator refuses, for good.
+async fn attempt(
+    run: RunDir,
+    given: Option<String>,
+    mut join: Join,
+) -> std::io::Result<Result<Connected, String>> {
+    let (tls, name, token) = secrets::read(&run)?;
+    join.token = token;
+    let address = match given {
+        Some(given) => given,
+        None => {
+            let text = std::fs::read(run.coordinator())?;
+            let Address { host, port, .. } = serde_json::from_slice(&text)?;
+            format!("{host}:{port}")
+        }
+    };
+    let socket = TcpStream::connect(&address)
+        .await
+        .map_err(|error| Error::new(error.kind(), format!("{address}: {error}")))?;
+    let _ = socket.set_nodelay(true);
+    if join.node.address.is_empty() {
+        join.node.address = socket.local_addr()?.ip().to_string();
+    }
+    let mut stream = TlsConnector::from(tls).connect(name, socket).await?;
+    wire::write(&mut stream, &join).await?;
+    match wire::read(&mut stream, MAX_FRAME_BYTES).await? {
+        Answer::Welcome { conversation, taken } => {
+            Ok(Ok(Connected { conversation, taken, stream }))
+        }
+        // A coordinator that has just begun anew has another token than was read.
+        Answer::Refused { reason } if secrets::read(&run)?.2 != join.token => {
+            Err(Error::new(ErrorKind::PermissionDenied, reason))
+        }
+        Answer::Refused { reason } => Ok(Err(reason)),
+    }
+}

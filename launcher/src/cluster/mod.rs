@@ -1,0 +1,13 @@
+//! A run on several nodes: one coordinator, and an agent on each node that starts its ranks.
+//!
+//! The coordinator is the supervisor with ranks that are elsewhere. [`members`] is pure and says
+//! which nodes belong to the run and which are dead; [`server`] lets agents in over TLS
+//! ([`secrets`]); [`nodes`] holds the conversation with each. [`agent`] is the other side;
+//! [`wire`] frames what both say.
+
+pub mod agent;
+pub mod members;
+pub mod nodes;
+pub mod secrets;
+pub mod server;
+pub mod wire;
