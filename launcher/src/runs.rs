@@ -200,6 +200,8 @@ pub struct History {
     pub started: String,
     /// Exit code and reason of the last launcher, where it came to its end.
     pub end: Option<(i32, String)>,
+    /// The nodes of the last generation by place, where agents started it.
+    pub nodes: Vec<String>,
 }
 
 /// The highest generation that has a folder of logs.
@@ -235,6 +237,10 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
             }
             Some("checkpoint_committed") => {
                 history.committed = history.committed.max(number("step"));
+            }
+            Some("nodes_placed") => {
+                let nodes = event.get("nodes").cloned().unwrap_or_default();
+                history.nodes = serde_json::from_value(nodes).unwrap_or_default();
             }
             Some("generation_started") => {
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);

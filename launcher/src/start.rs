@@ -126,7 +126,7 @@ fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         }),
     )];
     let history = History { run_id: Some(run_id), ..History::default() };
-    let start = Start { listen, ..Start::default() };
+    let start = Start { listen, may_begin: true, ..Start::default() };
     go(lock, run, resolved, prepared, history, start, &args.options, begun)
 }
 
@@ -143,7 +143,13 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let start = Start { listen, ..choose_start(&run, &history, &args)? };
+    let may_adopt = listen.is_some() && history.end.is_none() && !history.nodes.is_empty();
+    let start = match choose_start(&run, &history, &args) {
+        // Only the ranks themselves can save it.
+        Err(_) if may_adopt && history.committed.is_none() => Start::default(),
+        chosen => chosen?,
+    };
+    let start = Start { listen, may_adopt, ..start };
     let changes = differences(&before, config);
     if has_finished(config, &start, &args, !changes.is_empty())? {
         return Ok(exit_code::DONE);
@@ -240,6 +246,10 @@ struct Start {
     branch: Option<Branch>,
     /// Where to listen for agents.
     listen: Option<Listen>,
+    /// Whether ranks of the last generation may still run.
+    may_adopt: bool,
+    /// Whether the run may begin from its initial weights.
+    may_begin: bool,
 }
 
 fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
@@ -260,7 +270,7 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
         let generation = history.last_generation + 1;
         let branch = (Some(step) != newest).then_some(Branch { step, generation });
         let (committed, first_step) = (Some(step), Some(step));
-        return Ok(Start { committed, first_step, branch, listen: None });
+        return Ok(Start { committed, first_step, branch, ..Start::default() });
     }
     match (newest, args.from_start) {
         (Some(step), true) => {
@@ -270,7 +280,7 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
             Err(error.hint("start a new run with --set name=…"))
         }
         (Some(step), false) => Ok(Start { committed: Some(step), ..Start::default() }),
-        (None, true) => Ok(Start::default()),
+        (None, true) => Ok(Start { may_begin: true, ..Start::default() }),
         (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
     }
 }
@@ -355,6 +365,8 @@ fn go(
         first_step: start.first_step,
         restarts: history.restarts,
         cluster,
+        adopt: start.may_adopt.then_some(history.nodes),
+        may_begin: start.may_begin,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)

@@ -108,6 +108,65 @@ fn ranks_go_on_while_the_coordinator_is_away() {
     sandbox.assert_nothing_left();
 }
 
+fn rank_pids(sandbox: &Sandbox) -> Vec<u32> {
+    let is_rank = |(_, command): &&(u32, String)| command.contains("fake-trainer");
+    sandbox.processes().iter().filter(is_rank).map(|(pid, _)| *pid).collect()
+}
+
+fn new_coordinator(sandbox: &Sandbox) -> Running {
+    sandbox.start(&["coordinator", "test", "--listen", "127.0.0.1:0"])
+}
+
+#[test]
+fn a_new_coordinator_takes_over_the_ranks_of_one_that_was_killed() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 150);
+    let killed = coordinator(&sandbox);
+    let agents = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_step(2);
+    let before = rank_pids(&sandbox);
+    assert_eq!(before.len(), 4);
+    killed.signal(Signal::KILL);
+    drop(killed);
+    let since = Instant::now();
+    let coordinator = new_coordinator(&sandbox);
+    let stopped_at = read_metrics(&sandbox.run_dir().metrics()).unwrap().len() as u64;
+    sandbox.wait_for_metrics(stopped_at + 2, 1);
+    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    assert_eq!(rank_pids(&sandbox), before, "no rank ended");
+    coordinator.expect(0);
+    for agent in agents {
+        agent.expect(0);
+    }
+    assert_all_steps(&sandbox);
+    assert_eq!(sandbox.events_of("generation_started").len(), 1);
+    assert_eq!(sandbox.events_of("generation_adopted").len(), 1);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_new_coordinator_starts_again_where_ranks_are_missing() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 150);
+    let killed = coordinator(&sandbox);
+    let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    let spare = agent(&sandbox, "spare");
+    sandbox.wait_for_step(7);
+    killed.signal(Signal::KILL);
+    second.signal(Signal::KILL);
+    drop((killed, second));
+    let (_, stderr) = new_coordinator(&sandbox).expect(0);
+    assert!(stderr.contains("not all ranks of the last generation were found"), "{stderr}");
+    first.expect(0);
+    spare.expect(0);
+    assert_all_steps(&sandbox);
+    let generations: Vec<u64> = sandbox
+        .events_of("generation_started")
+        .iter()
+        .map(|event| event["generation"].as_u64().unwrap())
+        .collect();
+    assert_eq!(generations, [1, 2], "it never goes back");
+    sandbox.assert_nothing_left();
+}
+
 #[test]
 fn a_signal_to_one_node_stops_the_run() {
     let sandbox = sandbox().env("FAKE_STEP_MS", 50);

@@ -6,6 +6,7 @@
 
 use crate::exit::Exit;
 use crate::message::{Assignment, FromRank, ToRank};
+use crate::store::StoreRequest;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -52,13 +53,15 @@ pub struct NodeInfo {
     pub build: String,
 }
 
-/// The ranks of a generation that run on a node.
+/// The ranks of a generation that were started on a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
     /// Generation.
     pub generation: u64,
-    /// Ranks, with their process ids.
+    /// Ranks that run, with their process ids.
     pub ranks: Vec<(usize, u32)>,
+    /// Ranks that have ended, and how.
+    pub exited: Vec<(usize, Exit)>,
 }
 
 /// The coordinator's answer to [`Join`].
@@ -132,6 +135,14 @@ pub struct Start {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromAgent {
+    /// What the ranks of this node have written into the rendezvous store, for a coordinator that
+    /// began anew. There are no replies.
+    Store {
+        /// Generation.
+        generation: u64,
+        /// In this order.
+        requests: Vec<StoreRequest>,
+    },
     /// A rank's process runs.
     Started {
         /// Generation.

@@ -127,10 +127,11 @@ impl<Out: Clone> Session<Out> {
         Ok(self.unacked.iter().map(again).collect())
     }
 
-    /// The other side began anew: what it sends is numbered from 1 again, and what it had not taken
-    /// in is sent to it from 1 on.
-    pub fn other_side_is_new(&mut self) {
+    /// The other side began anew: what it sends is numbered from 1 again, and what the one before
+    /// had not taken in is sent to it from 1 on, where `is_wanted` says so.
+    pub fn other_side_is_new(&mut self, is_wanted: impl Fn(&Out) -> bool) {
         self.taken = 0;
+        self.unacked.retain(|(_, message)| is_wanted(message));
         for (number, (seq, _)) in (1..).zip(&mut self.unacked) {
             *seq = number;
         }
@@ -175,11 +176,11 @@ mod tests {
     #[test]
     fn a_new_other_side_is_told_what_the_old_one_had_not_taken_in() {
         let mut session = Session::new(9);
-        for message in ["a", "b", "c"] {
+        for message in ["a", "b", "c", "x"] {
             session.push(message).unwrap();
         }
         session.take(Numbered { seq: 1, ack: 2, m: Some(()) }).unwrap();
-        session.other_side_is_new();
+        session.other_side_is_new(|message| *message != "x");
         let again = session.resume(0).unwrap();
         assert_eq!(again, [Numbered { seq: 1, ack: 0, m: Some("c") }]);
         assert_eq!(session.push("d").unwrap().seq, 2);

@@ -3,6 +3,7 @@
 //!
 //! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
 
+use super::journal::Journal;
 use super::nodes::{Address, host_name};
 use super::secrets;
 use super::wire;
@@ -97,6 +98,9 @@ struct Agent {
     heard: Instant,
     has_told_loss: bool,
     ranks: BTreeMap<usize, RankHandle>,
+    /// Ranks of the generation that have ended.
+    exited: Vec<(usize, Exit)>,
+    journal: Journal,
     generation: u64,
     /// A generation that waits for the ranks of the last one to be gone.
     next: Option<Box<Start>>,
@@ -178,6 +182,8 @@ impl Agent {
             heard: now,
             has_told_loss: false,
             ranks: BTreeMap::new(),
+            exited: Vec::new(),
+            journal: Journal::default(),
             generation: 0,
             next: None,
             inputs,
@@ -282,13 +288,14 @@ impl Agent {
         let running = Running {
             generation: self.generation,
             ranks: self.ranks.iter().map(|(rank, handle)| (*rank, handle.pid())).collect(),
+            exited: self.exited.clone(),
         };
         let join = Join {
             token: String::new(),
             node: self.info.clone(),
             conversation: self.conversation,
             taken: self.session.taken(),
-            running: (!running.ranks.is_empty()).then_some(running),
+            running: (self.generation > 0).then_some(running),
         };
         let (run, given) = (self.run.clone(), self.args.coordinator.clone());
         let happenings = self.happenings.clone();
@@ -341,8 +348,7 @@ impl Agent {
         self.heard = Instant::now();
         self.has_told_loss = false;
         if conversation != self.conversation {
-            self.conversation = conversation;
-            self.session.other_side_is_new();
+            self.begin_anew(conversation);
         }
         let again = match self.session.resume(taken) {
             Ok(again) => again,
@@ -360,6 +366,23 @@ impl Agent {
         }
     }
 
+    /// Another coordinator, or one that had given this node up: it knows nothing of what the ranks
+    /// wrote into the store or wait for.
+    fn begin_anew(&mut self, conversation: u64) {
+        self.conversation = conversation;
+        let is_store = |message: &FromAgent| {
+            matches!(message, FromAgent::Said { message: FromRank::Store { .. }, .. })
+        };
+        self.session.other_side_is_new(|message| !is_store(message));
+        let generation = self.generation;
+        for requests in self.journal.done() {
+            self.tell(FromAgent::Store { generation, requests });
+        }
+        for (rank, message) in self.journal.asked() {
+            self.tell(FromAgent::Said { generation, rank, message });
+        }
+    }
+
     fn obey(&mut self, message: ToAgent) {
         match message {
             ToAgent::Start(start) => {
@@ -368,6 +391,9 @@ impl Agent {
                 self.start_next();
             }
             ToAgent::Tell { generation, rank, message } => {
+                if generation == self.generation {
+                    self.journal.told(rank, &message);
+                }
                 self.with(generation, rank, |handle| handle.tell(message));
             }
             ToAgent::Terminate { generation, rank } => {
@@ -393,6 +419,8 @@ impl Agent {
         }
         let Some(start) = self.next.take() else { return };
         self.generation = start.generation;
+        self.journal = Journal::default();
+        self.exited.clear();
         let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
         tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
         for assignment in start.ranks {
@@ -438,6 +466,7 @@ impl Agent {
         let message = FromRank::Failure(Box::new(report));
         self.tell(FromAgent::Said { generation, rank, message });
         let exit = Exit { code: Some(exit_code::CONFIG), signal: None };
+        self.exited.push((rank, exit));
         self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
     }
 
@@ -445,11 +474,17 @@ impl Agent {
     fn take(&mut self, input: Input) {
         let Input { generation, rank, news } = input;
         let message = match news {
-            News::Message(message) => FromAgent::Said { generation, rank, message },
+            News::Message(message) => {
+                if generation == self.generation {
+                    self.journal.said(rank, &message);
+                }
+                FromAgent::Said { generation, rank, message }
+            }
             News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
             News::Exited { exit, last_lines } => {
                 if generation == self.generation {
                     self.ranks.remove(&rank);
+                    self.exited.push((rank, exit));
                 }
                 FromAgent::Exited { generation, rank, exit, last_lines }
             }

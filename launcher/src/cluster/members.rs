@@ -188,6 +188,11 @@ impl Members {
         changes
     }
 
+    /// Gives these nodes their places, as an earlier coordinator did.
+    pub fn place(&mut self, nodes: &[NodeId]) {
+        self.places = nodes.iter().copied().map(Some).collect();
+    }
+
     /// A generation needs its nodes from now on.
     pub fn seek(&mut self, now: Instant) {
         self.sought = Some(now);
@@ -365,8 +370,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whoever joins, falls silent or comes back: a generation's nodes are alive, all different,
-        /// and a node that is alive keeps its place.
+        /// Whoever joins, falls silent or comes back: a generation's nodes are alive, all
+        /// different, and a node that is alive keeps its place.
         #[test]
         fn no_order_of_events_breaks_the_rules(
             events in prop::collection::vec((0_usize..5, 0_u32..3, 0_u64..3000), 1..80),

@@ -2,18 +2,20 @@
 //! run. Every change passes through the supervisor's loop.
 
 use super::members::{Change, Joined, Limits, Members, NodeId, Seek};
+use super::remote::{Commands, RemoteRank};
 use super::secrets;
 use super::server::{Arrival, serve};
 use super::wire;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
-use rank_protocol::agent::{ALIVE_EVERY_MS, Answer, FromAgent, Start, ToAgent};
+use rank_protocol::agent::{ALIVE_EVERY_MS, Answer, FromAgent, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank};
+use rank_protocol::store::StoreRequest;
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -81,6 +83,8 @@ pub enum Happening {
 pub enum Outcome {
     /// A rank said something, or ended.
     Rank(Input),
+    /// Ranks of the generation had written this into the store of an earlier coordinator.
+    Store(Vec<StoreRequest>),
     /// Something for `events.jsonl`.
     Event(&'static str, Value),
 }
@@ -90,47 +94,6 @@ struct Conversation {
     session: Session<ToAgent>,
     connection: u64,
     outbox: Option<mpsc::Sender<Numbered<ToAgent>>>,
-}
-
-/// What ranks elsewhere are to be told, until the loop sends it.
-#[derive(Default)]
-pub struct Commands {
-    queue: RefCell<VecDeque<(NodeId, ToAgent)>>,
-}
-
-/// A rank on another node.
-pub struct RemoteRank {
-    commands: Rc<Commands>,
-    node: NodeId,
-    generation: u64,
-    rank: usize,
-    pid: Rc<Cell<u32>>,
-}
-
-impl RemoteRank {
-    /// Process id on its node; 0 where it is not yet known.
-    pub fn pid(&self) -> u32 {
-        self.pid.get()
-    }
-
-    /// Passes on a message.
-    pub fn tell(&self, message: ToRank) {
-        self.command(ToAgent::Tell { generation: self.generation, rank: self.rank, message });
-    }
-
-    /// SIGTERM to its process group.
-    pub fn terminate(&self) {
-        self.command(ToAgent::Terminate { generation: self.generation, rank: self.rank });
-    }
-
-    /// SIGKILL to its process group.
-    pub fn kill(&self) {
-        self.command(ToAgent::Kill { generation: self.generation, rank: self.rank });
-    }
-
-    fn command(&self, command: ToAgent) {
-        self.commands.queue.borrow_mut().push_back((self.node, command));
-    }
 }
 
 /// The ranks of the generation under way.
@@ -151,6 +114,11 @@ pub struct Nodes {
     happenings: mpsc::Sender<Happening>,
     commands: Rc<Commands>,
     ranks: Ranks,
+    /// The generation of an earlier coordinator that shall go on, and who runs what of it.
+    adopting: Option<u64>,
+    running: BTreeMap<NodeId, Running>,
+    /// What ranks wrote into its store.
+    stored: Vec<Outcome>,
     first_conversation: u64,
     num_connections: u64,
     next_alive: Instant,
@@ -191,6 +159,9 @@ impl Nodes {
             happenings,
             commands: Rc::default(),
             ranks: Ranks::default(),
+            adopting: None,
+            running: BTreeMap::new(),
+            stored: Vec::new(),
             // Another coordinator of the same run has others.
             first_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
             num_connections: 0,
@@ -249,6 +220,63 @@ impl Nodes {
         self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
     }
 
+    /// The ranks of an earlier coordinator's generation may still run: they are let alone until
+    /// [`Nodes::adopt`] or [`Nodes::abandon`].
+    pub fn await_ranks(&mut self, generation: u64) {
+        self.adopting = Some(generation);
+    }
+
+    /// Takes over the generation that was expected, once every node that `names` has by place is
+    /// there. Gives the nodes, the ranks, and what had happened in the meantime.
+    pub fn adopt(
+        &mut self,
+        names: &[String],
+    ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
+        let generation = self.adopting?;
+        let node_of = |name: &String| {
+            self.running.keys().copied().find(|node| {
+                self.members.is_alive(*node)
+                    && self.members.info(*node).is_some_and(|info| info.name == *name)
+            })
+        };
+        let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
+        if nodes.len() != self.plan.num_nodes {
+            return None;
+        }
+        self.adopting = None;
+        self.members.place(&nodes);
+        let running = std::mem::take(&mut self.running);
+        let mut outcomes = std::mem::take(&mut self.stored);
+        let ranks = nodes.len() * self.plan.ranks_per_node;
+        let handles = self.handles(generation, &nodes, 0..ranks);
+        for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
+            if let Some(cell) = self.ranks.pids.get(*rank) {
+                cell.set(*pid);
+            }
+        }
+        for (rank, exit) in running.into_values().flat_map(|running| running.exited) {
+            let news = News::Exited { exit, last_lines: Vec::new() };
+            outcomes.push(Outcome::Rank(Input { generation, rank, news }));
+        }
+        Some((nodes, handles, outcomes))
+    }
+
+    /// Ends the ranks that were expected: not all of them are there.
+    pub fn abandon(&mut self) {
+        self.adopting = None;
+        self.stored.clear();
+        for (node, running) in std::mem::take(&mut self.running) {
+            self.kill(node, &running);
+        }
+    }
+
+    fn kill(&mut self, node: NodeId, running: &Running) {
+        let generation = running.generation;
+        for (rank, _) in &running.ranks {
+            self.send(node, ToAgent::Kill { generation, rank: *rank });
+        }
+    }
+
     /// Has the agents start the ranks of a generation on these nodes, in order of rank.
     pub fn start(
         &mut self,
@@ -257,22 +285,14 @@ impl Nodes {
         nodes: &[NodeId],
         assignments: Vec<Assignment>,
     ) -> Vec<RankHandle> {
-        let mut ranks = Ranks { generation, ..Ranks::default() };
+        let numbers = assignments.iter().map(|assignment| assignment.rank);
+        let handles = self.handles(generation, nodes, numbers);
         let mut by_node: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
-        let mut handles = Vec::new();
         for assignment in assignments {
-            let rank = assignment.rank;
-            let Some(&node) = nodes.get(rank / self.plan.ranks_per_node.max(1)) else { continue };
-            by_node.entry(node).or_default().push(assignment);
-            let pid = Rc::new(Cell::new(0));
-            let commands = Rc::clone(&self.commands);
-            let handle = RemoteRank { commands, node, generation, rank, pid: Rc::clone(&pid) };
-            handles.push(RankHandle::Remote(handle));
-            ranks.nodes.push(node);
-            ranks.pids.push(pid);
-            ranks.has_exited.push(false);
+            if let Some(&node) = self.ranks.nodes.get(assignment.rank) {
+                by_node.entry(node).or_default().push(assignment);
+            }
         }
-        self.ranks = ranks;
         for (node, ranks) in by_node {
             let start = Start { generation, run_dir: run.root().to_owned(), ranks };
             self.send(node, ToAgent::Start(Box::new(start)));
@@ -280,11 +300,31 @@ impl Nodes {
         handles
     }
 
+    /// Notes where the ranks of a generation are, which are numbered from 0.
+    fn handles(
+        &mut self,
+        generation: u64,
+        nodes: &[NodeId],
+        numbers: impl Iterator<Item = usize>,
+    ) -> Vec<RankHandle> {
+        self.ranks = Ranks { generation, ..Ranks::default() };
+        let mut handles = Vec::new();
+        for rank in numbers {
+            let Some(&node) = nodes.get(rank / self.plan.ranks_per_node.max(1)) else { continue };
+            let pid = Rc::new(Cell::new(0));
+            let commands = Rc::clone(&self.commands);
+            let handle = RemoteRank::new(commands, node, (generation, rank), Rc::clone(&pid));
+            handles.push(RankHandle::Remote(handle));
+            self.ranks.nodes.push(node);
+            self.ranks.pids.push(pid);
+            self.ranks.has_exited.push(false);
+        }
+        handles
+    }
+
     /// Sends what the ranks' handles were asked for.
     pub fn flush(&mut self) {
-        loop {
-            let command = self.commands.queue.borrow_mut().pop_front();
-            let Some((node, command)) = command else { return };
+        while let Some((node, command)) = self.commands.next() {
             self.send(node, command);
         }
     }
@@ -374,11 +414,12 @@ impl Nodes {
             let _ = outbox.try_send(frame);
         }
         conversation.outbox = Some(outbox);
-        // Ranks of a node that was given up belong to nobody.
-        let left = join.running.filter(|_| is_new);
-        for (rank, _) in left.iter().flat_map(|running| &running.ranks) {
-            let generation = left.as_ref().map_or(0, |running| running.generation);
-            self.send(node, ToAgent::Kill { generation, rank: *rank });
+        if let Some(running) = join.running.filter(|_| is_new) {
+            match self.adopting == Some(running.generation) {
+                true => drop(self.running.insert(node, running)),
+                // Ranks of a node that was given up belong to nobody.
+                false => self.kill(node, &running),
+            }
         }
         if !is_new {
             tracing::info!("node {name} is connected again");
@@ -419,6 +460,14 @@ impl Nodes {
     /// What an agent says about one of its ranks.
     fn about_a_rank(&mut self, node: NodeId, message: FromAgent) -> Option<Outcome> {
         let (generation, rank, news) = match message {
+            FromAgent::Store { generation, requests } => {
+                let stored = Outcome::Store(requests);
+                if self.adopting == Some(generation) {
+                    self.stored.push(stored);
+                    return None;
+                }
+                return Some(stored).filter(|_| generation == self.ranks.generation);
+            }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
                 cell.filter(|_| generation == self.ranks.generation)?.set(pid);
@@ -439,6 +488,10 @@ impl Nodes {
                 (generation, rank, News::Exited { exit, last_lines })
             }
         };
+        if self.adopting == Some(generation) {
+            self.stored.push(Outcome::Rank(Input { generation, rank, news }));
+            return None;
+        }
         if generation != self.ranks.generation || self.ranks.nodes.get(rank) != Some(&node) {
             tracing::debug!("node {} speaks of rank {rank} of {generation}", self.name(node));
             return None;

@@ -59,6 +59,11 @@ pub enum Event {
         /// Newest committed step.
         committed: Option<u64>,
     },
+    /// In place of it: the ranks of the last generation, which another launcher started, go on.
+    Adopted {
+        /// Newest committed step.
+        committed: Option<u64>,
+    },
     /// The search for a checkpoint ended with this step.
     Found {
         /// Step to continue from; `None`: there is no checkpoint.

@@ -4,7 +4,7 @@ use super::cause::Exit;
 use super::mpirun::Job;
 use super::relay::{RankLog, relay};
 use super::unix::{Group, Process, Spawned, spawn};
-use crate::cluster::nodes::RemoteRank;
+use crate::cluster::remote::RemoteRank;
 use rank_protocol::frame::{self, Decoder};
 use rank_protocol::{FromRank, ToRank, env};
 use std::cell::RefCell;

@@ -7,9 +7,9 @@ use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
-use crate::cluster::members::{NodeId, Seek};
-use crate::cluster::nodes::{ClusterPlan, Happening, Nodes, Outcome};
+use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::view::View;
+use elsewhere::{Elsewhere, next_of};
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
 use run_config::{ClusterKind, RunConfig};
@@ -55,7 +55,14 @@ pub struct Plan {
     pub restarts: u64,
     /// Set where agents start the ranks.
     pub cluster: Option<ClusterPlan>,
+    /// The nodes of the last generation by place, where its ranks may still run: its coordinator
+    /// ended without a word.
+    pub adopt: Option<Vec<String>>,
+    /// Whether the run may begin from its initial weights.
+    pub may_begin: bool,
 }
+
+mod elsewhere;
 
 struct Executor {
     plan: Plan,
@@ -64,12 +71,8 @@ struct Executor {
     view: View,
     store: Store,
     ranks: Vec<RankHandle>,
-    /// The other machines, where there are any.
-    nodes: Option<Nodes>,
-    /// The nodes of the generation, by place.
-    places: Vec<NodeId>,
-    /// The step from which a generation shall go on that has not all its nodes.
-    gathering: Option<Option<u64>>,
+    /// The ranks' machines, where agents start them.
+    elsewhere: Option<Elsewhere>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
     generation_start: Instant,
@@ -100,20 +103,12 @@ pub fn supervise(
             None => (None, None),
         };
         let mut executor = Executor::new(plan, view, inputs, searches);
-        executor.nodes = nodes;
+        executor.elsewhere = nodes.map(Elsewhere::new);
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
         executor.run(received, found, happened).await
     })
-}
-
-/// What happens next on other machines; never, where there are none.
-async fn next_of(happened: &mut Option<mpsc::Receiver<Happening>>) -> Option<Happening> {
-    match happened {
-        Some(happened) => happened.recv().await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The next signal, where it is listened to; never, otherwise.
@@ -158,9 +153,7 @@ impl Executor {
             view,
             store: Store::default(),
             ranks: Vec::new(),
-            nodes: None,
-            places: Vec::new(),
-            gathering: None,
+            elsewhere: None,
             inputs,
             searches,
             generation_start: Instant::now(),
@@ -186,7 +179,9 @@ impl Executor {
             true => None,
         };
         self.update_status();
-        self.handle(Event::Begin { committed: self.plan.committed });
+        if !self.expect_ranks_elsewhere() {
+            self.handle(Event::Begin { committed: self.plan.committed });
+        }
         let mut num_signals = 0;
         while self.finish.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
@@ -208,14 +203,11 @@ impl Executor {
                     _ => Event::StopNow { by },
                 });
             }
-            self.gather();
-            if let Some(nodes) = &mut self.nodes {
-                nodes.flush();
-            }
+            self.look_elsewhere();
         }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
-        if let Some(nodes) = &mut self.nodes {
-            nodes.over(code, &reason).await;
+        if let Some(elsewhere) = &mut self.elsewhere {
+            elsewhere.nodes.over(code, &reason).await;
         }
         Ok(self.end(code, reason))
     }
@@ -224,54 +216,17 @@ impl Executor {
         let times = [self.state.next_tick(), self.store.next_deadline()];
         let next_status = self.recorder.next_write() + Duration::from_millis(500);
         let next = times.into_iter().flatten().fold(next_status, Instant::min);
-        self.nodes.as_ref().map_or(next, |nodes| next.min(nodes.next_wake(Instant::now())))
+        self.elsewhere.as_ref().map_or(next, |elsewhere| next.min(elsewhere.next_wake()))
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
         let replies = self.store.expire(now);
         self.reply(replies);
-        let outcomes = self.nodes.as_mut().map(|nodes| nodes.wake(now)).unwrap_or_default();
-        self.take_outcomes(outcomes);
+        self.wake_elsewhere(now);
         self.handle(Event::Tick);
         if self.recorder.next_write() <= now {
             self.update_status();
-        }
-    }
-
-    fn happened(&mut self, happening: Happening) {
-        let now = Instant::now();
-        let outcomes = self.nodes.as_mut().map(|nodes| nodes.take(happening, now));
-        self.take_outcomes(outcomes.unwrap_or_default());
-    }
-
-    fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
-        for outcome in outcomes {
-            match outcome {
-                Outcome::Rank(input) => self.take(input),
-                Outcome::Event(kind, fields) => self.recorder.event(kind, fields),
-            }
-        }
-    }
-
-    /// Starts a generation that waits for its nodes as soon as they are there.
-    fn gather(&mut self) {
-        let (Some(step), Some(nodes)) = (self.gathering, &mut self.nodes) else { return };
-        match nodes.found(Instant::now()) {
-            Seek::Waiting => {}
-            Seek::Found(places) => {
-                let names: Vec<String> = places.iter().map(|node| nodes.name(*node)).collect();
-                self.gathering = None;
-                self.places = places;
-                self.recorder.event("nodes_placed", json!({ "nodes": names }));
-                self.handle(Event::Gathered { step });
-            }
-            Seek::TooFew(found) => {
-                self.gathering = None;
-                let wanted = self.plan.config.cluster.nodes;
-                let reason = format!("{found} of {wanted} nodes are there, and no more come");
-                self.handle(Event::Broken { code: exit_code::FAILED, reason });
-            }
         }
     }
 
@@ -387,9 +342,8 @@ impl Executor {
         match action {
             Action::FindCheckpoint => self.search(),
             Action::Gather { step } => {
-                self.gathering = Some(step);
-                if let Some(nodes) = &mut self.nodes {
-                    nodes.seek(Instant::now());
+                if let Some(elsewhere) = &mut self.elsewhere {
+                    elsewhere.gather(step);
                 }
             }
             Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
@@ -466,8 +420,8 @@ impl Executor {
             tracing::info!("generation {generation} continues from step {step}");
         }
         self.ranks.clear();
-        if self.nodes.is_some() {
-            self.start_on_nodes(generation, resume_step);
+        if self.elsewhere.is_some() {
+            self.start_elsewhere(generation, resume_step);
             return self.update_status();
         }
         let started = match self.plan.config.cluster.kind {
@@ -495,15 +449,6 @@ impl Executor {
             self.ranks.push(handle.map_err(|error| (rank, error))?);
         }
         Ok(())
-    }
-
-    /// The agents tell the ranks their places.
-    fn start_on_nodes(&mut self, generation: u64, resume_step: Option<u64>) {
-        let assignment = |rank| self.assignment(generation, rank, resume_step);
-        let assignments = (0..self.plan.world_size).map(assignment).collect();
-        if let Some(nodes) = &mut self.nodes {
-            self.ranks = nodes.start(generation, &self.plan.run, &self.places, assignments);
-        }
     }
 
     fn start_under_mpirun(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
@@ -540,8 +485,7 @@ impl Executor {
     fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
         let on_node = self.plan.cluster.as_ref().map(|cluster| cluster.ranks_per_node);
         let on_node = on_node.unwrap_or(self.plan.world_size).max(1);
-        let node = self.places.get(rank / on_node);
-        let address = node.zip(self.nodes.as_ref()).map(|(node, nodes)| nodes.address_of(*node));
+        let address = self.elsewhere.as_ref().and_then(|e| e.address_of(rank / on_node));
         Assignment {
             run_id: self.plan.run_id.clone(),
             generation,
@@ -560,7 +504,7 @@ impl Executor {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
             rank,
-            node: self.nodes.as_ref().and_then(|nodes| nodes.node_of(rank)),
+            node: self.elsewhere.as_ref().and_then(|elsewhere| elsewhere.nodes.node_of(rank)),
             pid: handle.pid(),
             state: state.name().to_owned(),
             phase: phase.name().to_owned(),

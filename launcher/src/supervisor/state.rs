@@ -131,6 +131,7 @@ impl State {
                 self.committed = committed;
                 vec![Action::FindCheckpoint]
             }
+            Event::Adopted { committed } => self.adopted(committed, now),
             Event::Found { step } => self.found(step, now),
             Event::Gathered { step } => self.gathered(step, now),
             Event::Broken { code, reason } => self.broken(code, reason),
@@ -178,6 +179,19 @@ impl State {
             return Vec::new();
         }
         self.generation += 1;
+        self.work(now);
+        vec![Action::Spawn { generation: self.generation, resume_step: step }]
+    }
+
+    fn adopted(&mut self, committed: Option<u64>, now: Instant) -> Vec<Action> {
+        if self.stage == Stage::Between {
+            self.committed = committed;
+            self.work(now);
+        }
+        Vec::new()
+    }
+
+    fn work(&mut self, now: Instant) {
         self.committed_before = self.committed;
         self.causes.clear();
         self.exit_by = None;
@@ -186,7 +200,6 @@ impl State {
             Rank { state: RankState::Starting, phase: Phase::Init, step: None, report: None };
         self.ranks = vec![rank; self.policy.world_size];
         self.stage = Stage::Working;
-        vec![Action::Spawn { generation: self.generation, resume_step: step }]
     }
 
     /// Ranks that were not started count as gone; those that were are killed.
