@@ -5,6 +5,7 @@ use crate::error::UserError;
 use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
 use crate::runs::{self, History, RunLock};
+use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
 use crate::supervisor::restore::{Branch, is_current};
 use crate::supervisor::run::{Plan, supervise};
@@ -16,7 +17,7 @@ use run_config::{ClusterKind, RunConfig};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What `run` and `resume` share.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -343,6 +344,7 @@ fn go(
     begun: Vec<(&'static str, Value)>,
 ) -> Result<i32, UserError> {
     let config = resolved.loaded.config;
+    let ledger = ledger(&run, &history)?;
     let run_id = history.run_id.unwrap_or_else(|| new_run_id(&config.name));
     let mut branches = history.branches;
     branches.extend(start.branch);
@@ -364,6 +366,7 @@ fn go(
         branches,
         first_step: start.first_step,
         restarts: history.restarts,
+        ledger,
         cluster,
         adopt: start.may_adopt.then_some(history.nodes),
         may_begin: start.may_begin,
@@ -373,6 +376,22 @@ fn go(
         .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
     drop(lock);
     Ok(code)
+}
+
+/// The books of earlier launchers. Where the last one ended without a word, the time since its last
+/// entry is booked too: the steps that were reported since, and the rest as down.
+fn ledger(run: &RunDir, history: &History) -> Result<Ledger, UserError> {
+    let Some(entry) = &history.ledger else {
+        return Ok(Ledger::new(&Sums::default(), Instant::now()));
+    };
+    let mut ledger = Ledger::new(&entry.sums, Instant::now());
+    let gap = entry.time.and_then(|time| SystemTime::now().duration_since(time).ok());
+    if let (None, Some(gap)) = (&history.end, gap) {
+        let mut steps = read_metrics(&run.metrics())?;
+        steps.retain(|report| (report.generation, report.step) > (entry.generation, entry.step));
+        ledger.fill(gap, &steps);
+    }
+    Ok(ledger)
 }
 
 fn write_config(run: &RunDir, config: &RunConfig) -> Result<(), UserError> {

@@ -3,6 +3,7 @@
 //! A file that cannot be written does not end a run: training goes on, and the screen says so.
 
 use super::cause::Cause;
+use super::ledger::{Ledger, Sums};
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// Time between two entries of the books in `events.jsonl`.
+const LEDGER_EVERY: Duration = Duration::from_secs(60);
 /// Time between two writes of the status while nothing but steps happens.
 const STATUS_EVERY: Duration = Duration::from_millis(500);
 
@@ -60,6 +63,9 @@ pub struct Status {
     pub exit_code: Option<i32>,
     /// Why it ended.
     pub reason: Option<String>,
+    /// What the run's time was spent on.
+    #[serde(default)]
+    pub ledger: Option<Sums>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
 }
@@ -98,6 +104,9 @@ pub struct Recorder {
     events: Option<Appender>,
     /// The status as it will next be written.
     pub status: Status,
+    /// What time is spent on.
+    pub ledger: Ledger,
+    ledger_told: Instant,
     written: Option<Instant>,
     has_told_error: bool,
     mean_step_s: Option<f64>,
@@ -125,7 +134,7 @@ struct ErrorFile {
 
 impl Recorder {
     /// For a run whose directory is there.
-    pub fn open(run: RunDir, status: Status) -> Self {
+    pub fn open(run: RunDir, status: Status, ledger: Ledger) -> Self {
         let events = Appender::open(&run.events());
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
@@ -139,6 +148,8 @@ impl Recorder {
             run,
             events: events.ok(),
             status,
+            ledger,
+            ledger_told: Instant::now(),
             written: None,
             has_told_error: false,
             mean_step_s: None,
@@ -158,6 +169,15 @@ impl Recorder {
         if let Some(Err(error)) = result {
             tracing::error!("an event was not written: {error}");
         }
+    }
+
+    /// Writes the books into `events.jsonl`, for launchers to come.
+    pub fn tell_ledger(&mut self) {
+        self.ledger_told = Instant::now();
+        let sums = self.ledger.sums(self.ledger_told);
+        let mut fields = json!(sums);
+        fields["step"] = self.status.step.into();
+        self.event("ledger", fields);
     }
 
     /// Writes a rank's error file and its event.
@@ -245,7 +265,11 @@ impl Recorder {
 
     /// Writes the status.
     pub fn write_status(&mut self) {
+        if self.ledger_told.elapsed() >= LEDGER_EVERY {
+            self.tell_ledger();
+        }
         self.status.updated = crate::time::now();
+        self.status.ledger = Some(self.ledger.sums(Instant::now()));
         let path = self.run.status();
         let written = serde_json::to_vec_pretty(&self.status)
             .map_err(std::io::Error::from)

@@ -1,6 +1,7 @@
 //! Carries out what the policy decides. The sole owner of a run's state; every event passes through
 //! one loop on one thread.
 
+use super::ledger::{Ledger, Spent};
 use super::mpirun;
 use super::rank::{Input, News, RankHandle, set_environment, start};
 use super::record::{RankStatus, Recorder, Status, ended};
@@ -11,7 +12,7 @@ use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::view::View;
 use elsewhere::{Elsewhere, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
+use rank_protocol::{Assignment, FailureClass, FromRank, RunDir, ToRank, env, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::json;
 use std::ffi::OsString;
@@ -53,6 +54,8 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
+    /// What earlier launchers spent the run's time on.
+    pub ledger: Ledger,
     /// Set where agents start the ranks.
     pub cluster: Option<ClusterPlan>,
     /// The nodes of the last generation by place, where its ranks may still run: its coordinator
@@ -144,7 +147,7 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let recorder = Recorder::open(plan.run.clone(), status);
+        let recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
         view.begin(plan.config.training.steps);
         Self {
             plan,
@@ -261,7 +264,12 @@ impl Executor {
                     self.handle(Event::Broken { code: exit_code::CONFIG, reason });
                 }
             }
-            FromRank::Phase(phase) => self.handle(Event::Phase { rank, phase }),
+            FromRank::Phase(phase) => {
+                if rank == 0 {
+                    self.recorder.ledger.phase(phase, Instant::now());
+                }
+                self.handle(Event::Phase { rank, phase });
+            }
             FromRank::Step(report) => {
                 self.handle(Event::Step { rank, step: report.step });
                 if rank == 0 {
@@ -303,6 +311,7 @@ impl Executor {
     }
 
     fn show_step(&mut self, report: &rank_protocol::StepReport) {
+        self.recorder.ledger.stepped(report, Instant::now());
         if !self.has_stepped {
             self.has_stepped = true;
             let seconds = self.generation_start.elapsed().as_secs_f64();
@@ -342,6 +351,7 @@ impl Executor {
         match action {
             Action::FindCheckpoint => self.search(),
             Action::Gather { step } => {
+                self.recorder.ledger.enter(Spent::Rendezvous, Instant::now());
                 if let Some(elsewhere) = &mut self.elsewhere {
                     elsewhere.gather(step);
                 }
@@ -357,7 +367,11 @@ impl Executor {
                 tracing::info!("killing the ranks: {reason}");
                 self.ranks.iter().for_each(RankHandle::kill);
             }
-            Action::RecordFailure(cause) => self.recorder.failure(&cause),
+            Action::RecordFailure(cause) => {
+                let is_hang = cause.class == FailureClass::Hang;
+                self.recorder.ledger.failed(is_hang, Instant::now());
+                self.recorder.failure(&cause);
+            }
             Action::RecordFirstCause(cause) => {
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
@@ -410,6 +424,8 @@ impl Executor {
         self.store = Store::default();
         self.generation_start = Instant::now();
         self.has_stepped = false;
+        self.recorder.ledger.enter(Spent::Start, self.generation_start);
+        self.recorder.tell_ledger();
         let fields = json!({
             "world_size": self.plan.world_size,
             "resume_step": resume_step,
@@ -521,6 +537,7 @@ impl Executor {
     fn end(&mut self, code: i32, reason: String) -> i32 {
         self.view.end();
         let (state, kind) = ended(code);
+        self.recorder.tell_ledger();
         let fields = json!({
             "exit_code": code,
             "step": self.recorder.status.step,
