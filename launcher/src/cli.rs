@@ -3,7 +3,7 @@
 use crate::cluster::agent;
 use crate::error::UserError;
 use crate::print::err;
-use crate::{cancel, check, checkpoint, data, logs, machine, start, status, why};
+use crate::{cancel, check, checkpoint, data, logs, machine, simulate, start, status, why};
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::ffi::OsString;
@@ -39,6 +39,8 @@ enum Verb {
     Why(why::WhyArgs),
     /// Stop a run: finish the step, save.
     Cancel(cancel::CancelArgs),
+    /// Simulate what the failures of a cluster would cost a run.
+    Simulate(simulate::SimulateArgs),
     /// Train a tokenizer, tokenize text into shards, look at shards.
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -92,6 +94,7 @@ pub fn main() -> i32 {
         Verb::Resume(args) => start::resume(args),
         Verb::Coordinator(args) => start::coordinator(args),
         Verb::Agent(args) => agent::run(args),
+        Verb::Simulate(args) => simulate::run(args),
         Verb::Status(args) => status::run(args),
         Verb::Logs(args) => logs::run(args),
         Verb::Why(args) => why::run(args),

@@ -190,7 +190,7 @@ impl Ledger {
         let first = open.seconds.get(&Spent::FirstTimeSteps).copied().unwrap_or(0.0);
         let recent = |only: Option<Spent>| {
             let spent = open.recent.iter().filter(|(_, spent, _)| only.is_none_or(|s| s == *spent));
-            spent.map(|(.., time)| time.as_secs_f64()).sum::<f64>()
+            spent.fold(0.0, |sum, (.., time)| sum + time.as_secs_f64())
         };
         let ratio = |part: f64, whole: f64| (whole > 0.0).then(|| part / whole);
         Sums {
