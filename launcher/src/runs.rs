@@ -258,7 +258,7 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
                 let sums = serde_json::from_value(event.clone()).unwrap_or_default();
                 history.ledger = Some(LedgerEntry {
                     sums,
-                    time: text("time").as_deref().and_then(crate::time::parse),
+                    time: text("until").as_deref().and_then(crate::time::parse),
                     generation: number("generation").unwrap_or(0),
                     step: number("step").unwrap_or(0),
                 });

@@ -11,7 +11,7 @@ use crate::supervisor::restore::{Branch, is_current};
 use crate::supervisor::run::{Plan, supervise};
 use crate::view::View;
 use checkpoint_format::scan::scan;
-use rank_protocol::jsonl::read_metrics;
+use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::{Value, json};
@@ -64,6 +64,12 @@ pub struct CoordinatorArgs {
     /// Where to listen for agents; port 0: any that is free.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:0")]
     pub listen: SocketAddr,
+    /// Continue from this step's checkpoint instead of the newest.
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Begin again from the initial weights, where the run has no good checkpoint.
+    #[arg(long, conflicts_with = "step")]
+    pub from_start: bool,
     /// Host name or address at which agents reach this machine; by default its name, or the address
     /// that it listens on.
     #[arg(long)]
@@ -78,14 +84,14 @@ type Listen = (SocketAddr, Option<String>);
 
 /// Begins a run, or goes on with one, whose ranks agents start; returns the exit code.
 pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
-    let listen = Some((args.listen, args.host));
+    let listen = Some((args.listen, args.host.clone()));
     let path = PathBuf::from(&args.run);
     let is_config = path.is_file() || path.extension().is_some_and(|e| e == "yaml" || e == "yml");
     match is_config {
         true => begin(RunArgs { config: path, options: args.options }, listen),
         false => {
-            let (run, options) = (args.run, args.options);
-            go_on(ResumeArgs { run, step: None, from_start: false, options }, listen)
+            let CoordinatorArgs { run, step, from_start, options, .. } = args;
+            go_on(ResumeArgs { run, step, from_start, options }, listen)
         }
     }
 }
@@ -144,15 +150,25 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let may_adopt = listen.is_some() && history.end.is_none() && !history.nodes.is_empty();
+    let may_run_elsewhere = history.end.is_none() && !history.nodes.is_empty();
+    if may_run_elsewhere && listen.is_none() {
+        let name = runs::name_of(&run);
+        let error = UserError::usage(format!("the ranks of run {name} may still run on its nodes"));
+        return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
+    }
+    let changes = differences(&before, config);
+    // Ranks that run know nothing of a change.
+    let may_adopt = may_run_elsewhere && changes.is_empty() && args.step.is_none();
     let start = match choose_start(&run, &history, &args) {
         // Only the ranks themselves can save it.
         Err(_) if may_adopt && history.committed.is_none() => Start::default(),
         chosen => chosen?,
     };
     let start = Start { listen, may_adopt, ..start };
-    let changes = differences(&before, config);
     if has_finished(config, &start, &args, !changes.is_empty())? {
+        if may_run_elsewhere {
+            tell_finished(&run, &history)?;
+        }
         return Ok(exit_code::DONE);
     }
     let prepared = prepare(&resolved, starter)?;
@@ -204,6 +220,19 @@ fn resolve_again(
     }
     let is_same = kept.loaded.config.cluster.threads_per_rank == before.cluster.threads_per_rank;
     Ok(Resolved { has_auto_threads: history.has_auto_threads && is_same, ..kept })
+}
+
+/// Notes the end that the last coordinator did not come to note: agents look for it.
+fn tell_finished(run: &RunDir, history: &History) -> Result<(), UserError> {
+    let event = json!({
+        "time": crate::time::now(),
+        "kind": "run_finished",
+        "generation": history.last_generation,
+        "exit_code": exit_code::DONE,
+        "reason": "the last step is done and saved",
+    });
+    let mut events = Appender::open(&run.events())?;
+    Ok(events.append(&event)?)
 }
 
 /// Whether nothing is left to do, which is said; refuses fewer steps than are done.
@@ -386,7 +415,10 @@ fn ledger(run: &RunDir, history: &History) -> Result<Ledger, UserError> {
     };
     let mut ledger = Ledger::new(&entry.sums, Instant::now());
     let gap = entry.time.and_then(|time| SystemTime::now().duration_since(time).ok());
-    if let (None, Some(gap)) = (&history.end, gap) {
+    // A stop that was asked for stops the clock; a launcher that gave up does not.
+    let asked_for = [exit_code::DONE, exit_code::PREEMPTED, exit_code::INTERRUPTED];
+    let is_stopped = history.end.as_ref().is_some_and(|(code, _)| asked_for.contains(code));
+    if let (false, Some(gap)) = (is_stopped, gap) {
         let mut steps = read_metrics(&run.metrics())?;
         steps.retain(|report| (report.generation, report.step) > (entry.generation, entry.step));
         ledger.fill(gap, &steps);

@@ -60,8 +60,8 @@ pub struct Running {
     pub generation: u64,
     /// Ranks that run, with their process ids.
     pub ranks: Vec<(usize, u32)>,
-    /// Ranks that have ended, and how.
-    pub exited: Vec<(usize, Exit)>,
+    /// Ranks that have ended; what they said last, and how they ended, is told again.
+    pub exited: Vec<usize>,
 }
 
 /// The coordinator's answer to [`Join`].
@@ -142,6 +142,11 @@ pub enum FromAgent {
         generation: u64,
         /// In this order.
         requests: Vec<StoreRequest>,
+    },
+    /// This node was asked to stop: the run must.
+    StopRequested {
+        /// Name of the signal.
+        signal: String,
     },
     /// A rank's process runs.
     Started {

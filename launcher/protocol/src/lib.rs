@@ -29,7 +29,7 @@ pub mod store;
 
 pub use client::{ClientError, RankClient, StoreClient};
 pub use message::{
-    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, StepReport, ToRank,
+    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, Position, StepReport, ToRank,
 };
 pub use run_dir::RunDir;
 pub use store::StoreError;

@@ -4,35 +4,27 @@
 //! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
 
 use super::journal::Journal;
-use super::nodes::{Address, host_name};
-use super::secrets;
+use super::nodes::host_name;
 use super::wire;
 use crate::error::UserError;
 use crate::machine;
 use crate::runs;
 use crate::supervisor::cause::Exit;
-use crate::supervisor::rank::{Input, News, RankHandle, set_environment, start};
-use crate::supervisor::relay::RankLog;
+use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
-use rank_protocol::agent::{
-    ALIVE_EVERY_MS, Answer, FromAgent, Join, NodeInfo, Running, Start, ToAgent,
-};
-use rank_protocol::frame::MAX_FRAME_BYTES;
+use connect::Connected;
+use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Join, NodeInfo, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
-use rank_protocol::{
-    Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, env, exit_code,
-};
-use run_config::RunConfig;
+use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
 use std::collections::BTreeMap;
-use std::io::{Error, ErrorKind};
-use std::process::Command;
 use std::time::{Duration, Instant};
-use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
+use trainer::Trainer;
+
+pub mod connect;
+mod trainer;
 
 /// Messages of all ranks that wait for the loop.
 const NUM_INPUTS: usize = 4096;
@@ -46,6 +38,8 @@ const RETRY: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 /// Longest time without a coordinator while no rank runs here.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Characters of a rank's last lines that are passed on.
+const MAX_LINE_CHARS: usize = 2000;
 /// Longest time that killed ranks may take to be gone.
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
@@ -77,12 +71,6 @@ enum Happening {
     Ended { connection: u64, why: String },
 }
 
-struct Connected {
-    conversation: u64,
-    taken: u64,
-    stream: TlsStream<TcpStream>,
-}
-
 struct Agent {
     run: RunDir,
     args: AgentArgs,
@@ -97,10 +85,17 @@ struct Agent {
     /// When the coordinator was last heard of.
     heard: Instant,
     has_told_loss: bool,
+    /// When the run's events were last read for its end.
+    looked: Instant,
     ranks: BTreeMap<usize, RankHandle>,
-    /// Ranks of the generation that have ended.
-    exited: Vec<(usize, Exit)>,
+    /// What each rank of the generation said last (why it fails, that it has finished), and the
+    /// ends of those that have ended.
+    last_words: BTreeMap<usize, Vec<FromAgent>>,
+    exited: Vec<usize>,
     journal: Journal,
+    /// The newest step and phase of each rank, while there is nobody to tell.
+    unsaid: BTreeMap<(usize, bool), FromAgent>,
+    trainer: Trainer,
     generation: u64,
     /// A generation that waits for the ranks of the last one to be gone.
     next: Option<Box<Start>>,
@@ -113,6 +108,7 @@ struct Agent {
 pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let mut view = View::start(false);
     let run = find(&args.run)?;
+    let trainer = Trainer::find(&run)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -121,7 +117,7 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let code = tokio::task::LocalSet::new().block_on(&runtime, async {
         let (inputs, received) = mpsc::channel(NUM_INPUTS);
         let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
-        let mut agent = Agent::new(run, args, inputs, happenings);
+        let mut agent = Agent::new(run, args, trainer, inputs, happenings);
         agent.run(received, happened).await
     });
     view.end();
@@ -145,6 +141,14 @@ fn find(name: &str) -> Result<RunDir, UserError> {
     }
 }
 
+/// A line that fits into a message together with others.
+fn shortened(line: &str) -> String {
+    match line.char_indices().nth(MAX_LINE_CHARS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
 fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
@@ -154,6 +158,7 @@ impl Agent {
     fn new(
         run: RunDir,
         args: AgentArgs,
+        trainer: Trainer,
         inputs: mpsc::Sender<Input>,
         happenings: mpsc::Sender<Happening>,
     ) -> Self {
@@ -181,9 +186,13 @@ impl Agent {
             next_alive: now,
             heard: now,
             has_told_loss: false,
+            looked: now,
             ranks: BTreeMap::new(),
+            last_words: BTreeMap::new(),
             exited: Vec::new(),
             journal: Journal::default(),
+            unsaid: BTreeMap::new(),
+            trainer,
             generation: 0,
             next: None,
             inputs,
@@ -219,8 +228,10 @@ impl Agent {
             }
         }
         let (code, reason) = self.end.take().unwrap_or((exit_code::FAILED, String::new()));
-        tracing::info!("the run is over: {reason}");
+        tracing::info!("the run is over here: {reason}");
         self.clear(&mut inputs).await;
+        // What was said last is being written.
+        tokio::time::sleep(Duration::from_millis(50)).await;
         Ok(code)
     }
 
@@ -238,20 +249,18 @@ impl Agent {
         let _ = tokio::time::timeout(LAST_WAIT, gone).await;
     }
 
-    /// A stop of one node is a stop of the run: a rank of it asks for it.
+    /// A stop of one node is a stop of the run.
     fn asked_to_stop(&mut self, by: &str, num_signals: u32) {
         if num_signals > 1 {
             self.end = Some((exit_code::INTERRUPTED, format!("stopped at once by {by}")));
             return;
         }
-        let Some(&rank) = self.ranks.keys().next() else {
+        if self.generation == 0 {
             self.end = Some((exit_code::PREEMPTED, format!("{by}, and no rank runs here")));
             return;
-        };
+        }
         tracing::info!("{by}: the run finishes the step and saves; again to stop here at once");
-        let signal = format!("{by} to node {}", self.info.name);
-        let message = FromRank::StopRequested { signal };
-        self.tell(FromAgent::Said { generation: self.generation, rank, message });
+        self.tell(FromAgent::StopRequested { signal: by.to_owned() });
     }
 
     fn wake(&mut self) {
@@ -276,7 +285,7 @@ impl Agent {
 
     fn lost(&mut self, why: &str) {
         self.outbox = None;
-        self.next_attempt = Instant::now();
+        self.next_attempt = Instant::now() + RETRY;
         if !self.has_told_loss {
             self.has_told_loss = true;
             tracing::warn!("the coordinator is away ({why}); the ranks go on");
@@ -300,7 +309,8 @@ impl Agent {
         let (run, given) = (self.run.clone(), self.args.coordinator.clone());
         let happenings = self.happenings.clone();
         spawn_local(async move {
-            let attempt = tokio::time::timeout(ATTEMPT_TIMEOUT, attempt(run, given, join)).await;
+            let attempt =
+                tokio::time::timeout(ATTEMPT_TIMEOUT, connect::attempt(run, given, join)).await;
             let happening = match attempt {
                 Ok(Ok(Ok(connected))) => Happening::Connected(Box::new(connected)),
                 Ok(Ok(Err(reason))) => Happening::Failed { why: reason, is_final: true },
@@ -317,6 +327,7 @@ impl Agent {
             Happening::Failed { why, is_final } => {
                 self.is_connecting = false;
                 self.next_attempt = Instant::now() + RETRY;
+                self.look_for_the_end();
                 if is_final {
                     let reason = format!("refused by the coordinator: {why}");
                     self.end = Some((exit_code::CONFIG, reason));
@@ -342,6 +353,19 @@ impl Agent {
         }
     }
 
+    /// Whether the run was over before this node heard of it: then nobody comes any more.
+    fn look_for_the_end(&mut self) {
+        if self.looked.elapsed() < SILENCE || runs::holder(&self.run).is_some() {
+            return;
+        }
+        self.looked = Instant::now();
+        if let Ok(history) = runs::history(&self.run)
+            && let Some((code, reason)) = history.end
+        {
+            self.end = Some((code, reason));
+        }
+    }
+
     fn connected(&mut self, connected: Connected) {
         let Connected { conversation, taken, stream } = connected;
         self.is_connecting = false;
@@ -357,12 +381,12 @@ impl Agent {
         self.connection += 1;
         tracing::info!("node {} belongs to the run", self.info.name);
         let connection = self.connection;
-        let first: Option<()> = None;
+        let first: (Option<()>, _) = (None, again);
         let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
         let ended = move |why| Happening::Ended { connection, why };
         self.outbox = Some(wire::talk(stream, first, self.happenings.clone(), said, ended));
-        for frame in again {
-            self.send(frame);
+        for message in std::mem::take(&mut self.unsaid).into_values() {
+            self.tell(message);
         }
     }
 
@@ -370,10 +394,16 @@ impl Agent {
     /// wrote into the store or wait for.
     fn begin_anew(&mut self, conversation: u64) {
         self.conversation = conversation;
-        let is_store = |message: &FromAgent| {
-            matches!(message, FromAgent::Said { message: FromRank::Store { .. }, .. })
+        // What is told again below.
+        let is_again = |message: &FromAgent| match message {
+            FromAgent::Said { message, .. } => matches!(
+                message,
+                FromRank::Store { .. } | FromRank::Failure(_) | FromRank::Finished { .. }
+            ),
+            FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
+            _ => false,
         };
-        self.session.other_side_is_new(|message| !is_store(message));
+        self.session.other_side_is_new(|message| !is_again(message));
         let generation = self.generation;
         for requests in self.journal.done() {
             self.tell(FromAgent::Store { generation, requests });
@@ -381,6 +411,8 @@ impl Agent {
         for (rank, message) in self.journal.asked() {
             self.tell(FromAgent::Said { generation, rank, message });
         }
+        let last_words: Vec<FromAgent> = self.last_words.values().flatten().cloned().collect();
+        last_words.into_iter().for_each(|message| self.tell(message));
     }
 
     fn obey(&mut self, message: ToAgent) {
@@ -389,6 +421,16 @@ impl Agent {
                 self.ranks.values().for_each(RankHandle::kill);
                 self.next = Some(start);
                 self.start_next();
+            }
+            ToAgent::Terminate { generation, .. } | ToAgent::Kill { generation, .. }
+                if self.is_next(generation) =>
+            {
+                self.drop_next();
+            }
+            ToAgent::Tell { generation, message: ToRank::Abort { .. }, .. }
+                if self.is_next(generation) =>
+            {
+                self.drop_next();
             }
             ToAgent::Tell { generation, rank, message } => {
                 if generation == self.generation {
@@ -401,6 +443,19 @@ impl Agent {
             }
             ToAgent::Kill { generation, rank } => self.with(generation, rank, RankHandle::kill),
             ToAgent::Over { code, reason } => self.end = Some((code, reason)),
+        }
+    }
+
+    fn is_next(&self, generation: u64) -> bool {
+        self.next.as_ref().is_some_and(|next| next.generation == generation)
+    }
+
+    /// A generation that has ended before its ranks were started here.
+    fn drop_next(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        for assignment in next.ranks {
+            let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
+            self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
         }
     }
 
@@ -421,11 +476,13 @@ impl Agent {
         self.generation = start.generation;
         self.journal = Journal::default();
         self.exited.clear();
+        self.last_words.clear();
+        self.unsaid.clear();
         let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
         tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
         for assignment in start.ranks {
             let (generation, rank) = (assignment.generation, assignment.rank);
-            match self.start_rank(assignment) {
+            match self.trainer.start(assignment, self.inputs.clone()) {
                 Ok(handle) => {
                     let pid = handle.pid();
                     self.ranks.insert(rank, handle);
@@ -436,38 +493,21 @@ impl Agent {
         }
     }
 
-    fn start_rank(&self, assignment: Assignment) -> Result<RankHandle, String> {
-        let run = RunDir::new(&assignment.run_dir);
-        let config = RunConfig::load(&run.config(), &[]).map_err(|error| error.to_string())?.config;
-        let trainer = machine::trainer().map_err(|error| error.message)?;
-        let library_path =
-            machine::library_path(config.cluster.device).map_err(|error| error.message)?;
-        let rank = assignment.rank;
-        let mut command = Command::new(&trainer);
-        command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
-        command.env(env::RANK, rank.to_string());
-        set_environment(&mut command, assignment.threads, library_path.as_deref());
-        let log = RankLog::open(&run.log(assignment.generation, rank), rank);
-        let handle = start(command, assignment.generation, rank, log, self.inputs.clone())
-            .map_err(|error| format!("{}: {error}", trainer.display()))?;
-        handle.tell(ToRank::Assignment(assignment));
-        Ok(handle)
-    }
-
     fn could_not_start(&mut self, rank: usize, why: String) {
         let generation = self.generation;
         let report = FailureReport {
-            class: FailureClass::Config,
+            class: FailureClass::Node,
             phase: Phase::Init,
             step: None,
             collective: None,
             lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
         };
         let message = FromRank::Failure(Box::new(report));
-        self.tell(FromAgent::Said { generation, rank, message });
-        let exit = Exit { code: Some(exit_code::CONFIG), signal: None };
-        self.exited.push((rank, exit));
-        self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+        self.pass_on(rank, FromAgent::Said { generation, rank, message });
+        let exit = Exit { code: Some(exit_code::NODE_UNHEALTHY), signal: None };
+        self.pass_on(rank, FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+        // Another node may be able to.
+        self.end = Some((exit_code::NODE_UNHEALTHY, why));
     }
 
     /// Passes on what a rank did.
@@ -481,16 +521,37 @@ impl Agent {
                 FromAgent::Said { generation, rank, message }
             }
             News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
-            News::Exited { exit, last_lines } => {
-                if generation == self.generation {
-                    self.ranks.remove(&rank);
-                    self.exited.push((rank, exit));
-                }
+            News::Exited { exit, mut last_lines } => {
+                self.ranks.remove(&rank);
+                last_lines.iter_mut().for_each(|line| *line = shortened(line));
                 FromAgent::Exited { generation, rank, exit, last_lines }
             }
         };
-        self.tell(message);
+        self.pass_on(rank, message);
         self.start_next();
+    }
+
+    /// Tells the coordinator of a rank; while it is away, of steps and phases only the newest,
+    /// which are many and of which only those count.
+    fn pass_on(&mut self, rank: usize, message: FromAgent) {
+        match &message {
+            FromAgent::Said { message: FromRank::Step(_) | FromRank::Phase(_), .. }
+                if self.outbox.is_none() =>
+            {
+                let is_step = matches!(message, FromAgent::Said { message: FromRank::Step(_), .. });
+                self.unsaid.insert((rank, is_step), message);
+                return;
+            }
+            FromAgent::Said {
+                message: FromRank::Failure(_) | FromRank::Finished { .. }, ..
+            } => self.last_words.entry(rank).or_default().push(message.clone()),
+            FromAgent::Exited { .. } => {
+                self.last_words.entry(rank).or_default().push(message.clone());
+                self.exited.push(rank);
+            }
+            _ => {}
+        }
+        self.tell(message);
     }
 
     /// Tells the coordinator, now or once it is back.
@@ -509,42 +570,5 @@ impl Agent {
         if self.outbox.as_ref().is_some_and(|outbox| outbox.try_send(frame).is_err()) {
             self.lost("it takes nothing in");
         }
-    }
-}
-
-/// Connects once: `Err` within `Ok` where the coordinator refuses, for good.
-async fn attempt(
-    run: RunDir,
-    given: Option<String>,
-    mut join: Join,
-) -> std::io::Result<Result<Connected, String>> {
-    let (tls, name, token) = secrets::read(&run)?;
-    join.token = token;
-    let address = match given {
-        Some(given) => given,
-        None => {
-            let text = std::fs::read(run.coordinator())?;
-            let Address { host, port, .. } = serde_json::from_slice(&text)?;
-            format!("{host}:{port}")
-        }
-    };
-    let socket = TcpStream::connect(&address)
-        .await
-        .map_err(|error| Error::new(error.kind(), format!("{address}: {error}")))?;
-    let _ = socket.set_nodelay(true);
-    if join.node.address.is_empty() {
-        join.node.address = socket.local_addr()?.ip().to_string();
-    }
-    let mut stream = TlsConnector::from(tls).connect(name, socket).await?;
-    wire::write(&mut stream, &join).await?;
-    match wire::read(&mut stream, MAX_FRAME_BYTES).await? {
-        Answer::Welcome { conversation, taken } => {
-            Ok(Ok(Connected { conversation, taken, stream }))
-        }
-        // A coordinator that has just begun anew has another token than was read.
-        Answer::Refused { reason } if secrets::read(&run)?.2 != join.token => {
-            Err(Error::new(ErrorKind::PermissionDenied, reason))
-        }
-        Answer::Refused { reason } => Ok(Err(reason)),
     }
 }

@@ -47,6 +47,8 @@ pub enum Joined {
     New(NodeId),
     /// A member whose connection had been lost.
     Again(NodeId),
+    /// Another agent of its name has taken its place.
+    Replaced,
 }
 
 /// What became of a node.
@@ -83,6 +85,7 @@ struct Member {
     info: NodeInfo,
     heard: Instant,
     health: Health,
+    is_replaced: bool,
 }
 
 /// All nodes that ever joined, and the places.
@@ -120,6 +123,9 @@ impl Members {
 
     /// An agent wants to join.
     pub fn join(&mut self, info: NodeInfo, now: Instant) -> Joined {
+        if self.members.iter().any(|m| m.is_replaced && m.info.agent == info.agent) {
+            return Joined::Replaced;
+        }
         let same_name =
             |member: &Member| member.health != Health::Dead && member.info.name == info.name;
         if let Some(node) = self.members.iter().position(same_name) {
@@ -130,10 +136,11 @@ impl Members {
                 return Joined::Again(node);
             }
             // Its ranks went with the agent before.
-            member.health = Health::Dead;
+            (member.health, member.is_replaced) = (Health::Dead, true);
             self.replaced.push(node);
         }
-        self.members.push(Member { info, heard: now, health: Health::Alive });
+        let (heard, health, is_replaced) = (now, Health::Alive, false);
+        self.members.push(Member { info, heard, health, is_replaced });
         Joined::New(self.members.len() - 1)
     }
 
@@ -148,9 +155,20 @@ impl Members {
         Some(Change::Recovered(node))
     }
 
+    /// A member's connection ended: it is waited for, and gets no place until it is heard of.
+    pub fn disconnected(&mut self, node: NodeId) {
+        if let Some(member) = self.members.get_mut(node)
+            && member.health == Health::Alive
+        {
+            member.health = Health::Suspected;
+        }
+    }
+
     /// The coordinator itself was not there for so long: nobody could be heard.
-    pub fn was_away(&mut self, time: Duration) {
-        self.members.iter_mut().for_each(|member| member.heard += time);
+    pub fn was_away(&mut self, time: Duration, now: Instant) {
+        for member in &mut self.members {
+            member.heard = now.min(member.heard + time).max(member.heard);
+        }
     }
 
     /// When [`Members::tick`] is next of use.
@@ -331,6 +349,7 @@ mod tests {
         assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
         nodes.join("spare", "1");
         assert_eq!(nodes.join("a", "2"), Joined::New(3));
+        assert_eq!(nodes.join("a", "1"), Joined::Replaced, "two of a name do not take turns");
         let died = nodes.after(0.0, &[]);
         assert_eq!(died, [Change::Died(0, "another agent of its name took its place".into())]);
         assert_eq!(nodes.seek(), Seek::Found(vec![3, 1]));
@@ -353,9 +372,18 @@ mod tests {
         nodes.join("a", "1");
         nodes.after(1.0, &[]);
         nodes.now += Duration::from_secs(60);
-        nodes.members.was_away(Duration::from_secs(60));
+        nodes.members.was_away(Duration::from_secs(60), nodes.now);
         assert_eq!(nodes.after(1.5, &[]), []);
         assert_eq!(nodes.after(0.5, &[]), [Change::Suspected(0)]);
+    }
+
+    #[test]
+    fn a_spare_that_is_not_connected_gets_no_place() {
+        let mut nodes = Nodes::new(1);
+        nodes.join("a", "1");
+        nodes.join("b", "1");
+        nodes.members.disconnected(0);
+        assert_eq!(nodes.seek(), Seek::Found(vec![1]));
     }
 
     #[test]

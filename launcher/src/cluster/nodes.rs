@@ -85,6 +85,8 @@ pub enum Outcome {
     Rank(Input),
     /// Ranks of the generation had written this into the store of an earlier coordinator.
     Store(Vec<StoreRequest>),
+    /// A node was asked to stop, in these words.
+    Stop(String),
     /// Something for `events.jsonl`.
     Event(&'static str, Value),
 }
@@ -119,7 +121,7 @@ pub struct Nodes {
     running: BTreeMap<NodeId, Running>,
     /// What ranks wrote into its store.
     stored: Vec<Outcome>,
-    first_conversation: u64,
+    next_conversation: u64,
     num_connections: u64,
     next_alive: Instant,
 }
@@ -163,7 +165,7 @@ impl Nodes {
             running: BTreeMap::new(),
             stored: Vec::new(),
             // Another coordinator of the same run has others.
-            first_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
+            next_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
             num_connections: 0,
             next_alive: Instant::now(),
         };
@@ -182,7 +184,7 @@ impl Nodes {
         let late = now.saturating_duration_since(self.next_alive);
         if late > PAUSE {
             tracing::warn!("the coordinator was not running for {:.1} s", late.as_secs_f64());
-            self.members.was_away(late);
+            self.members.was_away(late, now);
         }
         if now >= self.next_alive {
             self.next_alive = now + Duration::from_millis(ALIVE_EVERY_MS);
@@ -240,23 +242,26 @@ impl Nodes {
             })
         };
         let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
-        if nodes.len() != self.plan.num_nodes {
+        let per_node = self.plan.ranks_per_node;
+        let has_its_ranks = |(place, node): (usize, &NodeId)| {
+            let Some(running) = self.running.get(node) else { return false };
+            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
+            ranks.extend(&running.exited);
+            ranks.sort_unstable();
+            ranks.into_iter().eq(place * per_node..(place + 1) * per_node)
+        };
+        if nodes.len() != self.plan.num_nodes || !nodes.iter().enumerate().all(has_its_ranks) {
             return None;
         }
         self.adopting = None;
         self.members.place(&nodes);
         let running = std::mem::take(&mut self.running);
-        let mut outcomes = std::mem::take(&mut self.stored);
-        let ranks = nodes.len() * self.plan.ranks_per_node;
-        let handles = self.handles(generation, &nodes, 0..ranks);
+        let outcomes = std::mem::take(&mut self.stored);
+        let handles = self.handles(generation, &nodes, 0..nodes.len() * per_node);
         for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
             if let Some(cell) = self.ranks.pids.get(*rank) {
                 cell.set(*pid);
             }
-        }
-        for (rank, exit) in running.into_values().flat_map(|running| running.exited) {
-            let news = News::Exited { exit, last_lines: Vec::new() };
-            outcomes.push(Outcome::Rank(Input { generation, rank, news }));
         }
         Some((nodes, handles, outcomes))
     }
@@ -357,6 +362,7 @@ impl Nodes {
                 let Some(conversation) = self.conversations.get_mut(&node) else { return vec![] };
                 if conversation.connection == connection {
                     conversation.outbox = None;
+                    self.members.disconnected(node);
                     let name = self.name(node);
                     tracing::warn!("the connection to node {name} was lost: {why}");
                 }
@@ -367,34 +373,41 @@ impl Nodes {
 
     fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
         let Arrival { join, from, stream } = arrival;
-        let ours = env!("CARGO_PKG_VERSION");
         let name = join.node.name.clone();
-        if join.node.build != ours {
-            let build = &join.node.build;
-            let reason = format!("the agent is of build {build}, the coordinator of {ours}");
+        if let Some(reason) = other_build(&join.node.build) {
             tracing::error!("node {name} ({from}) was refused: {reason}");
             spawn_local(refuse(stream, reason));
             return Vec::new();
         }
-        let joined = self.members.join(join.node, now);
-        let (node, is_new) = match joined {
+        let (node, is_new) = match self.members.join(join.node, now) {
             Joined::New(node) => (node, true),
             Joined::Again(node) => (node, false),
+            Joined::Replaced => {
+                let reason = format!("another agent named {name} has taken this one's place");
+                spawn_local(refuse(stream, format!("{reason}; hint: --name")));
+                return Vec::new();
+            }
         };
-        let number = self.first_conversation.wrapping_add(node as u64);
         let conversation = self.conversations.entry(node).or_insert_with(|| Conversation {
-            number,
+            number: 0,
             session: Session::new(NUM_KEPT),
             connection: 0,
             outbox: None,
         });
-        let again = match join.conversation == number {
-            true => conversation.session.resume(join.taken),
-            false => Ok(Vec::new()),
-        };
+        let mut taken = join.taken;
+        if join.conversation != conversation.number || conversation.number == 0 {
+            // What was said before counts from the start again, on both sides.
+            conversation.session.other_side_is_new(|_| true);
+            conversation.number = self.next_conversation;
+            self.next_conversation += 1;
+            taken = 0;
+        }
+        let again = conversation.session.resume(taken);
         let again = match again {
             Ok(again) => again,
             Err(error) => {
+                // It joins once more, and begins anew.
+                self.conversations.remove(&node);
                 spawn_local(refuse(stream, error.to_string()));
                 return Vec::new();
             }
@@ -409,11 +422,8 @@ impl Nodes {
         let said = move |frame| Happening::Said { node, connection, frame: Box::new(frame) };
         let ended = move |why| Happening::Ended { node, connection, why };
         let happenings = self.happenings.clone();
-        let outbox = wire::talk(stream, Some(welcome), happenings, said, ended);
-        for frame in again {
-            let _ = outbox.try_send(frame);
-        }
-        conversation.outbox = Some(outbox);
+        let first = (Some(welcome), again);
+        conversation.outbox = Some(wire::talk(stream, first, happenings, said, ended));
         if let Some(running) = join.running.filter(|_| is_new) {
             match self.adopting == Some(running.generation) {
                 true => drop(self.running.insert(node, running)),
@@ -467,6 +477,11 @@ impl Nodes {
                     return None;
                 }
                 return Some(stored).filter(|_| generation == self.ranks.generation);
+            }
+            FromAgent::StopRequested { signal } => {
+                let is_placed = self.ranks.nodes.contains(&node);
+                let by = format!("{signal} to node {}", self.name(node));
+                return is_placed.then_some(Outcome::Stop(by));
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
@@ -565,6 +580,12 @@ impl Conversation {
             self.outbox = None;
         }
     }
+}
+
+/// Why an agent of this build does not fit.
+fn other_build(build: &str) -> Option<String> {
+    let ours = env!("CARGO_PKG_VERSION");
+    (build != ours).then(|| format!("the agent is of build {build}, the coordinator of {ours}"))
 }
 
 async fn refuse(mut stream: TlsStream<TcpStream>, reason: String) {

@@ -17,7 +17,7 @@ use tokio_rustls::server::TlsStream;
 /// Longest time from a connection to a good first message.
 const DOOR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that may be at the door at once.
-const MAX_AT_THE_DOOR: usize = 4096;
+const MAX_AT_THE_DOOR: usize = 1024;
 
 /// An agent that has shown the token and waits for an answer.
 pub struct Arrival {
@@ -29,8 +29,18 @@ pub struct Arrival {
     pub stream: TlsStream<TcpStream>,
 }
 
+/// As many descriptors as this process may have: one a node.
+fn raise_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
+        tracing::debug!("the limit of descriptors stays {:?}: {error}", limit.current);
+    }
+}
+
 /// Takes connections for as long as the receiver of `arrivals` lives.
 pub async fn serve(listener: TcpListener, secrets: Secrets, arrivals: mpsc::Sender<Happening>) {
+    raise_limit();
     let acceptor = TlsAcceptor::from(secrets.tls);
     let token: Rc<str> = secrets.token.into();
     let at_the_door = Rc::new(Cell::new(0_usize));

@@ -57,12 +57,12 @@ pub async fn write<M: Serialize>(
     }
 }
 
-/// Starts the task of a connection: writes `first` and then what is queued, and passes on what it
-/// reads as `said` makes it, and at last the end, with its reason, as `ended` does. The connection
-/// ends when the returned queue is dropped.
+/// Starts the task of a connection: writes an answer, what is sent again, and then what is queued;
+/// passes on what it reads as `said` makes it, and at last the end, with its reason, as `ended`
+/// does. The connection ends when the returned queue is dropped.
 pub fn talk<In, Out, H>(
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
-    first: Option<impl Serialize + 'static>,
+    (answer, again): (Option<impl Serialize + 'static>, Vec<Numbered<Out>>),
     happenings: mpsc::Sender<H>,
     said: impl Fn(Numbered<In>) -> H + 'static,
     ended: impl FnOnce(String) -> H + 'static,
@@ -76,8 +76,11 @@ where
     let (outbox, mut frames) = mpsc::channel::<Numbered<Out>>(NUM_QUEUED);
     tokio::task::spawn_local(async move {
         let writing = async {
-            if let Some(first) = first {
-                write(&mut writer, &first).await?;
+            if let Some(answer) = answer {
+                write(&mut writer, &answer).await?;
+            }
+            for frame in again {
+                write(&mut writer, &frame).await?;
             }
             while let Some(frame) = frames.recv().await {
                 write(&mut writer, &frame).await?;

@@ -10,7 +10,7 @@ use crate::print::out;
 use costs::Costs;
 use rank_protocol::exit_code;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use trace::{Trace, binomial_p99};
 use world::{Outcome, Scenario, simulate};
@@ -199,10 +199,13 @@ impl Report {
         for (name, share) in shares {
             out!("  {name:<20}{:>9}", percent(share));
         }
-        if self.gave_up > 0 {
-            out!("gave up       {} of {} seeds: too few nodes", self.gave_up, outcomes.len());
+        let reasons: BTreeSet<&str> =
+            outcomes.iter().filter_map(|(_, outcome)| outcome.gave_up.as_deref()).collect();
+        for reason in reasons.iter().take(3) {
+            out!("gave up       {} of {} seeds, as in: {reason}", self.gave_up, outcomes.len());
         }
-        out!("Costs are those of costs.yaml, some of them assumed; `--json` prints them.");
+        out!("Costs are those of costs.yaml, some of them assumed; `--json` prints them. Assumed");
+        out!("too: a faulty node falls silent, and a hang comes of no fault of a node.");
     }
 }
 

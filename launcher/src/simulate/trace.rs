@@ -11,7 +11,7 @@ pub enum Kind {
     Node,
     /// A link fails; its node stays.
     Link,
-    /// Nothing moves any more; the node that is at fault is replaced.
+    /// Nothing moves any more; the ranks are started again.
     Hang,
 }
 
@@ -28,7 +28,7 @@ impl Kind {
 
     /// Whether the node goes.
     pub fn takes_the_node(self) -> bool {
-        matches!(self, Kind::Node | Kind::Hang)
+        self == Kind::Node
     }
 }
 

@@ -223,7 +223,7 @@ impl World<'_> {
     fn stepped(&mut self, generation: u64) {
         self.step += 1;
         let report = StepReport { step: self.step, generation, ..StepReport::default() };
-        self.ledger.stepped(&report, self.now);
+        self.ledger.stepped(&report, false, self.now);
         self.handle(Event::Step { rank: 0, step: self.step });
         let since = self.now.saturating_duration_since(self.last_save).as_secs_f64();
         if since >= self.cost("save_every_s") {
@@ -257,6 +257,7 @@ impl World<'_> {
             Kind::Hang => self.cost("detect_hang_s").max(5.0 * self.cost("step_s")),
             Kind::Node => {
                 // It is silent from now on; the policy's own limits say when it is dead.
+                self.hear();
                 self.silent.push(node);
                 for limit in [3.0, 5.0] {
                     self.after(limit, Happens::Silence);
@@ -275,15 +276,6 @@ impl World<'_> {
             Kind::Hang => FailureClass::Hang,
             Kind::Node => FailureClass::Node,
         };
-        if kind == Kind::Hang
-            && let Some(&node) = self.places.get(place)
-        {
-            // It is ended, and its node replaced: silent from now on.
-            self.silent.push(node);
-            for limit in [3.0, 5.0] {
-                self.after(limit, Happens::Silence);
-            }
-        }
         let report = FailureReport {
             class,
             phase: Phase::Train,
@@ -295,13 +287,18 @@ impl World<'_> {
         self.handle(Event::Exited { rank: place, exit: Exit::default(), last_lines: vec![] });
     }
 
-    /// Everyone but the silent nodes gives a sign of life; those may be dead.
-    fn silence(&mut self) {
+    /// Everyone but the silent nodes gives a sign of life.
+    fn hear(&mut self) {
         for node in 0..usize::try_from(self.names).unwrap_or(0) {
             if self.members.is_alive(node) && !self.silent.contains(&node) {
                 self.members.heard(node, self.now);
             }
         }
+    }
+
+    /// Silent nodes may be dead.
+    fn silence(&mut self) {
+        self.hear();
         for change in self.members.tick(self.now) {
             let Change::Died(node, _) = change else { continue };
             self.silent.retain(|silent| *silent != node);
@@ -350,6 +347,7 @@ impl World<'_> {
             }
             Action::Finish { code, reason } => self.over = Some((code, reason)),
             Action::AskToStop
+            | Action::AskWhere
             | Action::RecordFirstCause(_)
             | Action::RecordStop { .. }
             | Action::RecordStall(_) => {}

@@ -98,8 +98,12 @@ impl Cause {
     /// no lost link, because a rank whose peer died reports a lost link, often before the peer's
     /// own end is seen.
     pub fn first(causes: &[Cause]) -> Option<&Cause> {
-        let is_consequence = |cause: &&Cause| cause.class == FailureClass::Transient;
-        causes.iter().find(|cause| !is_consequence(cause)).or(causes.first())
+        causes.iter().find(|cause| !cause.is_consequence()).or(causes.first())
+    }
+
+    /// Whether something else must have failed for this to happen: a link that was lost.
+    pub fn is_consequence(&self) -> bool {
+        self.class == FailureClass::Transient
     }
 
     /// One line that says who failed and how.

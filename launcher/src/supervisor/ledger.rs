@@ -158,8 +158,11 @@ impl Ledger {
         self.enter(Spent::of_phase(phase), now);
     }
 
-    /// Rank 0 did a step.
-    pub fn stepped(&mut self, report: &StepReport, now: Instant) {
+    /// Rank 0 did a step. Where steps are `told_again`, one that was booked counts for nothing.
+    pub fn stepped(&mut self, report: &StepReport, told_again: bool, now: Instant) {
+        if told_again && report.step <= self.best_step {
+            return;
+        }
         let time = now.saturating_duration_since(self.since);
         let wait = Duration::try_from_secs_f64(report.data_wait_s).unwrap_or_default().min(time);
         let spent = self.kind_of(report.step);
@@ -179,6 +182,11 @@ impl Ledger {
         self.book(lost, now.saturating_duration_since(self.since), now);
         self.since = self.since.max(now);
         self.current = Spent::Down;
+    }
+
+    /// Up to when everything is booked.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// The sums up to now. Time in a step that is not done yet counts as what it will be if
@@ -249,16 +257,16 @@ mod tests {
         let mut ledger = Ledger::new(&Sums::default(), start);
         ledger.phase(Phase::Load, at(2.0));
         ledger.phase(Phase::Train, at(3.0));
-        ledger.stepped(&report(1, 0.25), at(5.0));
-        ledger.stepped(&report(2, 0.0), at(6.0));
+        ledger.stepped(&report(1, 0.25), false, at(5.0));
+        ledger.stepped(&report(2, 0.0), false, at(6.0));
         ledger.phase(Phase::Save, at(6.0));
         ledger.phase(Phase::Train, at(6.5));
-        ledger.stepped(&report(3, 0.0), at(7.5));
+        ledger.stepped(&report(3, 0.0), false, at(7.5));
         ledger.failed(false, at(8.0));
         ledger.enter(Spent::Start, at(10.0));
         ledger.phase(Phase::Train, at(11.0));
-        ledger.stepped(&report(3, 0.0), at(12.0));
-        ledger.stepped(&report(4, 0.0), at(13.0));
+        ledger.stepped(&report(3, 0.0), false, at(12.0));
+        ledger.stepped(&report(4, 0.0), false, at(13.0));
         ledger.failed(true, at(20.0));
         let sums = ledger.sums(at(21.0));
         let expected = [
@@ -301,7 +309,7 @@ mod tests {
         ledger.phase(Phase::Train, now);
         for step in 1..=100 {
             now += Duration::from_secs(60);
-            ledger.stepped(&report(step, 0.0), now);
+            ledger.stepped(&report(step, 0.0), false, now);
         }
         let sums = ledger.sums(now);
         assert_eq!(sums.ettr_last_hour, Some(1.0));
@@ -324,7 +332,7 @@ mod tests {
                     0 => ledger.failed(step % 2 == 0, now),
                     1 => ledger.enter(Spent::Rendezvous, now),
                     2 => ledger.phase(phases[step as usize % 5], now),
-                    _ => ledger.stepped(&report(step, step as f64 / 7.0), now),
+                    _ => ledger.stepped(&report(step, step as f64 / 7.0), step % 3 == 0, now),
                 }
             }
             let sums = ledger.sums(now);

@@ -2,7 +2,7 @@
 
 use super::cause::{Cause, Exit};
 use super::stall::Stall;
-use rank_protocol::{FailureReport, Phase};
+use rank_protocol::{FailureReport, Phase, Position};
 use std::time::Duration;
 
 /// The limits that the policy goes by.
@@ -14,14 +14,18 @@ pub struct Policy {
     pub max_no_progress: u32,
     /// Consecutive generations that failed alike after which trying again is of no use.
     pub max_same_failure: u32,
-    /// After a first failure, the wait for others of the same moment.
+    /// After failures that are consequences alone (lost links), the wait for their cause.
     pub concurrent_faults: Duration,
+    /// After any other, the wait for more of the same moment.
+    pub same_moment: Duration,
     /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
     pub grace: Duration,
     /// Longest time a stop may take: finish the step and save.
     pub stop: Duration,
     /// Longest time ranks may take to exit once the first has finished.
     pub exit: Duration,
+    /// Least silence of all ranks that is a hang; more, where steps and phases take long.
+    pub hang: Duration,
     /// Whether there are agents: nodes are gathered before each generation, and one that is lost
     /// is replaced.
     pub has_agents: bool,
@@ -35,9 +39,11 @@ impl Policy {
             max_no_progress: max_no_progress.max(1),
             max_same_failure: 3,
             concurrent_faults: Duration::from_secs(1),
+            same_moment: Duration::from_millis(20),
             grace: Duration::from_secs(5),
             stop: Duration::from_secs(600),
             exit: Duration::from_secs(60),
+            hang: Duration::from_secs(30),
             has_agents: false,
         }
     }
@@ -99,6 +105,13 @@ pub enum Event {
     Committed {
         /// Its step.
         step: u64,
+    },
+    /// A rank says where it is, after [`Action::AskWhere`].
+    Here {
+        /// Rank.
+        rank: usize,
+        /// Where.
+        position: Position,
     },
     /// A rank says why it is about to fail.
     Reported {
@@ -185,6 +198,8 @@ pub enum Action {
     },
     /// Nothing has moved for long.
     RecordStall(Stall),
+    /// Ask every rank where it is.
+    AskWhere,
     /// All is over and every process is gone.
     Finish {
         /// Exit code.

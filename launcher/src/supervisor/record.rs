@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Time between two entries of the books in `events.jsonl`.
 const LEDGER_EVERY: Duration = Duration::from_secs(60);
@@ -174,8 +174,12 @@ impl Recorder {
     /// Writes the books into `events.jsonl`, for launchers to come.
     pub fn tell_ledger(&mut self) {
         self.ledger_told = Instant::now();
-        let sums = self.ledger.sums(self.ledger_told);
-        let mut fields = json!(sums);
+        // A step under way is booked once it is done, or by whoever comes after.
+        let until = self.ledger.since();
+        let mut fields = json!(self.ledger.sums(until));
+        let open = self.ledger_told.saturating_duration_since(until);
+        let until = SystemTime::now().checked_sub(open).map(crate::time::rfc3339);
+        fields["until"] = until.unwrap_or_else(crate::time::now).into();
         fields["step"] = self.status.step.into();
         self.event("ledger", fields);
     }

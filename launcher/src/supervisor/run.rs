@@ -131,6 +131,7 @@ impl Executor {
     ) -> Self {
         let policy = Policy {
             has_agents: plan.cluster.is_some(),
+            hang: Duration::from_secs(plan.config.restart.hang_timeout_s),
             ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
         };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
@@ -201,10 +202,10 @@ impl Executor {
             if let Some(by) = by {
                 num_signals += 1;
                 let by = by.to_owned();
-                self.handle(match num_signals {
-                    1 => Event::Stop { by },
-                    _ => Event::StopNow { by },
-                });
+                match num_signals {
+                    1 => self.asked_to_stop(by),
+                    _ => self.handle(Event::StopNow { by }),
+                }
             }
             self.look_elsewhere();
         }
@@ -265,7 +266,7 @@ impl Executor {
                 }
             }
             FromRank::Phase(phase) => {
-                if rank == 0 {
+                if rank == 0 && self.state.is_working() {
                     self.recorder.ledger.phase(phase, Instant::now());
                 }
                 self.handle(Event::Phase { rank, phase });
@@ -279,6 +280,11 @@ impl Executor {
             FromRank::CheckpointCommitted { step } => {
                 self.handle(Event::Committed { step });
                 self.recorder.event("checkpoint_committed", json!({ "step": step }));
+            }
+            FromRank::Here(position) => {
+                let waits = position.waits.join("; ");
+                tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
+                self.handle(Event::Here { rank, position });
             }
             FromRank::Event(event) => {
                 let mut fields = event.fields;
@@ -311,7 +317,10 @@ impl Executor {
     }
 
     fn show_step(&mut self, report: &rank_protocol::StepReport) {
-        self.recorder.ledger.stepped(report, Instant::now());
+        let has_adopted = self.elsewhere.as_ref().is_some_and(|e| e.has_adopted);
+        if self.state.is_working() {
+            self.recorder.ledger.stepped(report, has_adopted, Instant::now());
+        }
         if !self.has_stepped {
             self.has_stepped = true;
             let seconds = self.generation_start.elapsed().as_secs_f64();
@@ -391,6 +400,7 @@ impl Executor {
                 tracing::warn!("{}", stall.describe());
                 self.recorder.event("stalled", json!(stall));
             }
+            Action::AskWhere => self.tell_all(&ToRank::Where),
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
     }
@@ -410,14 +420,24 @@ impl Executor {
         let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
         let searches = self.searches.clone();
         let generation = self.state.generation();
+        // Ranks on a node that was given up may still run: from here on they save nothing.
+        let fence = self.elsewhere.is_some().then_some(generation + 1);
         tokio::task::spawn_blocking(move || {
+            if let Some(next) = fence
+                && let Err(error) = restore::raise_fence(&dir, next)
+            {
+                let _ = searches.blocking_send(Err(error));
+                return;
+            }
             restore::remove_unfinished(&dir, generation);
             let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
         });
     }
 
     fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
-        let is_restart = self.recorder.status.generation > self.plan.last_generation;
+        let has_adopted =
+            self.elsewhere.as_mut().is_some_and(|e| std::mem::take(&mut e.has_adopted));
+        let is_restart = has_adopted || self.recorder.status.generation > self.plan.last_generation;
         self.recorder.status.restarts += u64::from(is_restart);
         self.recorder.status.generation = generation;
         self.recorder.forget_speed();

@@ -23,6 +23,10 @@ pub struct Elsewhere {
     gathering: Option<Option<u64>>,
     /// Until when the ranks of an earlier coordinator are waited for.
     adopt_until: Option<Instant>,
+    /// Who asked for a stop in the meantime.
+    asked_by: Option<String>,
+    /// Whether the generation is one of an earlier coordinator.
+    pub has_adopted: bool,
 }
 
 /// What happens next on other machines; never, where there are none.
@@ -36,7 +40,14 @@ pub async fn next_of(happened: &mut Option<mpsc::Receiver<Happening>>) -> Option
 impl Elsewhere {
     /// No generation yet.
     pub fn new(nodes: Nodes) -> Self {
-        Self { nodes, places: Vec::new(), gathering: None, adopt_until: None }
+        Self {
+            nodes,
+            places: Vec::new(),
+            gathering: None,
+            adopt_until: None,
+            asked_by: None,
+            has_adopted: false,
+        }
     }
 
     /// A generation that shall go on from `step` needs its nodes.
@@ -73,11 +84,20 @@ impl Executor {
         self.take_outcomes(outcomes.unwrap_or_default());
     }
 
+    /// Someone asks for a stop: at once, or once it is known what runs.
+    pub(super) fn asked_to_stop(&mut self, by: String) {
+        match &mut self.elsewhere {
+            Some(elsewhere) if elsewhere.adopt_until.is_some() => elsewhere.asked_by = Some(by),
+            _ => self.handle(Event::Stop { by }),
+        }
+    }
+
     fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
             match outcome {
                 Outcome::Rank(input) => self.take(input),
                 Outcome::Event(kind, fields) => self.recorder.event(kind, fields),
+                Outcome::Stop(by) => self.asked_to_stop(by),
                 Outcome::Store(requests) => {
                     for request in requests {
                         let nobody = Requester { rank: usize::MAX, id: 0 };
@@ -149,27 +169,36 @@ impl Executor {
         let committed = self.plan.committed;
         if let Some((places, ranks, outcomes)) = elsewhere.nodes.adopt(names) {
             (elsewhere.adopt_until, elsewhere.places) = (None, places);
+            elsewhere.has_adopted = true;
+            let asked_by = elsewhere.asked_by.take();
             self.ranks = ranks;
             let generation = self.plan.last_generation;
             tracing::info!("generation {generation} goes on");
             self.recorder.event("generation_adopted", json!({ "nodes": names }));
             self.handle(Event::Adopted { committed });
             self.take_outcomes(outcomes);
+            if let Some(by) = asked_by {
+                self.handle(Event::Stop { by });
+            }
             return self.update_status();
         }
-        if Instant::now() < until && self.state.name() != "stopping" {
+        if Instant::now() < until {
             return;
         }
         elsewhere.adopt_until = None;
         elsewhere.nodes.abandon();
+        let asked_by = elsewhere.asked_by.take();
         let seconds = ADOPTION.as_secs();
         tracing::warn!("not all ranks of the last generation were found within {seconds} s");
         if committed.is_none() && !self.plan.may_begin {
-            let reason = "the ranks are gone, and nothing was saved; `phalanx resume --from-start` \
-                          begins again from the initial weights";
+            let reason = "the ranks are gone, and nothing was saved; `--from-start` begins again \
+                          from the initial weights";
             let (code, reason) = (exit_code::FAILED, reason.to_owned());
             return self.handle(Event::Broken { code, reason });
         }
         self.handle(Event::Begin { committed });
+        if let Some(by) = asked_by {
+            self.handle(Event::Stop { by });
+        }
     }
 }
