@@ -1,7 +1,7 @@
 //! The launcher: everything that `phalanx` does without torch.
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
-//! resolves what depends on this machine; [`start`] begins and resumes runs; [`supervisor`] runs
+//! resolves what depends on this machine; [`start`] begins and resumes runs (`verify` does steps again); [`supervisor`] runs
 //! the ranks, [`cluster`] has agents run them on other machines; [`status`], [`logs`], [`why`] and
 //! [`cancel`] work on any run from its files; [`check`], [`data`], [`checkpoint`] and [`simulate`]
 //! need no run at all.
@@ -27,5 +27,6 @@ pub mod start;
 pub mod status;
 pub mod supervisor;
 pub mod time;
+mod verify;
 pub mod view;
 pub mod why;

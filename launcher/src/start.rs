@@ -9,6 +9,7 @@ use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
 use crate::supervisor::restore::{Branch, is_current};
 use crate::supervisor::run::{Plan, supervise};
+use crate::verify::verify;
 use crate::view::View;
 use checkpoint_format::scan::scan;
 use rank_protocol::jsonl::{Appender, read_metrics};
@@ -51,6 +52,11 @@ pub struct ResumeArgs {
     /// Begin again from the initial weights, where the run has no good checkpoint.
     #[arg(long, conflicts_with = "step")]
     pub from_start: bool,
+    /// Continue nothing: do so many steps again, from an earlier checkpoint, and compare them with
+    /// what they were, bit by bit.
+    #[arg(long, value_name = "STEPS", conflicts_with = "from_start",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub verify: Option<u64>,
     /// Shared options.
     #[command(flatten)]
     pub options: Options,
@@ -91,7 +97,7 @@ pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
         true => begin(RunArgs { config: path, options: args.options }, listen),
         false => {
             let CoordinatorArgs { run, step, from_start, options, .. } = args;
-            go_on(ResumeArgs { run, step, from_start, options }, listen)
+            go_on(ResumeArgs { run, step, from_start, verify: None, options }, listen)
         }
     }
 }
@@ -157,6 +163,12 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
     }
     let changes = differences(&before, config);
+    if let Some(steps) = args.verify {
+        let Prepared { trainer, library_path } = prepare(&resolved, starter)?;
+        let result = verify(&run, resolved, (trainer, library_path), (steps, args.step));
+        drop(lock);
+        return result;
+    }
     // Ranks that run know nothing of a change.
     let may_adopt = may_run_elsewhere && changes.is_empty() && args.step.is_none();
     let start = match choose_start(&run, &history, &args) {
@@ -398,6 +410,7 @@ fn go(
         ledger,
         cluster,
         adopt: start.may_adopt.then_some(history.nodes),
+        stop_after: None,
         may_begin: start.may_begin,
         config,
     };

@@ -43,11 +43,12 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         }
         rank.client.report_step(report)?;
         count_skips(rank, &result)?;
-        let at_end = rank.step == last || result.stop;
+        let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
+        let at_end = rank.step == last || stop;
         if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
             save(rank, result.learning_rate)?;
         }
-        if result.stop && rank.step < last {
+        if stop && rank.step < last {
             return Ok(Outcome::Preempted);
         }
     }

@@ -26,6 +26,8 @@ pub struct Policy {
     pub exit: Duration,
     /// Least silence of all ranks that is a hang; more, where steps and phases take long.
     pub hang: Duration,
+    /// Whether ranks were told a step after which to stop by themselves.
+    pub has_last_step: bool,
     /// Whether there are agents: nodes are gathered before each generation, and one that is lost
     /// is replaced.
     pub has_agents: bool,
@@ -44,6 +46,7 @@ impl Policy {
             stop: Duration::from_secs(600),
             exit: Duration::from_secs(60),
             hang: Duration::from_secs(30),
+            has_last_step: false,
             has_agents: false,
         }
     }

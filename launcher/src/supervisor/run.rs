@@ -63,6 +63,8 @@ pub struct Plan {
     pub adopt: Option<Vec<String>>,
     /// Whether the run may begin from its initial weights.
     pub may_begin: bool,
+    /// Step after which it is saved and stopped.
+    pub stop_after: Option<u64>,
 }
 
 mod elsewhere;
@@ -131,6 +133,7 @@ impl Executor {
     ) -> Self {
         let policy = Policy {
             has_agents: plan.cluster.is_some(),
+            has_last_step: plan.stop_after.is_some(),
             hang: Duration::from_secs(plan.config.restart.hang_timeout_s),
             ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
         };
@@ -533,6 +536,7 @@ impl Executor {
             threads: self.plan.threads,
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
+            stop_after: self.plan.stop_after,
         }
     }
 

@@ -300,7 +300,7 @@ impl State {
         last_lines: Vec<String>,
         now: Instant,
     ) -> Vec<Action> {
-        let is_stopping = self.stop.is_some();
+        let is_stopping = self.stop.is_some() || self.policy.has_last_step;
         let Some(rank) = self.ranks.get_mut(index) else { return Vec::new() };
         if rank.state.has_exited() {
             return Vec::new();
@@ -355,7 +355,7 @@ impl State {
         if self.ranks.iter().all(|rank| rank.state == RankState::Done) {
             return self.over(exit_code::DONE, "the last step is done and saved".into());
         }
-        let by = self.stop.as_ref().map_or("", |(by, _)| by.as_str());
+        let by = self.stop.as_ref().map_or("the step it was to stop after", |(by, _)| by.as_str());
         let reason = match self.committed {
             Some(step) => format!("stopped by {by}, saved at step {step}"),
             None => format!("stopped by {by} before the first step; nothing to save"),

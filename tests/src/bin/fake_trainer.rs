@@ -66,8 +66,12 @@ fn train() -> Result<i32> {
         fake.step(step)?;
         let every = config.checkpoint.every_steps;
         let is_last = step == config.training.steps;
-        if is_last || (every > 0 && step % every == 0) {
+        let stops = fake.client.assignment().stop_after == Some(step) && !is_last;
+        if is_last || stops || (every > 0 && step % every == 0) {
             fake.save(step)?;
+        }
+        if stops {
+            return Ok(exit_code::PREEMPTED);
         }
     }
     fake.client.finished(config.training.steps)?;

@@ -1,5 +1,5 @@
-//! Thousands of agents in one process: they join a real coordinator over TLS, say what agents say, and
-//! start no rank. For measuring what a coordinator can bear (`ops/benches/rendezvous`).
+//! Thousands of agents in one process: they join a real coordinator over TLS, say what agents say,
+//! and start no rank. For measuring what a coordinator can bear (`ops/benches/rendezvous`).
 //!
 //! usage: mock-agents RUN-DIRECTORY NODES STEPS STEP-MILLISECONDS
 
