@@ -131,6 +131,9 @@ fn describe(status: &Status) -> String {
     let checkpoint =
         status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
     lines.push(("checkpoint", checkpoint));
+    if let Some(alarm) = &status.alarm {
+        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+    }
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
     if let Some(ledger) = &status.ledger {
         lines.push(("ettr", ettr(ledger)));

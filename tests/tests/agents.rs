@@ -2,6 +2,7 @@
 //! the coordinator for a while, and who is not let in.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use end_to_end::losses::assert_bit_equal;
 use end_to_end::sandbox::{Running, Sandbox, signal};
 use rank_protocol::jsonl::read_metrics;
 use rustix::process::Signal;
@@ -18,6 +19,64 @@ fn sandbox() -> Sandbox {
 fn coordinator(sandbox: &Sandbox) -> Running {
     let args = ["coordinator", "config.yaml", "--listen", "127.0.0.1:0"];
     sandbox.start(&[&args[..], &["--set", "cluster.nodes=2"]].concat())
+}
+
+/// The real trainer, with enough steps to be hit, and a run without agents beside it: `straight`.
+fn real() -> Sandbox {
+    let sandbox = Sandbox::real(env!("CARGO_BIN_EXE_phalanx-under-test"));
+    let sets = ["cluster.ranks_per_node=4", REAL[1], REAL[3], REAL[5]];
+    sandbox.train("straight", &sets);
+    sandbox
+}
+
+const REAL: [&str; 6] = [
+    "--set",
+    "training.steps=40",
+    "--set",
+    "training.global_batch=16",
+    "--set",
+    "cluster.threads_per_rank=1",
+];
+
+fn real_coordinator(sandbox: &Sandbox) -> Running {
+    let args = ["coordinator", "config.yaml", "--listen", "127.0.0.1:0"];
+    sandbox.start(&[&args[..], &["--set", "cluster.nodes=2"], &REAL].concat())
+}
+
+fn assert_as_straight(sandbox: &Sandbox) {
+    let (stdout, stderr) = sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+    assert!(stdout.contains("equal"), "{stdout}{stderr}");
+    assert_bit_equal(sandbox, "straight", "test", 40);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn two_nodes_train_as_one_machine_does() {
+    let sandbox = real();
+    let coordinator = real_coordinator(&sandbox);
+    let agents = ["a", "b"].map(|name| agent(&sandbox, name));
+    coordinator.expect(0);
+    for agent in agents {
+        agent.expect(0);
+    }
+    assert_as_straight(&sandbox);
+}
+
+#[test]
+fn a_lost_node_is_the_first_cause_although_its_peers_fail_first() {
+    let sandbox = real();
+    let coordinator = real_coordinator(&sandbox);
+    let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    let spare = agent(&sandbox, "spare");
+    sandbox.wait_for_metrics(7, 1);
+    second.signal(Signal::KILL);
+    coordinator.expect(0);
+    first.expect(0);
+    spare.expect(0);
+    let cause = &sandbox.events_of("first_cause")[0];
+    assert_eq!(cause["class"], "node", "{cause}");
+    assert!(cause["message"].as_str().unwrap().contains("node b is lost"), "{cause}");
+    assert_as_straight(&sandbox);
 }
 
 fn agent(sandbox: &Sandbox, name: &str) -> Running {

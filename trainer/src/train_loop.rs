@@ -6,8 +6,9 @@ use crate::rank::longest_sequence;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
 use crate::validation::validate;
-use rank_protocol::message::{Phase, StepReport};
+use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
+use serde_json::json;
 use std::ops::RangeInclusive;
 use std::time::Instant;
 
@@ -46,7 +47,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
         let at_end = rank.step == last || stop;
         if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
-            save(rank, result.learning_rate)?;
+            save(rank, result.learning_rate, at_end)?;
         }
         if stop && rank.step < last {
             return Ok(Outcome::Preempted);
@@ -126,9 +127,24 @@ fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
     batch.first_token / sample_len..=(batch.end_token() - 1) / sample_len
 }
 
-fn save(rank: &mut Rank, learning_rate: f64) -> Result<()> {
+/// Saves. Where there is no room, or a disk fails, training goes on with what memory holds (but for
+/// the last save): the next one may fare better.
+fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
-    let saved = rank.save(learning_rate)?;
+    let saved = match rank.save(learning_rate) {
+        Ok(saved) => saved,
+        Err(error) if !is_last && error.is_of_storage() => {
+            tracing::warn!("the checkpoint of step {} was not written: {error}", rank.step);
+            // Others only know that some rank failed.
+            if error.class() == FailureClass::Storage {
+                let fields = json!({ "step": rank.step, "reason": error.to_string() });
+                let fields = fields.as_object().cloned().unwrap_or_default();
+                rank.client.event(Event { kind: "checkpoint_failed".into(), fields })?;
+            }
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
     if rank.worker.groups.rank == 0 {
         rank.client.checkpoint_committed(rank.step)?;
     }

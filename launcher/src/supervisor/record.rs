@@ -53,6 +53,9 @@ pub struct Status {
     pub eta_s: Option<f64>,
     /// Newest committed step.
     pub last_checkpoint: Option<u64>,
+    /// Why the last checkpoint could not be written, while none has been since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
     /// Generations that were started because the one before had failed.
     pub restarts: u64,
     /// When the launcher started.

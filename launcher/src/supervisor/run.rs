@@ -281,6 +281,7 @@ impl Executor {
                 }
             }
             FromRank::CheckpointCommitted { step } => {
+                self.recorder.status.alarm = None;
                 self.handle(Event::Committed { step });
                 self.recorder.event("checkpoint_committed", json!({ "step": step }));
             }
@@ -292,6 +293,12 @@ impl Executor {
             FromRank::Event(event) => {
                 let mut fields = event.fields;
                 fields.insert("rank".into(), rank.into());
+                let reason = fields.get("reason").and_then(|reason| reason.as_str());
+                if event.kind == "checkpoint_failed" {
+                    let reason = reason.unwrap_or_default().to_owned();
+                    tracing::error!("rank {rank} could not save: {reason}");
+                    self.recorder.status.alarm = Some(reason);
+                }
                 self.recorder.event(&event.kind, fields.into());
             }
             FromRank::Failure(report) => {
