@@ -136,6 +136,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,
+        saving: None,
     };
     Ok((rank, backend))
 }

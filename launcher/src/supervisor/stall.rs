@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// A hang is a silence of so many times the longest that was seen in its phase.
 const NUM_LONGEST: u32 = 5;
+/// Least limit of what waits for storage or other machines: every phase but the steps.
+const LEAST_OF_OTHERS: Duration = Duration::from_secs(10 * 60);
 /// Limit of a phase that has not been seen to its end, and of a generation's first step.
 const UNSEEN: Duration = Duration::from_secs(30 * 60);
 /// Longest wait for ranks to say where they are.
@@ -104,13 +106,12 @@ impl Progress {
     pub fn deadline(&self) -> Instant {
         let is_warm = self.phase != Phase::Train || self.newest.is_some();
         let longest = self.longest.get(&self.phase).filter(|_| is_warm);
-        let limit = match longest {
-            Some(longest) => self.least.max(longest.saturating_mul(NUM_LONGEST)),
-            // The second step of a run is compared with nothing yet.
-            None if self.phase == Phase::Train && is_warm => self.least.max(UNSEEN),
-            None => self.least.max(UNSEEN),
+        let least = match self.phase {
+            Phase::Train => self.least,
+            _ => self.least.max(LEAST_OF_OTHERS),
         };
-        self.moved + limit
+        let limit = longest.map_or(UNSEEN, |longest| longest.saturating_mul(NUM_LONGEST));
+        self.moved + limit.max(least)
     }
 
     /// The stall that is to be told now.
@@ -198,15 +199,15 @@ mod tests {
         progress.entered(Phase::Save, at(42));
         assert_eq!(progress.deadline(), at(42 + 1800), "nobody knows how long a save takes");
         progress.entered(Phase::Save, at(43));
-        progress.entered(Phase::Train, at(142));
-        progress.stepped(3, at(143));
-        progress.entered(Phase::Save, at(143));
-        assert_eq!(progress.deadline(), at(143 + 500));
-        let progress = progress.again(at(1000));
-        assert_eq!(progress.deadline(), at(1000 + 200), "the start took 40 s");
-        assert_eq!(progress.stall(at(1199)), None);
-        let stall = progress.stall(at(1200)).unwrap();
-        assert_eq!((stall.seconds, stall.phase, stall.step), (200.0, Phase::Init, None));
+        progress.entered(Phase::Train, at(242));
+        progress.stepped(3, at(243));
+        progress.entered(Phase::Save, at(243));
+        assert_eq!(progress.deadline(), at(243 + 5 * 200));
+        let progress = progress.again(at(2000));
+        assert_eq!(progress.deadline(), at(2000 + 600), "the start took 40 s");
+        assert_eq!(progress.stall(at(2599)), None);
+        let stall = progress.stall(at(2600)).unwrap();
+        assert_eq!((stall.seconds, stall.phase, stall.step), (600.0, Phase::Init, None));
     }
 
     fn position(step: u64, waits: &[&str]) -> Option<Position> {
