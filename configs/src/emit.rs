@@ -36,7 +36,10 @@ impl RunConfig {
             y.key("keep_last", self.checkpoint.keep_last);
             y.key("keep_every_steps", self.checkpoint.keep_every_steps);
         });
-        y.section("restart", |y| y.key("max_no_progress", self.restart.max_no_progress));
+        y.section("restart", |y| {
+            y.key("max_no_progress", self.restart.max_no_progress);
+            y.key("hang_timeout_s", self.restart.hang_timeout_s);
+        });
         y.section("cluster", |y| {
             y.key("kind", word(&self.cluster.kind));
             y.key("nodes", self.cluster.nodes);

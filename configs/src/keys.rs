@@ -180,6 +180,7 @@ pub(crate) const KEYS: &[Key] = &[
     integer("checkpoint.keep_every_steps", 0, MAX_STEPS),
     section("restart"),
     integer("restart.max_no_progress", 1, 1_000_000),
+    integer("restart.hang_timeout_s", 1, 86_400),
     section("cluster"),
     choice("cluster.kind", &["local", "slurm", "kubernetes", "mpi"]),
     integer("cluster.nodes", 1, MAX_RANKS),

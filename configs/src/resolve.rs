@@ -70,7 +70,10 @@ impl Resolver<'_> {
                 keep_last: self.size(&v, "checkpoint.keep_last")?,
                 keep_every_steps: self.integer(&v, "checkpoint.keep_every_steps")?,
             },
-            restart: Restart { max_no_progress: self.count(&v, "restart.max_no_progress")? },
+            restart: Restart {
+                max_no_progress: self.count(&v, "restart.max_no_progress")?,
+                hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
+            },
             cluster: Cluster {
                 kind: self.choice(&v, "cluster.kind")?,
                 nodes: self.size(&v, "cluster.nodes")?,

@@ -395,6 +395,8 @@ pub struct Checkpoint {
 pub struct Restart {
     /// Consecutive generations without a new committed step after which the run gives up.
     pub max_no_progress: u32,
+    /// Least silence of all ranks that is a hang, in seconds.
+    pub hang_timeout_s: u64,
 }
 
 /// Where the run runs.

@@ -21,7 +21,12 @@ pub(crate) fn check(rules: &mut Rules) {
             "a cluster other than this machine",
             "local or mpi",
         ),
-        (c.nodes > 1, "cluster.nodes", "more than one node", "1"),
+        (
+            c.nodes > 1 && c.kind == ClusterKind::Mpi,
+            "cluster.nodes",
+            "more than one node under MPI",
+            "1",
+        ),
     ];
     for (_, key, what, only) in asked.into_iter().filter(|(asked, ..)| *asked) {
         refuse(rules, key, what, only);

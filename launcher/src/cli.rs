@@ -1,8 +1,9 @@
 //! What a user can type. Each verb is a module with its arguments and a `run`.
 
+use crate::cluster::agent;
 use crate::error::UserError;
 use crate::print::err;
-use crate::{cancel, check, checkpoint, data, logs, machine, start, status, why};
+use crate::{cancel, check, checkpoint, data, logs, machine, simulate, start, status, why};
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::ffi::OsString;
@@ -26,6 +27,10 @@ enum Verb {
     Run(start::RunArgs),
     /// Continue a run from its newest good checkpoint.
     Resume(start::ResumeArgs),
+    /// Begin or continue a run on several nodes: decide for the agents, one on each.
+    Coordinator(start::CoordinatorArgs),
+    /// Run this node's ranks for a coordinator.
+    Agent(agent::AgentArgs),
     /// Show what a run does; without a name, all runs.
     Status(status::StatusArgs),
     /// Show what the ranks wrote.
@@ -34,6 +39,8 @@ enum Verb {
     Why(why::WhyArgs),
     /// Stop a run: finish the step, save.
     Cancel(cancel::CancelArgs),
+    /// Simulate what the failures of a cluster would cost a run.
+    Simulate(simulate::SimulateArgs),
     /// Train a tokenizer, tokenize text into shards, look at shards.
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -85,6 +92,9 @@ pub fn main() -> i32 {
         Verb::Checkpoint(command) => Ok(checkpoint::run(command)),
         Verb::Run(args) => start::run(args),
         Verb::Resume(args) => start::resume(args),
+        Verb::Coordinator(args) => start::coordinator(args),
+        Verb::Agent(args) => agent::run(args),
+        Verb::Simulate(args) => simulate::run(args),
         Verb::Status(args) => status::run(args),
         Verb::Logs(args) => logs::run(args),
         Verb::Why(args) => why::run(args),

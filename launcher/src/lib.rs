@@ -1,9 +1,10 @@
 //! The launcher: everything that `phalanx` does without torch.
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
-//! resolves what depends on this machine; [`start`] begins and resumes runs; [`supervisor`] runs
-//! the ranks; [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files;
-//! [`check`], [`data`] and [`checkpoint`] need no run at all.
+//! resolves what depends on this machine; [`start`] begins and resumes runs (`verify` does steps again); [`supervisor`] runs
+//! the ranks, [`cluster`] has agents run them on other machines; [`status`], [`logs`], [`why`] and
+//! [`cancel`] work on any run from its files; [`check`], [`data`], [`checkpoint`] and [`simulate`]
+//! need no run at all.
 
 #![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; `print` does not
 
@@ -11,6 +12,7 @@ pub mod cancel;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
+pub mod cluster;
 pub mod data;
 pub mod error;
 pub mod init_from;
@@ -20,9 +22,11 @@ mod pipeline;
 mod plan;
 mod print;
 pub mod runs;
+pub mod simulate;
 pub mod start;
 pub mod status;
 pub mod supervisor;
 pub mod time;
+mod verify;
 pub mod view;
 pub mod why;

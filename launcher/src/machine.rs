@@ -16,12 +16,21 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const FIND_TORCH: &str = "import importlib.util as u; s = u.find_spec('torch'); \
                           print(s.submodule_search_locations[0] if s else '')";
 
+/// Who starts the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Starter {
+    /// This process.
+    Launcher,
+    /// An agent on each node.
+    Agents,
+}
+
 /// A config with every `auto` of this machine resolved.
 #[derive(Clone, Debug)]
 pub struct Resolved {
     /// The config and its notes.
     pub loaded: Loaded,
-    /// Ranks to start here.
+    /// Ranks to start, on all nodes.
     pub world_size: usize,
     /// CPU threads of each.
     pub threads: usize,
@@ -58,11 +67,16 @@ pub fn check_gpus(device: DeviceKind, ranks: usize, gpus: usize) -> Result<(), U
 }
 
 /// Loads the config at `path` and resolves `ranks_per_node` and `threads_per_rank`, once: what they
-/// came to is part of the config from then on.
-pub fn resolve(path: &Path, set: &[String]) -> Result<Resolved, UserError> {
+/// came to is part of the config from then on. The nodes of agents are taken to have as many cores
+/// as this machine.
+pub fn resolve(path: &Path, set: &[String], starter: Starter) -> Result<Resolved, UserError> {
     let mut overrides = set.to_vec();
     let cluster = RunConfig::load(path, &overrides)?.config.cluster;
-    refuse_other_clusters(cluster.kind, cluster.nodes)?;
+    refuse_other_clusters(cluster.kind, cluster.nodes, starter)?;
+    if starter == Starter::Agents && cluster.ranks_per_node.is_none() {
+        let message = "cluster.ranks_per_node is auto, and this machine may be no node of the run";
+        return Err(UserError::usage(message).hint("--set cluster.ranks_per_node=…"));
+    }
     let ranks = match (cluster.ranks_per_node, cluster.device) {
         (Some(ranks), _) => ranks,
         (None, DeviceKind::Cpu) => 1,
@@ -79,18 +93,27 @@ pub fn resolve(path: &Path, set: &[String]) -> Result<Resolved, UserError> {
     }
     let loaded = RunConfig::load(path, &overrides)?;
     let has_auto_threads = cluster.threads_per_rank.is_none();
-    Ok(Resolved { loaded, world_size: ranks, threads, has_auto_threads })
+    let world_size = ranks * cluster.nodes;
+    Ok(Resolved { loaded, world_size, threads, has_auto_threads })
 }
 
-fn refuse_other_clusters(kind: ClusterKind, nodes: usize) -> Result<(), UserError> {
-    if !matches!(kind, ClusterKind::Local | ClusterKind::Mpi) {
-        let message =
-            format!("cluster.kind: {kind:?} is not supported yet; the limit is local or mpi");
-        return Err(UserError::usage(message.to_lowercase()));
+fn refuse_other_clusters(
+    kind: ClusterKind,
+    nodes: usize,
+    starter: Starter,
+) -> Result<(), UserError> {
+    let is_supported = match starter {
+        Starter::Launcher => matches!(kind, ClusterKind::Local | ClusterKind::Mpi),
+        Starter::Agents => kind == ClusterKind::Local,
+    };
+    if !is_supported {
+        let message = format!("cluster.kind: {kind:?} is not supported here yet");
+        return Err(UserError::usage(message.to_lowercase()).hint("`--set cluster.kind=local`"));
     }
-    if nodes != 1 {
-        let message = format!("cluster.nodes: {nodes} is not supported yet; the limit is 1");
-        return Err(UserError::usage(message));
+    if nodes != 1 && starter == Starter::Launcher {
+        let message = format!("cluster.nodes: {nodes}, and this machine is one");
+        let hint = "`phalanx coordinator` here, and `phalanx agent` on each node";
+        return Err(UserError::usage(message).hint(hint));
     }
     Ok(())
 }

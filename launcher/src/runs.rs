@@ -1,6 +1,7 @@
 //! Run directories: where they are, who holds them, and what happened in them so far.
 
 use crate::error::UserError;
+use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
 use rank_protocol::{RunDir, env, exit_code, jsonl};
@@ -9,7 +10,7 @@ use serde_json::Value;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// A look at the lock takes it for a moment; whoever wants it tries for longer than that.
 const LOCK_PATIENCE: Duration = Duration::from_millis(300);
@@ -180,7 +181,7 @@ fn read_pid(file: &mut File) -> Option<u32> {
 }
 
 /// What the events of a run say about its past.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     /// The identity it was given.
     pub run_id: Option<String>,
@@ -200,6 +201,23 @@ pub struct History {
     pub started: String,
     /// Exit code and reason of the last launcher, where it came to its end.
     pub end: Option<(i32, String)>,
+    /// The nodes of the last generation by place, where agents started it.
+    pub nodes: Vec<String>,
+    /// The last entry of the books.
+    pub ledger: Option<LedgerEntry>,
+}
+
+/// What the run's time had been spent on by a moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LedgerEntry {
+    /// The sums.
+    pub sums: Sums,
+    /// The moment.
+    pub time: Option<SystemTime>,
+    /// Generation of the last step that counts in them.
+    pub generation: u64,
+    /// That step.
+    pub step: u64,
 }
 
 /// The highest generation that has a folder of logs.
@@ -235,6 +253,19 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
             }
             Some("checkpoint_committed") => {
                 history.committed = history.committed.max(number("step"));
+            }
+            Some("ledger") => {
+                let sums = serde_json::from_value(event.clone()).unwrap_or_default();
+                history.ledger = Some(LedgerEntry {
+                    sums,
+                    time: text("until").as_deref().and_then(crate::time::parse),
+                    generation: number("generation").unwrap_or(0),
+                    step: number("step").unwrap_or(0),
+                });
+            }
+            Some("nodes_placed") => {
+                let nodes = event.get("nodes").cloned().unwrap_or_default();
+                history.nodes = serde_json::from_value(nodes).unwrap_or_default();
             }
             Some("generation_started") => {
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);

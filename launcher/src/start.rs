@@ -1,20 +1,24 @@
 //! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
 
+use crate::cluster::nodes::ClusterPlan;
 use crate::error::UserError;
-use crate::machine::{self, Resolved};
+use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
 use crate::runs::{self, History, RunLock};
+use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
 use crate::supervisor::restore::{Branch, is_current};
 use crate::supervisor::run::{Plan, supervise};
+use crate::verify::verify;
 use crate::view::View;
 use checkpoint_format::scan::scan;
-use rank_protocol::jsonl::read_metrics;
+use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::{Value, json};
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What `run` and `resume` share.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -48,15 +52,74 @@ pub struct ResumeArgs {
     /// Begin again from the initial weights, where the run has no good checkpoint.
     #[arg(long, conflicts_with = "step")]
     pub from_start: bool,
+    /// Continue nothing: do so many steps again, from an earlier checkpoint, and compare them with
+    /// what they were, bit by bit.
+    #[arg(long, value_name = "STEPS", conflicts_with = "from_start",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub verify: Option<u64>,
     /// Shared options.
     #[command(flatten)]
     pub options: Options,
 }
 
+/// Arguments of `phalanx coordinator`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CoordinatorArgs {
+    /// The run config of a new run, a YAML file; or the directory or name of a run to go on with.
+    pub run: String,
+    /// Where to listen for agents; port 0: any that is free.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:0")]
+    pub listen: SocketAddr,
+    /// Continue from this step's checkpoint instead of the newest.
+    #[arg(long)]
+    pub step: Option<u64>,
+    /// Begin again from the initial weights, where the run has no good checkpoint.
+    #[arg(long, conflicts_with = "step")]
+    pub from_start: bool,
+    /// Host name or address at which agents reach this machine; by default its name, or the address
+    /// that it listens on.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Shared options.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+/// Where a coordinator listens.
+type Listen = (SocketAddr, Option<String>);
+
+/// Begins a run, or goes on with one, whose ranks agents start; returns the exit code.
+pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
+    let listen = Some((args.listen, args.host.clone()));
+    let path = PathBuf::from(&args.run);
+    let is_config = path.is_file() || path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    match is_config {
+        true => begin(RunArgs { config: path, options: args.options }, listen),
+        false => {
+            let CoordinatorArgs { run, step, from_start, options, .. } = args;
+            go_on(ResumeArgs { run, step, from_start, verify: None, options }, listen)
+        }
+    }
+}
+
 /// Begins a new run; returns the exit code.
 pub fn run(args: RunArgs) -> Result<i32, UserError> {
-    let resolved = machine::resolve(&args.config, &args.options.set)?;
-    let prepared = prepare(&resolved)?;
+    begin(args, None)
+}
+
+/// Continues a run; returns the exit code.
+pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+    go_on(args, None)
+}
+
+fn starter_of(listen: &Option<Listen>) -> Starter {
+    if listen.is_some() { Starter::Agents } else { Starter::Launcher }
+}
+
+fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
+    let starter = starter_of(&listen);
+    let resolved = machine::resolve(&args.config, &args.options.set, starter)?;
+    let prepared = prepare(&resolved, starter)?;
     let config = &resolved.loaded.config;
     crate::init_from::check(&config.model, &runs::runs_dir())?;
     let (run, lock) = runs::create(&config.name)?;
@@ -76,28 +139,51 @@ pub fn run(args: RunArgs) -> Result<i32, UserError> {
         }),
     )];
     let history = History { run_id: Some(run_id), ..History::default() };
-    go(lock, run, resolved, prepared, history, Start::default(), &args.options, begun)
+    let start = Start { listen, may_begin: true, ..Start::default() };
+    go(lock, run, resolved, prepared, history, start, &args.options, begun)
 }
 
-/// Continues a run; returns the exit code.
-pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
+    let starter = starter_of(&listen);
     let run = runs::find(&args.run)?;
     let lock = RunLock::take(&run)?;
     let history = runs::history(&run)?;
     let set = &args.options.set;
     let before = RunConfig::load(&run.config(), &[])?.config;
-    let resolved = resolve_again(&run, &before, &history, set)?;
+    let resolved = resolve_again(&run, &before, &history, set, starter)?;
     let config = &resolved.loaded.config;
     if config.name != before.name {
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let start = choose_start(&run, &history, &args)?;
+    let may_run_elsewhere = history.end.is_none() && !history.nodes.is_empty();
+    if may_run_elsewhere && listen.is_none() {
+        let name = runs::name_of(&run);
+        let error = UserError::usage(format!("the ranks of run {name} may still run on its nodes"));
+        return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
+    }
     let changes = differences(&before, config);
+    if let Some(steps) = args.verify {
+        let Prepared { trainer, library_path } = prepare(&resolved, starter)?;
+        let result = verify(&run, resolved, (trainer, library_path), (steps, args.step));
+        drop(lock);
+        return result;
+    }
+    // Ranks that run know nothing of a change.
+    let may_adopt = may_run_elsewhere && changes.is_empty() && args.step.is_none();
+    let start = match choose_start(&run, &history, &args) {
+        // Only the ranks themselves can save it.
+        Err(_) if may_adopt && history.committed.is_none() => Start::default(),
+        chosen => chosen?,
+    };
+    let start = Start { listen, may_adopt, ..start };
     if has_finished(config, &start, &args, !changes.is_empty())? {
+        if may_run_elsewhere {
+            tell_finished(&run, &history)?;
+        }
         return Ok(exit_code::DONE);
     }
-    let prepared = prepare(&resolved)?;
+    let prepared = prepare(&resolved, starter)?;
     let mut begun = vec![(
         "run_resumed",
         json!({
@@ -134,17 +220,31 @@ fn resolve_again(
     before: &RunConfig,
     history: &History,
     set: &[String],
+    starter: Starter,
 ) -> Result<Resolved, UserError> {
     let path = run.config();
-    let kept = machine::resolve(&path, set)?;
-    let is_new_split = Some(kept.world_size) != before.cluster.ranks_per_node;
+    let kept = machine::resolve(&path, set, starter)?;
+    let is_new_split = kept.loaded.config.cluster.ranks_per_node != before.cluster.ranks_per_node;
     if history.has_auto_threads && is_new_split {
         // The later override counts.
         let auto = ["cluster.threads_per_rank=auto".to_owned()];
-        return machine::resolve(&path, &[&auto[..], set].concat());
+        return machine::resolve(&path, &[&auto[..], set].concat(), starter);
     }
     let is_same = kept.loaded.config.cluster.threads_per_rank == before.cluster.threads_per_rank;
     Ok(Resolved { has_auto_threads: history.has_auto_threads && is_same, ..kept })
+}
+
+/// Notes the end that the last coordinator did not come to note: agents look for it.
+fn tell_finished(run: &RunDir, history: &History) -> Result<(), UserError> {
+    let event = json!({
+        "time": crate::time::now(),
+        "kind": "run_finished",
+        "generation": history.last_generation,
+        "exit_code": exit_code::DONE,
+        "reason": "the last step is done and saved",
+    });
+    let mut events = Appender::open(&run.events())?;
+    Ok(events.append(&event)?)
 }
 
 /// Whether nothing is left to do, which is said; refuses fewer steps than are done.
@@ -186,6 +286,12 @@ struct Start {
     first_step: Option<u64>,
     /// Set where that is not the newest.
     branch: Option<Branch>,
+    /// Where to listen for agents.
+    listen: Option<Listen>,
+    /// Whether ranks of the last generation may still run.
+    may_adopt: bool,
+    /// Whether the run may begin from its initial weights.
+    may_begin: bool,
 }
 
 fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
@@ -205,7 +311,8 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
         }
         let generation = history.last_generation + 1;
         let branch = (Some(step) != newest).then_some(Branch { step, generation });
-        return Ok(Start { committed: Some(step), first_step: Some(step), branch });
+        let (committed, first_step) = (Some(step), Some(step));
+        return Ok(Start { committed, first_step, branch, ..Start::default() });
     }
     match (newest, args.from_start) {
         (Some(step), true) => {
@@ -214,8 +321,8 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
             ));
             Err(error.hint("start a new run with --set name=…"))
         }
-        (Some(step), false) => Ok(Start { committed: Some(step), first_step: None, branch: None }),
-        (None, true) => Ok(Start::default()),
+        (Some(step), false) => Ok(Start { committed: Some(step), ..Start::default() }),
+        (None, true) => Ok(Start { may_begin: true, ..Start::default() }),
         (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
     }
 }
@@ -235,22 +342,29 @@ fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> Us
 }
 
 /// What must be there before a directory is made.
+#[derive(Default)]
 struct Prepared {
     trainer: PathBuf,
     library_path: Option<std::ffi::OsString>,
 }
 
-fn prepare(resolved: &Resolved) -> Result<Prepared, UserError> {
+fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError> {
     for note in &resolved.loaded.notes {
         err!("{note}");
     }
     let config = &resolved.loaded.config;
-    machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
+    if starter == Starter::Launcher {
+        machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
+    }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
         hint: None,
     })?;
+    if starter == Starter::Agents {
+        // Theirs to find.
+        return Ok(Prepared::default());
+    }
     let trainer = machine::trainer()?;
     let library_path = machine::library_path(config.cluster.device)?;
     if config.cluster.kind == ClusterKind::Mpi {
@@ -271,9 +385,16 @@ fn go(
     begun: Vec<(&'static str, Value)>,
 ) -> Result<i32, UserError> {
     let config = resolved.loaded.config;
+    let ledger = ledger(&run, &history)?;
     let run_id = history.run_id.unwrap_or_else(|| new_run_id(&config.name));
     let mut branches = history.branches;
     branches.extend(start.branch);
+    let cluster = start.listen.map(|(listen, host)| ClusterPlan {
+        listen,
+        host,
+        num_nodes: config.cluster.nodes,
+        ranks_per_node: config.cluster.ranks_per_node.unwrap_or(1),
+    });
     let plan = Plan {
         run,
         run_id,
@@ -286,12 +407,36 @@ fn go(
         branches,
         first_step: start.first_step,
         restarts: history.restarts,
+        ledger,
+        cluster,
+        adopt: start.may_adopt.then_some(history.nodes),
+        stop_after: None,
+        may_begin: start.may_begin,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)
         .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
     drop(lock);
     Ok(code)
+}
+
+/// The books of earlier launchers. Where the last one ended without a word, the time since its last
+/// entry is booked too: the steps that were reported since, and the rest as down.
+fn ledger(run: &RunDir, history: &History) -> Result<Ledger, UserError> {
+    let Some(entry) = &history.ledger else {
+        return Ok(Ledger::new(&Sums::default(), Instant::now()));
+    };
+    let mut ledger = Ledger::new(&entry.sums, Instant::now());
+    let gap = entry.time.and_then(|time| SystemTime::now().duration_since(time).ok());
+    // A stop that was asked for stops the clock; a launcher that gave up does not.
+    let asked_for = [exit_code::DONE, exit_code::PREEMPTED, exit_code::INTERRUPTED];
+    let is_stopped = history.end.as_ref().is_some_and(|(code, _)| asked_for.contains(code));
+    if let (false, Some(gap)) = (is_stopped, gap) {
+        let mut steps = read_metrics(&run.metrics())?;
+        steps.retain(|report| (report.generation, report.step) > (entry.generation, entry.step));
+        ledger.fill(gap, &steps);
+    }
+    Ok(ledger)
 }
 
 fn write_config(run: &RunDir, config: &RunConfig) -> Result<(), UserError> {

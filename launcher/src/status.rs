@@ -3,6 +3,7 @@
 use crate::error::UserError;
 use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
+use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::{Status, ended};
 use crate::view::thousands;
 use rank_protocol::jsonl::read_metrics;
@@ -130,14 +131,33 @@ fn describe(status: &Status) -> String {
     let checkpoint =
         status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
     lines.push(("checkpoint", checkpoint));
+    if let Some(alarm) = &status.alarm {
+        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+    }
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
+    if let Some(ledger) = &status.ledger {
+        lines.push(("ettr", ettr(ledger)));
+        lines.push(("time", ledger.describe()));
+    }
     if !status.updated.is_empty() {
         lines.push(("updated", status.updated.clone()));
     }
     for rank in &status.ranks {
         let step = rank.step.map_or(String::new(), |step| format!(" step {step}"));
-        let what = format!("pid {} {} ({}){step}", rank.pid, rank.state, rank.phase);
+        let node = rank.node.as_ref().map_or(String::new(), |node| format!("{node} "));
+        let what = format!("{node}pid {} {} ({}){step}", rank.pid, rank.state, rank.phase);
         lines.push(("rank", format!("{}: {what}", rank.rank)));
     }
     lines.iter().map(|(name, value)| format!("{name:<12}{value}\n")).collect()
+}
+
+fn ettr(ledger: &Sums) -> String {
+    let percent = |ratio: Option<f64>| ratio.map_or("-".into(), |r| format!("{:.1} %", 100.0 * r));
+    let wall = Duration::try_from_secs_f64(ledger.wall_s).unwrap_or_default();
+    format!(
+        "{} of {} (last hour {}): first-time steps / wall time",
+        percent(ledger.ettr),
+        crate::time::short(wall),
+        percent(ledger.ettr_last_hour)
+    )
 }

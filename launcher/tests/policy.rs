@@ -3,7 +3,7 @@
 use launcher::supervisor::cause::{Cause, Exit};
 use launcher::supervisor::state::{Action, Event, Policy, State};
 use proptest::prelude::*;
-use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
+use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
 use std::time::{Duration, Instant};
 
 /// A run under test: its state, its clock and what it was told to do.
@@ -65,6 +65,7 @@ fn report(class: FailureClass, line: &str) -> FailureReport {
 fn short(action: &Action) -> String {
     match action {
         Action::FindCheckpoint => "find".into(),
+        Action::Gather { step } => format!("gather for {step:?}"),
         Action::Spawn { generation, resume_step } => {
             format!("spawn {generation} from {resume_step:?}")
         }
@@ -76,6 +77,7 @@ fn short(action: &Action) -> String {
         Action::RecordStop { by, now: false } => format!("stop by {by}"),
         Action::RecordStop { by, now: true } => format!("stop at once by {by}"),
         Action::RecordStall(stall) => stall.describe(),
+        Action::AskWhere => "where".into(),
         Action::Finish { code, .. } => format!("finish {code}"),
     }
 }
@@ -97,28 +99,65 @@ fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
     run.event(Event::Committed { step: 5 });
     run.event(Event::Step { rank: 1, step: 6 });
     assert_eq!(run.killed(1), ["rank 1 failed"]);
-    assert!(run.after(0.9).is_empty(), "others may fail of the same cause");
-    let ended = run.after(0.1);
+    assert!(run.after(0.019).is_empty(), "others may fail in the same moment");
+    let ended = run.after(0.001);
     assert_eq!(ended.len(), 1);
     assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
     assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
     assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
 }
 
-#[test]
-fn a_stall_is_told_once_and_does_not_hide_a_late_stop() {
+/// A run of two ranks that have done two steps, and then stand still until they are asked.
+fn stalled() -> Run {
     let mut run = Run::begin(2, None);
-    run.event(Event::Step { rank: 0, step: 1 });
-    assert!(run.after(59.9).is_empty());
+    for rank in 0..2 {
+        run.event(Event::Phase { rank, phase: Phase::Train });
+    }
+    for step in 1..=2 {
+        run.event(Event::Step { rank: 0, step });
+    }
+    assert!(run.after(29.9).is_empty());
     let told = run.after(0.1);
-    assert_eq!(
-        told,
-        ["stalled: no rank has moved for 60 s, since step 1 (behind the others: rank 1)"]
+    let stall = "stalled: no rank has moved for 30 s, since step 2 (in train)";
+    assert_eq!(told, [stall, "where"]);
+    run
+}
+
+fn here(rank: usize, step: u64, waits: &[&str]) -> Event {
+    let waits = waits.iter().map(|wait| (*wait).to_owned()).collect();
+    Event::Here { rank, position: Position { phase: Phase::Train, step: Some(step), waits } }
+}
+
+#[test]
+fn a_rank_that_never_joined_is_named_and_ended() {
+    let mut run = stalled();
+    assert!(run.event(here(1, 2, &["operation 7 of group data"])).is_empty());
+    let ended = run.event(here(0, 2, &[]));
+    assert_eq!(ended[0], "rank 0 failed");
+    assert!(
+        ended[1].starts_with("abort: rank 0 failed at step 3 (hang): rank 0 hangs"),
+        "{ended:?}"
     );
-    assert!(run.after(1000.0).is_empty());
-    run.event(Event::Stop { by: "SIGINT".into() });
-    assert!(run.after(599.0).is_empty());
-    assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
+    run.killed(0);
+    assert_eq!(run.killed(1), ["first cause: rank 0", "find"]);
+}
+
+#[test]
+fn a_rank_that_does_not_answer_is_named_and_ended() {
+    let mut run = stalled();
+    assert!(run.event(here(0, 2, &["operation 7 of group data"])).is_empty());
+    assert!(run.after(4.9).is_empty());
+    let ended = run.after(0.1);
+    assert!(ended[1].contains("rank 1 hangs: its process does not answer"), "{ended:?}");
+}
+
+#[test]
+fn a_run_that_goes_on_was_no_hang() {
+    let mut run = stalled();
+    run.event(Event::Step { rank: 0, step: 3 });
+    assert!(run.after(60.0).is_empty(), "the longest step was one of 30 s");
+    assert!(run.event(here(0, 3, &[])).is_empty());
+    assert!(run.event(Event::Stop { by: "SIGINT".into() }).contains(&"ask to stop".into()));
 }
 
 /// Ranks that wait for a peer tell of it before they are late themselves.
@@ -151,6 +190,18 @@ fn a_lost_link_is_never_the_first_cause_of_a_crash() {
     assert_eq!(run.exit(0, 1), ["rank 0 failed"]);
     assert_eq!(run.exit(2, 1), ["rank 2 failed"]);
     assert_eq!(run.killed(1), ["rank 1 failed", "first cause: rank 2", "find"]);
+}
+
+#[test]
+fn the_cause_of_lost_links_is_waited_for() {
+    let mut run = Run::begin(3, None);
+    let lost = report(FailureClass::Transient, "peer closed the connection");
+    run.event(Event::Reported { rank: 0, report: lost });
+    assert_eq!(run.exit(0, 1), ["rank 0 failed"]);
+    assert!(run.after(0.9).is_empty(), "a lost link has a cause");
+    assert_eq!(run.killed(1), ["rank 1 failed"]);
+    let ended = run.after(0.02);
+    assert!(ended[0].starts_with("abort: rank 1 failed"), "{ended:?}");
 }
 
 #[test]
@@ -256,7 +307,7 @@ fn a_stop_between_two_generations_ends_with_what_is_saved() {
 fn a_stop_that_takes_too_long_is_a_hang() {
     let mut run = Run::begin(2, None);
     run.event(Event::Stop { by: "SIGINT".into() });
-    assert!(run.after(599.0)[0].starts_with("stalled"), "which ends nothing");
+    assert!(run.after(599.0).is_empty());
     assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
     run.killed(0);
     assert_eq!(run.killed(1), ["first cause: rank 0", "finish 1"]);
@@ -315,6 +366,7 @@ fn any_event() -> impl Strategy<Value = Event> {
             Event::RankAskedToStop { rank, signal: "SIGTERM".into() }
         }),
         1 => Just(Event::Stop { by: "SIGINT".into() }),
+        1 => (0_usize..4).prop_map(|rank| here(rank, 3, &[])),
         1 => Just(Event::StopNow { by: "SIGINT".into() }),
         4 => Just(Event::Tick),
     ]

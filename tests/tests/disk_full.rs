@@ -2,12 +2,13 @@
 //! that they were skipped.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use end_to_end::sandbox::Sandbox;
+use end_to_end::sandbox::{PATIENCE, Sandbox};
 use rank_protocol::RunDir;
 use rank_protocol::jsonl::read_metrics;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// A mount namespace of its own in which `runs/` of a sandbox is a small disk; gone when dropped.
 struct SmallDisk {
@@ -102,6 +103,34 @@ fn a_checkpoint_that_finds_no_space_costs_no_older_one() {
     assert!(stderr.contains("continues from step 15"), "{stderr}");
     disk.expect(&sandbox, 0, &[&RUN[..], &["--set", "name=straight"]].concat());
     disk.expect(&sandbox, 0, &["checkpoint", "diff", "straight", "test"]);
+}
+
+#[test]
+fn training_goes_on_while_there_is_no_space_for_a_checkpoint() {
+    let sandbox = Sandbox::real(env!("CARGO_BIN_EXE_phalanx-under-test"));
+    let Some(disk) = SmallDisk::mount(&sandbox, "2m") else { return };
+    let (words, place) = (disk.enter(), format!("--wdns={}", disk.folder));
+    let words: Vec<&str> = words.iter().map(String::as_str).chain([&*place]).collect();
+    let sets = ["--set", "training.steps=400", "--set", "checkpoint.every_steps=20"];
+    let running = sandbox.start_by(&words, &[&RUN[..], &sets].concat());
+    let of_kind = |kind: &str| {
+        let events: Vec<serde_json::Value> =
+            rank_protocol::jsonl::read(&disk.run_dir().events()).unwrap_or_default();
+        events.into_iter().filter(|event| event["kind"] == kind).collect::<Vec<_>>()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while of_kind("checkpoint_failed").is_empty() {
+        assert!(Instant::now() < deadline, "the disk must fill up");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    disk.grow("30m");
+    running.expect(0);
+    let failed = &of_kind("checkpoint_failed")[0];
+    assert!(failed["reason"].as_str().unwrap().contains("no space for a checkpoint"), "{failed}");
+    assert_eq!(of_kind("generation_started").len(), 1, "no rank was started again");
+    assert!(of_kind("checkpoint_committed").last().unwrap()["step"] == 400);
+    let (list, _) = disk.expect(&sandbox, 0, &["checkpoint", "verify", "test"]);
+    assert!(!list.contains("DAMAGED"), "{list}");
 }
 
 #[test]

@@ -314,3 +314,26 @@ fn a_rank_killed_while_it_removes_an_old_checkpoint_leaves_the_new_one() {
     // The old one has lost its name, and no later save comes to remove its files.
     check_failpoint("retire_remove");
 }
+
+#[test]
+fn steps_done_again_come_out_the_same_and_a_difference_is_found() {
+    let sandbox = sandbox();
+    sandbox.train("test", &[SETS[1], SETS[3]]);
+    let verify = ["resume", "test", "--verify", "10"];
+    let (stdout, stderr) = sandbox.expect(0, &verify);
+    assert!(stdout.contains("steps 51 to 60: 10 losses and gradient norms are equal"), "{stderr}");
+    assert!(stdout.contains("tensors of step 60"), "{stdout}");
+    sandbox.assert_nothing_left();
+    let metrics = sandbox.run_dir().metrics();
+    let text = std::fs::read_to_string(&metrics).unwrap();
+    let mut lines: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let loss = lines[54]["loss"].as_f64().unwrap();
+    lines[54]["loss"] = f64::from_bits(loss.to_bits() + 1).into();
+    let text: Vec<String> = lines.iter().map(|line| format!("{line}\n")).collect();
+    std::fs::write(&metrics, text.concat()).unwrap();
+    let (stdout, _) = sandbox.expect(1, &verify);
+    assert!(stdout.contains("step 55 differs"), "{stdout}");
+    assert!(stdout.contains("1 of 10 steps differ"), "{stdout}");
+    assert!(sandbox.expect(64, &["resume", "test", "--verify", "99"]).1.contains("has done 60"));
+}

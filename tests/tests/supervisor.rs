@@ -15,7 +15,9 @@ const RUN: [&str; 2] = ["run", "config.yaml"];
 
 fn kinds(sandbox: &Sandbox) -> Vec<String> {
     let kind = |event: &Value| event["kind"].as_str().unwrap_or("?").to_owned();
-    sandbox.events().iter().map(kind).collect()
+    let kinds = sandbox.events().iter().map(kind).collect::<Vec<String>>();
+    // The books are kept beside what happens.
+    kinds.into_iter().filter(|kind| kind != "ledger").collect()
 }
 
 /// All 20 steps were done, each once in what readers keep.
@@ -275,4 +277,51 @@ fn a_rank_that_ignores_sigterm_is_killed() {
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     assert_all_steps(&sandbox);
     sandbox.assert_nothing_left();
+}
+
+/// A rank that stands still, in this way, is found, named and replaced.
+fn check_hang(sandbox: Sandbox, stop: impl Fn(&Value), why: &str) {
+    let set = ["--set", "restart.hang_timeout_s=2"];
+    let running = sandbox.start(&[&RUN[..], &set].concat());
+    stop(&sandbox.wait_for_step(7));
+    running.expect(0);
+    assert_all_steps(&sandbox);
+    let cause = &sandbox.events_of("first_cause")[0];
+    assert_eq!((&cause["rank"], &cause["class"]), (&1.into(), &"hang".into()));
+    assert!(cause["message"].as_str().unwrap().contains(why), "{cause}");
+    assert_eq!(sandbox.events_of("stalled").len(), 1);
+    sandbox.assert_nothing_left();
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_found_and_replaced() {
+    let stop = |status: &Value| signal(rank_pid(status, 1), Signal::STOP);
+    check_hang(sandbox().env("FAKE_STEP_MS", 50), stop, "does not answer");
+}
+
+#[test]
+fn a_rank_that_never_joins_is_found_and_replaced() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 50).env("FAKE_FAULTS", "hang:1:9:1");
+    check_hang(sandbox, |_| {}, "never joined what others wait in: a meeting");
+}
+
+/// What is known of the run's time is all of it.
+#[test]
+fn the_causes_of_time_add_up_to_the_wall_time() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 100).env("FAKE_FAULTS", "kill:1:8:1");
+    let started = Instant::now();
+    sandbox.expect(0, &RUN);
+    let wall = started.elapsed().as_secs_f64();
+    let books = sandbox.events_of("ledger").pop().unwrap();
+    let seconds = books["seconds"].as_object().unwrap();
+    let sum: f64 = seconds.values().map(|seconds| seconds.as_f64().unwrap()).sum();
+    let told = books["wall_s"].as_f64().unwrap();
+    assert!((sum - told).abs() <= 1e-3 * told, "{books}");
+    // A process starts before its books, and ends after them.
+    assert!(told <= wall && wall - told < 0.3, "{told} of {wall}");
+    let spent = |name: &str| seconds.get(name).and_then(Value::as_f64).unwrap_or(0.0);
+    assert!(spent("first_time_steps") > 1.9, "20 steps of 0.1 s: {books}");
+    assert!(spent("repeated_steps") > 0.15, "steps 6 and 7 again: {books}");
+    let status = sandbox.expect(0, &["status", "test"]).0;
+    assert!(status.contains("first-time steps / wall time"), "{status}");
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Result, TrainError};
 use collectives::{CommError, Group, GroupOptions};
+use rank_protocol::Assignment;
 use run_config::{ClusterKind, RunConfig};
 use torch_shim::gloo::Store;
 
@@ -10,8 +11,8 @@ pub const BUILT: &[&str] = if cfg!(feature = "mpi") { &["gloo", "mpi"] } else { 
 
 /// What carries the messages of this rank.
 pub enum Backend {
-    /// Connections of libtorch's own.
-    Gloo,
+    /// Connections of libtorch's own, at this address of the node.
+    Gloo(String),
     /// The MPI job that this process is part of.
     #[cfg(feature = "mpi")]
     Mpi(collectives::mpi::Mpi),
@@ -22,11 +23,11 @@ impl Backend {
     ///
     /// # Errors
     /// Where this program has it not, or it does not start.
-    pub fn start(config: &RunConfig, rank: usize, world_size: usize) -> Result<Backend> {
+    pub fn start(config: &RunConfig, assignment: &Assignment) -> Result<Backend> {
         if config.cluster.kind != ClusterKind::Mpi {
-            return Ok(Backend::Gloo);
+            return Ok(Backend::Gloo(assignment.address.clone()));
         }
-        Self::start_mpi(rank, world_size)
+        Self::start_mpi(assignment.rank, assignment.world_size)
     }
 
     #[cfg(feature = "mpi")]
@@ -64,7 +65,9 @@ impl Backend {
         options: &GroupOptions,
     ) -> std::result::Result<Group, CommError> {
         match self {
-            Backend::Gloo => collectives::gloo::connect(store, rank, size, "127.0.0.1", options),
+            Backend::Gloo(address) => {
+                collectives::gloo::connect(store, rank, size, address, options)
+            }
             #[cfg(feature = "mpi")]
             Backend::Mpi(mpi) => mpi.connect(store, rank, size, options),
         }
@@ -77,7 +80,7 @@ impl Backend {
     /// When messages are still under way.
     pub fn leave(self) -> Result<()> {
         match self {
-            Backend::Gloo => Ok(()),
+            Backend::Gloo(_) => Ok(()),
             #[cfg(feature = "mpi")]
             Backend::Mpi(mpi) => Ok(mpi.leave()?),
         }

@@ -123,6 +123,20 @@ impl TrainError {
         }
     }
 
+    /// Whether a checkpoint could not be written, here or by another rank, and nothing else is
+    /// wrong. (That this generation is an old one is.)
+    pub fn is_of_storage(&self) -> bool {
+        matches!(
+            self,
+            TrainError::Checkpoint(CheckpointError::Format(
+                FormatError::NotCommitted { .. }
+                    | FormatError::NoSpace { .. }
+                    | FormatError::Write { .. }
+                    | FormatError::Io { .. }
+            ))
+        )
+    }
+
     /// The rank's exit code.
     pub fn exit_code(&self) -> i32 {
         match self.class() {

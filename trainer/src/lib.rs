@@ -7,6 +7,7 @@ pub mod generate;
 pub mod identity;
 pub mod metrics;
 pub mod rank;
+pub mod saving;
 pub mod setup;
 pub mod state;
 pub mod store;

@@ -92,7 +92,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let config = read_config(&run_dir.config())?;
     let device = device(&config, assignment.local_rank)?;
     identity::agree(client, &config)?;
-    let backend = Backend::start(&config, assignment.rank, assignment.world_size)?;
+    let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage } = connect(client, &config, device, &backend)?;
     let positions = longest_sequence(&config);
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
@@ -136,6 +136,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,
+        saving: None,
     };
     Ok((rank, backend))
 }

@@ -233,7 +233,9 @@ fn join(
         }
         None => backend.connect(&store, rank, ranks.len(), options)?,
     };
-    let group: Arc<dyn Communicator> = Arc::new(group);
+    let group = Arc::new(group);
+    let weak = Arc::downgrade(&group);
+    client.on_where(move || weak.upgrade().and_then(|group| group.waits_in()));
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {
         if let Some(group) = weak.upgrade() {

@@ -1,7 +1,8 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
 use crate::error::{Result, TrainError};
-use checkpoint::{SaveReport, SaveRequest, Target, TrainState};
+use crate::saving::Saving;
+use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
 use collectives::Communicator;
 use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
 use layout::Axis;
@@ -40,6 +41,8 @@ pub struct Rank {
     pub skipped_steps: u64,
     /// Steps skipped in a row, up to now.
     pub skipped_in_a_row: u32,
+    /// The checkpoint that is being written.
+    pub saving: Option<Saving>,
 }
 
 /// The loader of this rank's part of the training data from `first_step` on.
@@ -102,11 +105,20 @@ impl Rank {
         self.step + u64::from(self.phase == Phase::Train)
     }
 
-    /// Writes the checkpoint of the step just done, together with all ranks.
+    /// Begins to write the checkpoint of the step just done, together with all ranks, of a copy of
+    /// all that belongs to it. None other is being written.
     ///
     /// # Errors
-    /// The same on every rank; nothing of it is left then, and older checkpoints are.
-    pub fn save(&self, learning_rate: f64) -> Result<SaveReport> {
+    /// Where the state cannot be put into words, or there is no thread.
+    pub fn begin_save(&mut self, learning_rate: f64) -> Result<()> {
+        let snapshot = self.snapshot(learning_rate)?;
+        let (storage, groups) = (self.storage.clone(), self.worker.groups.clone());
+        let saving = Saving::start(snapshot, self.step, storage, groups, self.client.clone())?;
+        self.saving = Some(saving);
+        Ok(())
+    }
+
+    fn snapshot(&self, learning_rate: f64) -> Result<Snapshot> {
         let config = &self.config;
         let cursor = self.loader.cursor_after(self.step);
         let plain = |error: serde_json::Error| TrainError::Config(error.to_string());
@@ -143,11 +155,6 @@ impl Rank {
             keep_last: config.checkpoint.keep_last,
             keep_every_steps: config.checkpoint.keep_every_steps,
         };
-        let mut barrier = || {
-            let alive = groups.alive();
-            let met = alive.and_then(|()| self.storage.barrier()).and_then(|work| work.wait());
-            met.map_err(|error| error.to_string())
-        };
-        Ok(checkpoint::save(&request, &mut barrier)?)
+        Ok(Snapshot::take(&request))
     }
 }

@@ -3,11 +3,13 @@
 use crate::error::{Result, TrainError};
 use crate::metrics::Metrics;
 use crate::rank::longest_sequence;
+use crate::saving::Saving;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
 use crate::validation::validate;
-use rank_protocol::message::{Phase, StepReport};
+use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
+use serde_json::json;
 use std::ops::RangeInclusive;
 use std::time::Instant;
 
@@ -31,6 +33,9 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         _ => None,
     };
     while rank.step < last {
+        if rank.saving.as_ref().is_some_and(Saving::is_over) {
+            finish_save(rank, false)?;
+        }
         rank.enter(Phase::Train)?;
         let started = Instant::now();
         let result = train_step(rank)?;
@@ -43,11 +48,12 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         }
         rank.client.report_step(report)?;
         count_skips(rank, &result)?;
-        let at_end = rank.step == last || result.stop;
+        let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
+        let at_end = rank.step == last || stop;
         if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
-            save(rank, result.learning_rate)?;
+            save(rank, result.learning_rate, at_end)?;
         }
-        if result.stop && rank.step < last {
+        if stop && rank.step < last {
             return Ok(Outcome::Preempted);
         }
     }
@@ -125,16 +131,30 @@ fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
     batch.first_token / sample_len..=(batch.end_token() - 1) / sample_len
 }
 
-fn save(rank: &mut Rank, learning_rate: f64) -> Result<()> {
+/// Saves, while training goes on; the last one is waited for, as is one that is still being written.
+fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
-    let saved = rank.save(learning_rate)?;
-    if rank.worker.groups.rank == 0 {
-        rank.client.checkpoint_committed(rank.step)?;
-    }
-    let (bytes, seconds) = (saved.bytes, saved.seconds);
-    tracing::debug!(bytes, seconds, "checkpoint of step {} committed", rank.step);
-    if let Some(error) = saved.retention_error {
-        tracing::warn!("an old checkpoint could not be removed: {error}");
+    finish_save(rank, false)?;
+    rank.begin_save(learning_rate)?;
+    if is_last { finish_save(rank, true) } else { Ok(()) }
+}
+
+/// Waits for a save that is under way. Where there is no room, or a disk fails, training goes on with
+/// what memory holds (but for the last save): the next one may fare better.
+fn finish_save(rank: &mut Rank, is_last: bool) -> Result<()> {
+    let Some(saving) = rank.saving.take() else { return Ok(()) };
+    let step = saving.step;
+    let error = match saving.finish() {
+        Ok(()) => return Ok(()),
+        Err(error) if !is_last && error.is_of_storage() => error,
+        Err(error) => return Err(error),
+    };
+    tracing::warn!("the checkpoint of step {step} was not written: {error}");
+    // Others only know that some rank failed.
+    if error.class() == FailureClass::Storage {
+        let fields = json!({ "step": step, "reason": error.to_string() });
+        let fields = fields.as_object().cloned().unwrap_or_default();
+        rank.client.event(Event { kind: "checkpoint_failed".into(), fields })?;
     }
     Ok(())
 }

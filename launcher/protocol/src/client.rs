@@ -10,7 +10,9 @@
 use crate::env;
 use crate::exit_code;
 use crate::frame::{self, FrameError};
-use crate::message::{Assignment, Event, FailureReport, FromRank, Phase, StepReport, ToRank};
+use crate::message::{
+    Assignment, Event, FailureReport, FromRank, Phase, Position, StepReport, ToRank,
+};
 use crate::store::{StoreError, StoreReply, StoreRequest};
 use std::collections::HashMap;
 use std::io::BufReader;
@@ -65,6 +67,7 @@ pub enum ClientError {
 }
 
 type AbortCallback = Box<dyn Fn(&str) + Send>;
+type WaitCallback = Box<dyn Fn() -> Option<String> + Send>;
 
 struct Shared {
     assignment: Assignment,
@@ -74,6 +77,8 @@ struct Shared {
     next_id: AtomicU64,
     replies: Mutex<HashMap<u64, SyncSender<StoreReply>>>,
     on_abort: Mutex<Vec<AbortCallback>>,
+    place: Mutex<(Phase, Option<u64>)>,
+    waits: Mutex<Vec<WaitCallback>>,
 }
 
 /// A rank's connection to its agent. Clones share it.
@@ -158,6 +163,8 @@ impl RankClient {
             next_id: AtomicU64::new(1),
             replies: Mutex::default(),
             on_abort: Mutex::default(),
+            place: Mutex::new((Phase::Init, None)),
+            waits: Mutex::default(),
         });
         let listener = Arc::clone(&shared);
         std::thread::Builder::new()
@@ -178,11 +185,13 @@ impl RankClient {
 
     /// Reports an optimizer step.
     pub fn report_step(&self, report: StepReport) -> Result<(), ClientError> {
+        lock(&self.shared.place).1 = Some(report.step);
         self.shared.send(&FromRank::Step(Box::new(report)))
     }
 
     /// Reports what the rank does from now on.
     pub fn phase(&self, phase: Phase) -> Result<(), ClientError> {
+        lock(&self.shared.place).0 = phase;
         self.shared.send(&FromRank::Phase(phase))
     }
 
@@ -235,6 +244,12 @@ impl RankClient {
         lock(&self.shared.on_abort).push(Box::new(callback));
     }
 
+    /// What the rank waits in, where it does, for an agent that asks where it is: called on the
+    /// control thread, which must not be made to wait.
+    pub fn on_where(&self, callback: impl Fn() -> Option<String> + Send + 'static) {
+        lock(&self.shared.waits).push(Box::new(callback));
+    }
+
     fn forward_signals(&self) -> Result<(), ClientError> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
         let mut taken = vec![SIGINT, SIGUSR2];
@@ -272,6 +287,10 @@ impl Shared {
                 Ok(Some(ToRank::Stop { now: false })) => {
                     self.is_stopping.store(true, Ordering::Release);
                 }
+                Ok(Some(ToRank::Where)) => {
+                    // An agent that is gone shows at the next read.
+                    let _ = self.send(&FromRank::Here(self.position()));
+                }
                 Ok(Some(ToRank::Stop { now: true })) => break "told to stop at once".to_owned(),
                 Ok(Some(ToRank::Abort { reason })) => break reason,
                 Ok(Some(ToRank::Store { id, reply })) => {
@@ -287,20 +306,26 @@ impl Shared {
         self.end(&reason);
     }
 
+    fn position(&self) -> Position {
+        let (phase, step) = *lock(&self.place);
+        let waits = lock(&self.waits).iter().filter_map(|wait| wait()).collect();
+        Position { phase, step, waits }
+    }
+
     /// Ends the process. SIGKILL, because exit handlers of a library whose threads still run may
     /// hang, and because nobody reads the status: the agent asked for it or is gone.
     fn end(&self, reason: &str) {
+        // Should a callback hang.
         let watchdog = std::thread::Builder::new().name("last-words".into()).spawn(|| {
             std::thread::sleep(LAST_WORDS);
             kill_self();
         });
         lock(&self.replies).clear();
         tracing_line(&self.assignment, reason);
-        self.abort(reason);
-        match watchdog {
-            Ok(watchdog) => drop(watchdog.join()),
-            Err(_) => kill_self(),
+        if watchdog.is_ok() {
+            self.abort(reason);
         }
+        kill_self();
     }
 
     fn abort(&self, reason: &str) {
@@ -429,9 +454,11 @@ mod tests {
             world_size: 1,
             local_rank: 0,
             local_world_size: 1,
+            address: "127.0.0.1".to_owned(),
             threads: 1,
             run_dir: "run".into(),
             resume_step: None,
+            stop_after: None,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

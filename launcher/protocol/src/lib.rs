@@ -5,25 +5,31 @@
 //! agent assigns it a place, and from then on the rank reports and the agent may ask it to stop.
 //! The rendezvous [`store`] lives in the agent, so that it outlives every rank.
 //!
+//! With several nodes there is an agent on each, and a coordinator that they report to, over TLS:
+//! [`agent`] holds what these two say, [`session`] how nothing of it is lost when a connection is.
+//!
 //! The rank's side is the blocking [`client::RankClient`]; the agent's side is the launcher's
 //! supervisor. [`env`] and [`exit_code`] are the only registries of their kind; [`run_dir`] and
 //! [`jsonl`] say where a run's files are and how they are written; [`signals`] is what both sides
 //! must know about theirs.
 
+pub mod agent;
 pub mod client;
 pub mod env;
+pub mod exit;
 pub mod exit_code;
 pub mod frame;
 pub mod jsonl;
 pub mod libtorch;
 pub mod message;
 pub mod run_dir;
+pub mod session;
 pub mod signals;
 pub mod store;
 
 pub use client::{ClientError, RankClient, StoreClient};
 pub use message::{
-    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, StepReport, ToRank,
+    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, Position, StepReport, ToRank,
 };
 pub use run_dir::RunDir;
 pub use store::StoreError;

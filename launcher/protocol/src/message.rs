@@ -21,6 +21,8 @@ pub enum ToRank {
         /// Why, in words.
         reason: String,
     },
+    /// Say where it is, with [`FromRank::Here`]: nothing has moved for long.
+    Where,
     /// The answer to a [`FromRank::Store`].
     Store {
         /// The request's id.
@@ -61,6 +63,8 @@ pub enum FromRank {
         /// Its step.
         step: u64,
     },
+    /// The answer to [`ToRank::Where`], which needs no help of the thread that trains.
+    Here(Position),
     /// Something for `events.jsonl`.
     Event(Event),
     /// The rank is about to fail, and why.
@@ -105,16 +109,32 @@ pub struct Assignment {
     pub local_rank: usize,
     /// Ranks on this node.
     pub local_world_size: usize,
+    /// Address of this node, at which the ranks of others reach this one.
+    pub address: String,
     /// CPU threads the rank may use.
     pub threads: usize,
     /// The run's directory, absolute; its `config.yaml` is the resolved config.
     pub run_dir: PathBuf,
     /// Step of the checkpoint to continue from; `None`: start from the initial weights.
     pub resume_step: Option<u64>,
+    /// Step after which to save and stop, as if it had been asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_after: Option<u64>,
+}
+
+/// Where a rank is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// What it does.
+    pub phase: Phase,
+    /// The last step that it did.
+    pub step: Option<u64>,
+    /// The collectives that it waits in, with their groups.
+    pub waits: Vec<String>,
 }
 
 /// What a rank does; a deadline belongs to each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Setting up devices, communicators and the model.

@@ -44,6 +44,26 @@ impl RunDir {
         self.root.join("lock")
     }
 
+    /// Folder of what agents need to reach the coordinator; where several nodes run the run.
+    pub fn cluster(&self) -> PathBuf {
+        self.root.join("cluster")
+    }
+
+    /// Where the coordinator listens.
+    pub fn coordinator(&self) -> PathBuf {
+        self.cluster().join("coordinator.json")
+    }
+
+    /// The token that agents show; only the owner can read it.
+    pub fn token(&self) -> PathBuf {
+        self.cluster().join("token")
+    }
+
+    /// The coordinator's certificate, which agents trust and no other.
+    pub fn certificate(&self) -> PathBuf {
+        self.cluster().join("certificate.pem")
+    }
+
     /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")

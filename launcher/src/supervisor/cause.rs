@@ -1,30 +1,11 @@
 //! Why a rank failed, which failure of several came first, and when two are the same.
 
+pub use rank_protocol::exit::{Exit, signal_name};
 use rank_protocol::{FailureClass, FailureReport, Phase, env, exit_code, libtorch};
 use serde::{Deserialize, Serialize};
 
 /// With this the dynamic linker ends a process whose libraries are absent or do not fit.
 pub const LOADER_FAILED: i32 = 127;
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Exit {
-    /// Its exit code, where it exited.
-    pub code: Option<i32>,
-    /// The signal that ended it, where one did.
-    pub signal: Option<i32>,
-}
-
-impl Exit {
-    /// In words.
-    pub fn describe(self) -> String {
-        match (self.code, self.signal) {
-            (Some(code), _) => format!("exited with {code}"),
-            (None, Some(signal)) => format!("killed by {}", signal_name(signal)),
-            (None, None) => "still running".to_owned(),
-        }
-    }
-}
 
 /// One rank's failure: the content of its error file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -117,8 +98,12 @@ impl Cause {
     /// no lost link, because a rank whose peer died reports a lost link, often before the peer's
     /// own end is seen.
     pub fn first(causes: &[Cause]) -> Option<&Cause> {
-        let is_consequence = |cause: &&Cause| cause.class == FailureClass::Transient;
-        causes.iter().find(|cause| !is_consequence(cause)).or(causes.first())
+        causes.iter().find(|cause| !cause.is_consequence()).or(causes.first())
+    }
+
+    /// Whether something else must have failed for this to happen: a link that was lost.
+    pub fn is_consequence(&self) -> bool {
+        self.class == FailureClass::Transient
     }
 
     /// One line that says who failed and how.
@@ -180,26 +165,4 @@ fn inferred_lines(exit: Exit, last_lines: Vec<String>) -> Vec<String> {
         _ => exit.describe(),
     };
     std::iter::once(what).chain(last_lines).collect()
-}
-
-/// The name of a signal, as `kill -l` lists it.
-pub fn signal_name(signal: i32) -> String {
-    let name = match signal {
-        1 => "SIGHUP",
-        2 => "SIGINT",
-        3 => "SIGQUIT",
-        4 => "SIGILL",
-        6 => "SIGABRT",
-        7 => "SIGBUS",
-        8 => "SIGFPE",
-        9 => "SIGKILL",
-        11 => "SIGSEGV",
-        13 => "SIGPIPE",
-        15 => "SIGTERM",
-        24 => "SIGXCPU",
-        25 => "SIGXFSZ",
-        31 => "SIGSYS",
-        other => return format!("signal {other}"),
-    };
-    name.to_owned()
 }

@@ -99,7 +99,7 @@ pub fn start(
         // Nobody else comes.
         accepting.abort();
     });
-    let handle = |(rank, outbox)| RankHandle::of_job(Rc::clone(&job), rank, outbox);
+    let handle = |(rank, outbox)| RankHandle::Mpi { job: Rc::clone(&job), rank, outbox };
     Ok(outboxes.into_iter().enumerate().map(handle).collect())
 }
 

@@ -2,7 +2,7 @@
 
 use super::cause::{Cause, Exit};
 use super::stall::Stall;
-use rank_protocol::{FailureReport, Phase};
+use rank_protocol::{FailureReport, Phase, Position};
 use std::time::Duration;
 
 /// The limits that the policy goes by.
@@ -14,14 +14,23 @@ pub struct Policy {
     pub max_no_progress: u32,
     /// Consecutive generations that failed alike after which trying again is of no use.
     pub max_same_failure: u32,
-    /// After a first failure, the wait for others of the same moment.
+    /// After failures that are consequences alone (lost links), the wait for their cause.
     pub concurrent_faults: Duration,
+    /// After any other, the wait for more of the same moment.
+    pub same_moment: Duration,
     /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
     pub grace: Duration,
     /// Longest time a stop may take: finish the step and save.
     pub stop: Duration,
     /// Longest time ranks may take to exit once the first has finished.
     pub exit: Duration,
+    /// Least silence of all ranks that is a hang; more, where steps and phases take long.
+    pub hang: Duration,
+    /// Whether ranks were told a step after which to stop by themselves.
+    pub has_last_step: bool,
+    /// Whether there are agents: nodes are gathered before each generation, and one that is lost
+    /// is replaced.
+    pub has_agents: bool,
 }
 
 impl Policy {
@@ -32,9 +41,13 @@ impl Policy {
             max_no_progress: max_no_progress.max(1),
             max_same_failure: 3,
             concurrent_faults: Duration::from_secs(1),
+            same_moment: Duration::from_millis(20),
             grace: Duration::from_secs(5),
             stop: Duration::from_secs(600),
             exit: Duration::from_secs(60),
+            hang: Duration::from_secs(30),
+            has_last_step: false,
+            has_agents: false,
         }
     }
 
@@ -55,9 +68,19 @@ pub enum Event {
         /// Newest committed step.
         committed: Option<u64>,
     },
+    /// In place of it: the ranks of the last generation, which another launcher started, go on.
+    Adopted {
+        /// Newest committed step.
+        committed: Option<u64>,
+    },
     /// The search for a checkpoint ended with this step.
     Found {
         /// Step to continue from; `None`: there is no checkpoint.
+        step: Option<u64>,
+    },
+    /// The nodes of the next generation are there.
+    Gathered {
+        /// Step to continue from, as it was found.
         step: Option<u64>,
     },
     /// The search or the start of a rank failed in a way that trying again does not mend.
@@ -85,6 +108,13 @@ pub enum Event {
     Committed {
         /// Its step.
         step: u64,
+    },
+    /// A rank says where it is, after [`Action::AskWhere`].
+    Here {
+        /// Rank.
+        rank: usize,
+        /// Where.
+        position: Position,
     },
     /// A rank says why it is about to fail.
     Reported {
@@ -134,6 +164,11 @@ pub enum Event {
 pub enum Action {
     /// Look for the newest good checkpoint; answer with [`Event::Found`].
     FindCheckpoint,
+    /// Find a node for every place; answer with [`Event::Gathered`].
+    Gather {
+        /// Step to continue from.
+        step: Option<u64>,
+    },
     /// Start all ranks.
     Spawn {
         /// Generation.
@@ -166,6 +201,8 @@ pub enum Action {
     },
     /// Nothing has moved for long.
     RecordStall(Stall),
+    /// Ask every rank where it is.
+    AskWhere,
     /// All is over and every process is gone.
     Finish {
         /// Exit code.

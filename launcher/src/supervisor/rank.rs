@@ -4,9 +4,11 @@ use super::cause::Exit;
 use super::mpirun::Job;
 use super::relay::{RankLog, relay};
 use super::unix::{Group, Process, Spawned, spawn};
+use crate::cluster::remote::RemoteRank;
 use rank_protocol::frame::{self, Decoder};
-use rank_protocol::{FromRank, ToRank};
+use rank_protocol::{FromRank, ToRank, env};
 use std::cell::RefCell;
+use std::ffi::OsStr;
 use std::process::Command;
 use std::rc::Rc;
 use std::time::Duration;
@@ -48,35 +50,46 @@ pub enum News {
 }
 
 /// A running rank, for the supervisor.
-pub struct RankHandle {
-    process: Handle,
-    outbox: mpsc::Sender<ToRank>,
-}
-
-enum Handle {
+pub enum RankHandle {
     /// A child, and what it started.
-    Own { pid: u32, group: Group },
-    /// One of the ranks that `mpirun` started.
-    Mpi { job: Rc<Job>, rank: usize },
+    Own {
+        /// Process id.
+        pid: u32,
+        /// Its process group.
+        group: Group,
+        /// What it is told.
+        outbox: mpsc::Sender<ToRank>,
+    },
+    /// One of the ranks that `mpirun` started, or will.
+    Mpi {
+        /// The job.
+        job: Rc<Job>,
+        /// Which of its ranks.
+        rank: usize,
+        /// What it is told.
+        outbox: mpsc::Sender<ToRank>,
+    },
+    /// One on another node.
+    Remote(RemoteRank),
 }
 
 impl RankHandle {
-    /// One of the ranks that `mpirun` started, or will.
-    pub fn of_job(job: Rc<Job>, rank: usize, outbox: mpsc::Sender<ToRank>) -> Self {
-        Self { process: Handle::Mpi { job, rank }, outbox }
-    }
-
     /// Process id; 0 where it is not yet known.
     pub fn pid(&self) -> u32 {
-        match &self.process {
-            Handle::Own { pid, .. } => *pid,
-            Handle::Mpi { job, rank } => job.pid(*rank),
+        match self {
+            RankHandle::Own { pid, .. } => *pid,
+            RankHandle::Mpi { job, rank, .. } => job.pid(*rank),
+            RankHandle::Remote(remote) => remote.pid(),
         }
     }
 
     /// Queues a message; a rank that does not read is killed.
     pub fn tell(&self, message: ToRank) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbox.try_send(message) {
+        let outbox = match self {
+            RankHandle::Own { outbox, .. } | RankHandle::Mpi { outbox, .. } => outbox,
+            RankHandle::Remote(remote) => return remote.tell(message),
+        };
+        if let Err(mpsc::error::TrySendError::Full(_)) = outbox.try_send(message) {
             tracing::error!("process {} reads no messages: killing it", self.pid());
             self.kill();
         }
@@ -84,18 +97,34 @@ impl RankHandle {
 
     /// SIGTERM to its process group; under `mpirun`, to that.
     pub fn terminate(&self) {
-        match &self.process {
-            Handle::Own { group, .. } => group.terminate(),
-            Handle::Mpi { job, .. } => job.terminate(),
+        match self {
+            RankHandle::Own { group, .. } => group.terminate(),
+            RankHandle::Mpi { job, .. } => job.terminate(),
+            RankHandle::Remote(remote) => remote.terminate(),
         }
     }
 
     /// SIGKILL to its process group; under `mpirun`, to the whole job.
     pub fn kill(&self) {
-        match &self.process {
-            Handle::Own { group, .. } => group.kill(),
-            Handle::Mpi { job, .. } => job.kill(),
+        match self {
+            RankHandle::Own { group, .. } => group.kill(),
+            RankHandle::Mpi { job, .. } => job.kill(),
+            RankHandle::Remote(remote) => remote.kill(),
         }
+    }
+}
+
+/// What every rank finds in its environment: its threads, and where libtorch is.
+pub fn set_environment(command: &mut Command, threads: usize, library_path: Option<&OsStr>) {
+    for name in env::THREADS {
+        command.env(name, threads.to_string());
+    }
+    if let Some(path) = library_path {
+        command.env(env::LIBRARY_PATH, path);
+    }
+    let (queues, number) = env::CUDA_QUEUES;
+    if std::env::var_os(queues).is_none() {
+        command.env(queues, number);
     }
 }
 
@@ -135,7 +164,7 @@ pub fn start(
         let last_lines = log.borrow().last_lines();
         let _ = told(News::Exited { exit, last_lines }).await;
     });
-    Ok(RankHandle { process: Handle::Own { pid, group }, outbox })
+    Ok(RankHandle::Own { pid, group, outbox })
 }
 
 /// Listens until the process has ended and all it said has been passed on.

@@ -3,14 +3,17 @@
 //! A file that cannot be written does not end a run: training goes on, and the screen says so.
 
 use super::cause::Cause;
+use super::ledger::{Ledger, Sums};
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+/// Time between two entries of the books in `events.jsonl`.
+const LEDGER_EVERY: Duration = Duration::from_secs(60);
 /// Time between two writes of the status while nothing but steps happens.
 const STATUS_EVERY: Duration = Duration::from_millis(500);
 
@@ -50,6 +53,9 @@ pub struct Status {
     pub eta_s: Option<f64>,
     /// Newest committed step.
     pub last_checkpoint: Option<u64>,
+    /// Why the last checkpoint could not be written, while none has been since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
     /// Generations that were started because the one before had failed.
     pub restarts: u64,
     /// When the launcher started.
@@ -60,6 +66,9 @@ pub struct Status {
     pub exit_code: Option<i32>,
     /// Why it ended.
     pub reason: Option<String>,
+    /// What the run's time was spent on.
+    #[serde(default)]
+    pub ledger: Option<Sums>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
 }
@@ -69,6 +78,9 @@ pub struct Status {
 pub struct RankStatus {
     /// Rank.
     pub rank: usize,
+    /// The node that it runs on, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// Process id.
     pub pid: u32,
     /// `starting`, `running`, `finished`, `stopped`, `done` or `failed`.
@@ -95,6 +107,9 @@ pub struct Recorder {
     events: Option<Appender>,
     /// The status as it will next be written.
     pub status: Status,
+    /// What time is spent on.
+    pub ledger: Ledger,
+    ledger_told: Instant,
     written: Option<Instant>,
     has_told_error: bool,
     mean_step_s: Option<f64>,
@@ -122,7 +137,7 @@ struct ErrorFile {
 
 impl Recorder {
     /// For a run whose directory is there.
-    pub fn open(run: RunDir, status: Status) -> Self {
+    pub fn open(run: RunDir, status: Status, ledger: Ledger) -> Self {
         let events = Appender::open(&run.events());
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
@@ -136,6 +151,8 @@ impl Recorder {
             run,
             events: events.ok(),
             status,
+            ledger,
+            ledger_told: Instant::now(),
             written: None,
             has_told_error: false,
             mean_step_s: None,
@@ -155,6 +172,19 @@ impl Recorder {
         if let Some(Err(error)) = result {
             tracing::error!("an event was not written: {error}");
         }
+    }
+
+    /// Writes the books into `events.jsonl`, for launchers to come.
+    pub fn tell_ledger(&mut self) {
+        self.ledger_told = Instant::now();
+        // A step under way is booked once it is done, or by whoever comes after.
+        let until = self.ledger.since();
+        let mut fields = json!(self.ledger.sums(until));
+        let open = self.ledger_told.saturating_duration_since(until);
+        let until = SystemTime::now().checked_sub(open).map(crate::time::rfc3339);
+        fields["until"] = until.unwrap_or_else(crate::time::now).into();
+        fields["step"] = self.status.step.into();
+        self.event("ledger", fields);
     }
 
     /// Writes a rank's error file and its event.
@@ -242,7 +272,11 @@ impl Recorder {
 
     /// Writes the status.
     pub fn write_status(&mut self) {
+        if self.ledger_told.elapsed() >= LEDGER_EVERY {
+            self.tell_ledger();
+        }
         self.status.updated = crate::time::now();
+        self.status.ledger = Some(self.ledger.sums(Instant::now()));
         let path = self.run.status();
         let written = serde_json::to_vec_pretty(&self.status)
             .map_err(std::io::Error::from)

@@ -1,6 +1,7 @@
 //! Which checkpoint a generation continues from.
 
 use checkpoint_format::Checkpoint;
+use checkpoint_format::fence::Fence;
 use checkpoint_format::scan::{Damaged, Found, scan};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -58,6 +59,15 @@ pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Rest
         }
     }
     Ok(Restored { found: None, damaged })
+}
+
+/// Ranks of generations before `next` can save nothing from now on.
+///
+/// # Errors
+/// A message where the folder cannot be written.
+pub fn raise_fence(dir: &Path, next: u64) -> Result<(), String> {
+    std::fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    Fence::raise(dir, next).map(drop).map_err(|error| error.to_string())
 }
 
 /// Removes what saves of this generation and older ones left unfinished; their ranks are gone. The

@@ -1,15 +1,18 @@
 //! Carries out what the policy decides. The sole owner of a run's state; every event passes through
 //! one loop on one thread.
 
+use super::ledger::{Ledger, Spent};
 use super::mpirun;
-use super::rank::{Input, News, RankHandle, start};
+use super::rank::{Input, News, RankHandle, set_environment, start};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
+use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::view::View;
+use elsewhere::{Elsewhere, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{Assignment, FromRank, RunDir, ToRank, env, exit_code};
+use rank_protocol::{Assignment, FailureClass, FromRank, RunDir, ToRank, env, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::json;
 use std::ffi::OsString;
@@ -18,6 +21,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+
+/// Where the ranks of one machine reach each other.
+const LOOPBACK: &str = "127.0.0.1";
 
 /// Messages of all ranks that wait for the loop; a rank that says more waits.
 const NUM_INPUTS: usize = 4096;
@@ -48,7 +54,20 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
+    /// What earlier launchers spent the run's time on.
+    pub ledger: Ledger,
+    /// Set where agents start the ranks.
+    pub cluster: Option<ClusterPlan>,
+    /// The nodes of the last generation by place, where its ranks may still run: its coordinator
+    /// ended without a word.
+    pub adopt: Option<Vec<String>>,
+    /// Whether the run may begin from its initial weights.
+    pub may_begin: bool,
+    /// Step after which it is saved and stopped.
+    pub stop_after: Option<u64>,
 }
+
+mod elsewhere;
 
 struct Executor {
     plan: Plan,
@@ -57,6 +76,8 @@ struct Executor {
     view: View,
     store: Store,
     ranks: Vec<RankHandle>,
+    /// The ranks' machines, where agents start them.
+    elsewhere: Option<Elsewhere>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
     generation_start: Instant,
@@ -79,11 +100,19 @@ pub fn supervise(
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let (inputs, received) = mpsc::channel(NUM_INPUTS);
         let (searches, found) = mpsc::channel(1);
+        let (nodes, happened) = match &plan.cluster {
+            Some(cluster) => {
+                let (nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                (Some(nodes), Some(happened))
+            }
+            None => (None, None),
+        };
         let mut executor = Executor::new(plan, view, inputs, searches);
+        executor.elsewhere = nodes.map(Elsewhere::new);
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
-        executor.run(received, found).await
+        executor.run(received, found, happened).await
     })
 }
 
@@ -102,7 +131,12 @@ impl Executor {
         inputs: mpsc::Sender<Input>,
         searches: mpsc::Sender<Result<Restored, String>>,
     ) -> Self {
-        let policy = Policy::new(plan.world_size, plan.config.restart.max_no_progress);
+        let policy = Policy {
+            has_agents: plan.cluster.is_some(),
+            has_last_step: plan.stop_after.is_some(),
+            hang: Duration::from_secs(plan.config.restart.hang_timeout_s),
+            ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
+        };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
         let state = State::new(policy, plan.last_generation);
         let status = Status {
@@ -117,7 +151,7 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let recorder = Recorder::open(plan.run.clone(), status);
+        let recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
         view.begin(plan.config.training.steps);
         Self {
             plan,
@@ -126,6 +160,7 @@ impl Executor {
             view,
             store: Store::default(),
             ranks: Vec::new(),
+            elsewhere: None,
             inputs,
             searches,
             generation_start: Instant::now(),
@@ -140,6 +175,7 @@ impl Executor {
         &mut self,
         mut inputs: mpsc::Receiver<Input>,
         mut searches: mpsc::Receiver<Result<Restored, String>>,
+        mut happened: Option<mpsc::Receiver<Happening>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -150,13 +186,16 @@ impl Executor {
             true => None,
         };
         self.update_status();
-        self.handle(Event::Begin { committed: self.plan.committed });
+        if !self.expect_ranks_elsewhere() {
+            self.handle(Event::Begin { committed: self.plan.committed });
+        }
         let mut num_signals = 0;
         while self.finish.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
                 Some(search) = searches.recv() => { self.take_search(search); None }
+                Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
@@ -166,26 +205,32 @@ impl Executor {
             if let Some(by) = by {
                 num_signals += 1;
                 let by = by.to_owned();
-                self.handle(match num_signals {
-                    1 => Event::Stop { by },
-                    _ => Event::StopNow { by },
-                });
+                match num_signals {
+                    1 => self.asked_to_stop(by),
+                    _ => self.handle(Event::StopNow { by }),
+                }
             }
+            self.look_elsewhere();
         }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
+        if let Some(elsewhere) = &mut self.elsewhere {
+            elsewhere.nodes.over(code, &reason).await;
+        }
         Ok(self.end(code, reason))
     }
 
     fn next_wake(&self) -> Instant {
         let times = [self.state.next_tick(), self.store.next_deadline()];
         let next_status = self.recorder.next_write() + Duration::from_millis(500);
-        times.into_iter().flatten().fold(next_status, Instant::min)
+        let next = times.into_iter().flatten().fold(next_status, Instant::min);
+        self.elsewhere.as_ref().map_or(next, |elsewhere| next.min(elsewhere.next_wake()))
     }
 
     fn wake(&mut self) {
         let now = Instant::now();
         let replies = self.store.expire(now);
         self.reply(replies);
+        self.wake_elsewhere(now);
         self.handle(Event::Tick);
         if self.recorder.next_write() <= now {
             self.update_status();
@@ -223,7 +268,12 @@ impl Executor {
                     self.handle(Event::Broken { code: exit_code::CONFIG, reason });
                 }
             }
-            FromRank::Phase(phase) => self.handle(Event::Phase { rank, phase }),
+            FromRank::Phase(phase) => {
+                if rank == 0 && self.state.is_working() {
+                    self.recorder.ledger.phase(phase, Instant::now());
+                }
+                self.handle(Event::Phase { rank, phase });
+            }
             FromRank::Step(report) => {
                 self.handle(Event::Step { rank, step: report.step });
                 if rank == 0 {
@@ -231,12 +281,24 @@ impl Executor {
                 }
             }
             FromRank::CheckpointCommitted { step } => {
+                self.recorder.status.alarm = None;
                 self.handle(Event::Committed { step });
                 self.recorder.event("checkpoint_committed", json!({ "step": step }));
+            }
+            FromRank::Here(position) => {
+                let waits = position.waits.join("; ");
+                tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
+                self.handle(Event::Here { rank, position });
             }
             FromRank::Event(event) => {
                 let mut fields = event.fields;
                 fields.insert("rank".into(), rank.into());
+                let reason = fields.get("reason").and_then(|reason| reason.as_str());
+                if event.kind == "checkpoint_failed" {
+                    let reason = reason.unwrap_or_default().to_owned();
+                    tracing::error!("rank {rank} could not save: {reason}");
+                    self.recorder.status.alarm = Some(reason);
+                }
                 self.recorder.event(&event.kind, fields.into());
             }
             FromRank::Failure(report) => {
@@ -265,6 +327,10 @@ impl Executor {
     }
 
     fn show_step(&mut self, report: &rank_protocol::StepReport) {
+        let has_adopted = self.elsewhere.as_ref().is_some_and(|e| e.has_adopted);
+        if self.state.is_working() {
+            self.recorder.ledger.stepped(report, has_adopted, Instant::now());
+        }
         if !self.has_stepped {
             self.has_stepped = true;
             let seconds = self.generation_start.elapsed().as_secs_f64();
@@ -303,6 +369,12 @@ impl Executor {
     fn act(&mut self, action: Action) {
         match action {
             Action::FindCheckpoint => self.search(),
+            Action::Gather { step } => {
+                self.recorder.ledger.enter(Spent::Rendezvous, Instant::now());
+                if let Some(elsewhere) = &mut self.elsewhere {
+                    elsewhere.gather(step);
+                }
+            }
             Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
             Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
             Action::Abort { reason } => {
@@ -314,7 +386,11 @@ impl Executor {
                 tracing::info!("killing the ranks: {reason}");
                 self.ranks.iter().for_each(RankHandle::kill);
             }
-            Action::RecordFailure(cause) => self.recorder.failure(&cause),
+            Action::RecordFailure(cause) => {
+                let is_hang = cause.class == FailureClass::Hang;
+                self.recorder.ledger.failed(is_hang, Instant::now());
+                self.recorder.failure(&cause);
+            }
             Action::RecordFirstCause(cause) => {
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
@@ -334,6 +410,7 @@ impl Executor {
                 tracing::warn!("{}", stall.describe());
                 self.recorder.event("stalled", json!(stall));
             }
+            Action::AskWhere => self.tell_all(&ToRank::Where),
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
     }
@@ -353,20 +430,32 @@ impl Executor {
         let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
         let searches = self.searches.clone();
         let generation = self.state.generation();
+        // Ranks on a node that was given up may still run: from here on they save nothing.
+        let fence = self.elsewhere.is_some().then_some(generation + 1);
         tokio::task::spawn_blocking(move || {
+            if let Some(next) = fence
+                && let Err(error) = restore::raise_fence(&dir, next)
+            {
+                let _ = searches.blocking_send(Err(error));
+                return;
+            }
             restore::remove_unfinished(&dir, generation);
             let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
         });
     }
 
     fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
-        let is_restart = self.recorder.status.generation > self.plan.last_generation;
+        let has_adopted =
+            self.elsewhere.as_mut().is_some_and(|e| std::mem::take(&mut e.has_adopted));
+        let is_restart = has_adopted || self.recorder.status.generation > self.plan.last_generation;
         self.recorder.status.restarts += u64::from(is_restart);
         self.recorder.status.generation = generation;
         self.recorder.forget_speed();
         self.store = Store::default();
         self.generation_start = Instant::now();
         self.has_stepped = false;
+        self.recorder.ledger.enter(Spent::Start, self.generation_start);
+        self.recorder.tell_ledger();
         let fields = json!({
             "world_size": self.plan.world_size,
             "resume_step": resume_step,
@@ -377,6 +466,10 @@ impl Executor {
             tracing::info!("generation {generation} continues from step {step}");
         }
         self.ranks.clear();
+        if self.elsewhere.is_some() {
+            self.start_elsewhere(generation, resume_step);
+            return self.update_status();
+        }
         let started = match self.plan.config.cluster.kind {
             ClusterKind::Mpi => self.start_under_mpirun(generation),
             _ => self.start_ranks(generation),
@@ -432,29 +525,25 @@ impl Executor {
     }
 
     fn set_environment(&self, command: &mut Command) {
-        for name in env::THREADS {
-            command.env(name, self.plan.threads.to_string());
-        }
-        if let Some(path) = &self.plan.library_path {
-            command.env(env::LIBRARY_PATH, path);
-        }
-        let (queues, number) = env::CUDA_QUEUES;
-        if std::env::var_os(queues).is_none() {
-            command.env(queues, number);
-        }
+        set_environment(command, self.plan.threads, self.plan.library_path.as_deref());
     }
 
     fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
+        let on_node = self.plan.cluster.as_ref().map(|cluster| cluster.ranks_per_node);
+        let on_node = on_node.unwrap_or(self.plan.world_size).max(1);
+        let address = self.elsewhere.as_ref().and_then(|e| e.address_of(rank / on_node));
         Assignment {
             run_id: self.plan.run_id.clone(),
             generation,
             rank,
             world_size: self.plan.world_size,
-            local_rank: rank,
-            local_world_size: self.plan.world_size,
+            local_rank: rank % on_node,
+            local_world_size: on_node,
+            address: address.unwrap_or_else(|| LOOPBACK.to_owned()),
             threads: self.plan.threads,
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
+            stop_after: self.plan.stop_after,
         }
     }
 
@@ -462,6 +551,7 @@ impl Executor {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
             rank,
+            node: self.elsewhere.as_ref().and_then(|elsewhere| elsewhere.nodes.node_of(rank)),
             pid: handle.pid(),
             state: state.name().to_owned(),
             phase: phase.name().to_owned(),
@@ -478,6 +568,7 @@ impl Executor {
     fn end(&mut self, code: i32, reason: String) -> i32 {
         self.view.end();
         let (state, kind) = ended(code);
+        self.recorder.tell_ledger();
         let fields = json!({
             "exit_code": code,
             "step": self.recorder.status.step,

@@ -1,141 +1,234 @@
-//! Whether a generation still moves: a pure record of its steps and phases, with the time as an
-//! argument.
+//! Whether a generation still moves, and who holds it up where it does not: a pure record of its
+//! steps and phases, with the time as an argument.
 
+use rank_protocol::{Phase, Position};
 use serde::Serialize;
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// No generation counts as stalled sooner.
-const LEAST: Duration = Duration::from_secs(60);
-/// Median steps in which nothing may move.
-const NUM_MEDIANS: u32 = 10;
-/// Steps whose median counts.
-const NUM_KEPT: usize = 31;
+/// A hang is a silence of so many times the longest that was seen in its phase.
+const NUM_LONGEST: u32 = 5;
+/// Least limit of what waits for storage or other machines: every phase but the steps.
+const LEAST_OF_OTHERS: Duration = Duration::from_secs(10 * 60);
+/// Limit of a phase that has not been seen to its end, and of a generation's first step.
+const UNSEEN: Duration = Duration::from_secs(30 * 60);
+/// Longest wait for ranks to say where they are.
+pub const ASKING: Duration = Duration::from_secs(5);
 
 /// A generation in which nothing has moved for long.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stall {
     /// Time since the last step or change of phase, in seconds.
     pub seconds: f64,
+    /// What the ranks were doing.
+    pub phase: Phase,
     /// The last step that a rank did in this generation.
     pub step: Option<u64>,
-    /// Ranks that have done fewer steps than others; empty where all are alike.
-    pub behind: Vec<usize>,
 }
 
 impl Stall {
-    /// In a sentence; ranks by their numbers.
+    /// In a sentence.
     pub fn describe(&self) -> String {
         let since = match self.step {
             Some(step) => format!("since step {step}"),
             None => "since the ranks were started".to_owned(),
         };
-        let behind: Vec<String> = self.behind.iter().map(usize::to_string).collect();
-        let who = match behind.is_empty() {
-            true => String::new(),
-            false => format!(" (behind the others: rank {})", behind.join(", ")),
-        };
-        format!("stalled: no rank has moved for {:.0} s, {since}{who}", self.seconds)
+        let phase = self.phase.name();
+        format!("stalled: no rank has moved for {:.0} s, {since} (in {phase})", self.seconds)
     }
 }
 
 /// When the ranks of a generation last moved.
 #[derive(Clone, Debug)]
 pub struct Progress {
+    /// The least limit.
+    least: Duration,
     moved: Instant,
+    phase: Phase,
+    phase_since: Instant,
     /// The newest step, and when the first rank had done it.
     newest: Option<(u64, Instant)>,
-    step_times: VecDeque<Duration>,
-    is_told: bool,
+    longest: BTreeMap<Phase, Duration>,
 }
 
 impl Progress {
-    /// Of a generation that starts now.
-    pub fn new(now: Instant) -> Self {
-        Self { moved: now, newest: None, step_times: VecDeque::new(), is_told: false }
+    /// Of a first generation, that starts now. No silence shorter than `least` is a hang.
+    pub fn new(least: Duration, now: Instant) -> Self {
+        Self {
+            least,
+            moved: now,
+            phase: Phase::Init,
+            phase_since: now,
+            newest: None,
+            longest: BTreeMap::new(),
+        }
+    }
+
+    /// Of the next generation, that starts now; what was seen still counts.
+    pub fn again(self, now: Instant) -> Self {
+        Self { longest: self.longest, ..Self::new(self.least, now) }
     }
 
     /// A rank entered a phase.
-    pub fn moved(&mut self, now: Instant) {
+    pub fn entered(&mut self, phase: Phase, now: Instant) {
         self.moved = now;
-        self.is_told = false;
+        if phase == self.phase {
+            return;
+        }
+        // A step is not measured by the phase, which lasts for many.
+        if self.phase != Phase::Train {
+            self.saw(self.phase, now.saturating_duration_since(self.phase_since));
+        }
+        (self.phase, self.phase_since) = (phase, now);
+        // What came between two steps is none of the next one's time.
+        if let Some((_, at)) = &mut self.newest {
+            *at = now;
+        }
     }
 
     /// A rank did a step.
     pub fn stepped(&mut self, step: u64, now: Instant) {
-        self.moved(now);
+        self.moved = now;
         match self.newest {
             Some((newest, _)) if step <= newest => return,
-            Some((_, at)) => self.step_times.push_back(now.saturating_duration_since(at)),
+            Some((_, at)) => self.saw(Phase::Train, now.saturating_duration_since(at)),
             None => {}
         }
         self.newest = Some((step, now));
-        if self.step_times.len() > NUM_KEPT {
-            self.step_times.pop_front();
-        }
     }
 
-    /// When it counts as stalled; `None` where that has been told.
-    pub fn deadline(&self) -> Option<Instant> {
-        let mut times: Vec<Duration> = self.step_times.iter().copied().collect();
-        times.sort_unstable();
-        let median = times.get(times.len() / 2).copied().unwrap_or_default();
-        (!self.is_told).then(|| self.moved + LEAST.max(median.saturating_mul(NUM_MEDIANS)))
+    fn saw(&mut self, phase: Phase, time: Duration) {
+        let longest = self.longest.entry(phase).or_default();
+        *longest = time.max(*longest);
     }
 
-    /// The stall that is to be told now, once. `steps` are the last ones of all ranks.
-    pub fn stall(&mut self, steps: &[Option<u64>], now: Instant) -> Option<Stall> {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return None;
-        }
-        self.is_told = true;
-        let newest = steps.iter().copied().max().flatten();
-        let behind = steps.iter().enumerate().filter(|(_, step)| **step < newest);
-        Some(Stall {
+    /// When it counts as hung.
+    pub fn deadline(&self) -> Instant {
+        let is_warm = self.phase != Phase::Train || self.newest.is_some();
+        let longest = self.longest.get(&self.phase).filter(|_| is_warm);
+        let least = match self.phase {
+            Phase::Train => self.least,
+            _ => self.least.max(LEAST_OF_OTHERS),
+        };
+        let limit = longest.map_or(UNSEEN, |longest| longest.saturating_mul(NUM_LONGEST));
+        self.moved + limit.max(least)
+    }
+
+    /// The stall that is to be told now.
+    pub fn stall(&self, now: Instant) -> Option<Stall> {
+        (now >= self.deadline()).then(|| Stall {
             seconds: now.saturating_duration_since(self.moved).as_secs_f64(),
-            step: newest,
-            behind: behind.map(|(rank, _)| rank).collect(),
+            phase: self.phase,
+            step: self.newest.map(|(step, _)| step),
         })
     }
+}
+
+/// Who holds the others up, of what the ranks say where they are (`None`: no answer in time), and
+/// why each is suspected: those that do not answer; else those behind in steps; else those that
+/// are in no collective while others wait in one. Nobody, where all are alike.
+pub fn suspects(positions: &[Option<Position>]) -> Vec<(usize, String)> {
+    let ranks = || positions.iter().enumerate();
+    let silent: Vec<(usize, String)> = ranks()
+        .filter(|(_, position)| position.is_none())
+        .map(|(rank, _)| (rank, "its process does not answer".to_owned()))
+        .collect();
+    if !silent.is_empty() {
+        return silent;
+    }
+    let known = || ranks().filter_map(|(rank, position)| Some((rank, position.as_ref()?)));
+    let newest = known().filter_map(|(_, position)| position.step).max();
+    let behind: Vec<(usize, String)> = known()
+        .filter(|(_, position)| position.step < newest)
+        .map(|(rank, position)| {
+            let step = position.step.map_or("none".to_owned(), |step| step.to_string());
+            let newest = newest.unwrap_or(0);
+            (rank, format!("its last step is {step}, that of others {newest}"))
+        })
+        .collect();
+    if !behind.is_empty() {
+        return behind;
+    }
+    let Some(waits) = known().find_map(|(_, position)| position.waits.first()) else {
+        return Vec::new();
+    };
+    known()
+        .filter(|(_, position)| position.waits.is_empty())
+        .map(|(rank, position)| {
+            let phase = position.phase.name();
+            (rank, format!("it is in {phase}, and never joined what others wait in: {waits}"))
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// After steps that took these seconds, a stall is told after `expected` seconds.
+    const LEAST: Duration = Duration::from_secs(30);
+
+    /// After steps that took these seconds, a silence of `expected` seconds is a hang.
     fn check(step_times_s: &[u64], expected: u64) {
         let mut now = Instant::now();
-        let mut progress = Progress::new(now);
+        let mut progress = Progress::new(LEAST, now);
+        progress.entered(Phase::Train, now);
         for (step, seconds) in (1..).zip(step_times_s) {
             now += Duration::from_secs(*seconds);
             progress.stepped(step, now);
             progress.stepped(step, now);
         }
-        assert_eq!(progress.deadline(), Some(now + Duration::from_secs(expected)));
+        assert_eq!(progress.deadline(), now + Duration::from_secs(expected));
     }
 
     #[test]
-    fn the_limit_is_a_minute_or_ten_median_steps() {
-        check(&[], 60);
-        check(&[500], 60);
-        check(&[500, 1, 1], 60);
-        check(&[500, 20, 30, 400], 300);
+    fn the_limit_is_half_a_minute_or_five_times_the_longest() {
+        check(&[], 1800);
+        check(&[500], 1800);
+        check(&[500, 1, 1], 30);
+        check(&[500, 20, 30, 10], 150);
     }
 
     #[test]
-    fn a_stall_is_told_once_until_something_moves() {
+    fn each_phase_has_its_own_limit_also_in_the_next_generation() {
         let start = Instant::now();
-        let after = |seconds| start + Duration::from_secs(seconds);
-        let mut progress = Progress::new(start);
-        let steps = [Some(3), Some(2)];
-        assert_eq!(progress.stall(&steps, after(59)), None);
-        let stall = progress.stall(&steps, after(75)).unwrap();
-        assert_eq!((stall.seconds, stall.step, &stall.behind[..]), (75.0, Some(3), &[1][..]));
-        assert!(stall.describe().contains("75 s, since step 3 (behind the others: rank 1)"));
-        assert_eq!(progress.stall(&steps, after(200)), None);
-        progress.moved(after(210));
-        assert_eq!(progress.stall(&steps, after(260)), None);
-        assert!(progress.stall(&steps, after(270)).is_some());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut progress = Progress::new(LEAST, start);
+        progress.entered(Phase::Train, at(40));
+        progress.stepped(1, at(41));
+        progress.stepped(2, at(42));
+        progress.entered(Phase::Save, at(42));
+        assert_eq!(progress.deadline(), at(42 + 1800), "nobody knows how long a save takes");
+        progress.entered(Phase::Save, at(43));
+        progress.entered(Phase::Train, at(242));
+        progress.stepped(3, at(243));
+        progress.entered(Phase::Save, at(243));
+        assert_eq!(progress.deadline(), at(243 + 5 * 200));
+        let progress = progress.again(at(2000));
+        assert_eq!(progress.deadline(), at(2000 + 600), "the start took 40 s");
+        assert_eq!(progress.stall(at(2599)), None);
+        let stall = progress.stall(at(2600)).unwrap();
+        assert_eq!((stall.seconds, stall.phase, stall.step), (600.0, Phase::Init, None));
+    }
+
+    fn position(step: u64, waits: &[&str]) -> Option<Position> {
+        let waits = waits.iter().map(|wait| (*wait).to_owned()).collect();
+        Some(Position { phase: Phase::Train, step: Some(step), waits })
+    }
+
+    fn check_suspects(positions: &[Option<Position>], expected: &[usize], why: &str) {
+        let found = suspects(positions);
+        let ranks: Vec<usize> = found.iter().map(|(rank, _)| *rank).collect();
+        assert_eq!(ranks, expected);
+        assert!(found.iter().all(|(_, line)| line.contains(why)), "{found:?} lacks {why:?}");
+    }
+
+    #[test]
+    fn suspects_are_those_that_hold_the_others_up() {
+        let waiting = || position(7, &["data: all_reduce"]);
+        check_suspects(&[waiting(), None, waiting()], &[1], "does not answer");
+        check_suspects(&[waiting(), position(6, &["data: x"])], &[1], "6, that of others 7");
+        check_suspects(&[position(7, &[]), waiting()], &[0], "never joined");
+        check_suspects(&[waiting(), waiting()], &[], "");
+        check_suspects(&[position(7, &[])], &[], "");
     }
 }

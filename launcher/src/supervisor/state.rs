@@ -5,8 +5,8 @@
 
 use super::cause::{Cause, Exit, Signature};
 pub use super::policy::{Action, Event, Policy, RankState};
-use super::stall::Progress;
-use rank_protocol::{FailureClass, FailureReport, Phase, exit_code};
+use super::stall::{ASKING, Progress, suspects};
+use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
 use std::time::Instant;
 
 #[derive(Clone, Debug)]
@@ -15,6 +15,7 @@ struct Rank {
     phase: Phase,
     step: Option<u64>,
     report: Option<FailureReport>,
+    position: Option<Position>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +24,8 @@ enum Stage {
     Between,
     /// Ranks work.
     Working,
+    /// Nothing has moved for long; ranks were asked where they are.
+    Asking { until: Instant },
     /// A rank failed; others may fail of the same cause.
     Settling { until: Instant },
     /// Ranks were told to end.
@@ -83,6 +86,11 @@ impl State {
         self.ranks.iter().map(|rank| (rank.state, rank.phase, rank.step))
     }
 
+    /// Whether the ranks of a generation work, and none is known to have failed.
+    pub fn is_working(&self) -> bool {
+        matches!(self.stage, Stage::Working | Stage::Asking { .. })
+    }
+
     /// Newest committed step.
     pub fn committed(&self) -> Option<u64> {
         self.committed
@@ -97,7 +105,7 @@ impl State {
             Stage::Working if self.ranks.iter().all(|rank| rank.state == RankState::Starting) => {
                 "starting"
             }
-            Stage::Working => "running",
+            Stage::Working | Stage::Asking { .. } => "running",
             Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed => "restarting",
         }
     }
@@ -105,10 +113,10 @@ impl State {
     /// When [`Event::Tick`] is next of use.
     pub fn next_tick(&self) -> Option<Instant> {
         match self.stage {
-            Stage::Settling { until } => Some(until),
+            Stage::Settling { until } | Stage::Asking { until } => Some(until),
             Stage::Ending { kill_at } => Some(kill_at),
             Stage::Working => {
-                let stalled = self.progress.as_ref().and_then(Progress::deadline);
+                let stalled = self.progress.as_ref().map(Progress::deadline);
                 [self.late_at(), stalled].into_iter().flatten().min()
             }
             Stage::Between | Stage::Killed | Stage::Over => None,
@@ -131,7 +139,9 @@ impl State {
                 self.committed = committed;
                 vec![Action::FindCheckpoint]
             }
+            Event::Adopted { committed } => self.adopted(committed, now),
             Event::Found { step } => self.found(step, now),
+            Event::Gathered { step } => self.gathered(step, now),
             Event::Broken { code, reason } => self.broken(code, reason),
             Event::Step { rank, step } => self.stepped(rank, step, now),
             Event::Phase { rank, phase } => self.entered(rank, phase, now),
@@ -139,12 +149,15 @@ impl State {
                 self.committed = self.committed.max(Some(step));
                 Vec::new()
             }
+            Event::Here { rank, position } => self.is_here(rank, position, now),
             Event::Reported { rank, report } => self.reported(rank, report),
             Event::Finished { rank } => self.finished(rank, now),
             Event::Exited { rank, exit, last_lines } => self.exited(rank, exit, last_lines, now),
             Event::Stop { by } => self.asked_to_stop(by, now),
             Event::RankAskedToStop { rank, signal } => match self.stage {
-                Stage::Working => self.asked_to_stop(format!("{signal} to rank {rank}"), now),
+                Stage::Working | Stage::Asking { .. } => {
+                    self.asked_to_stop(format!("{signal} to rank {rank}"), now)
+                }
                 _ => Vec::new(),
             },
             Event::StopNow { by } => self.stopped_now(by),
@@ -166,16 +179,46 @@ impl State {
             );
             return self.over(exit_code::FAILED, reason);
         }
+        match self.policy.has_agents {
+            true => vec![Action::Gather { step }],
+            false => self.gathered(step, now),
+        }
+    }
+
+    fn gathered(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
+        if self.stage != Stage::Between {
+            return Vec::new();
+        }
         self.generation += 1;
+        self.work(now);
+        vec![Action::Spawn { generation: self.generation, resume_step: step }]
+    }
+
+    fn adopted(&mut self, committed: Option<u64>, now: Instant) -> Vec<Action> {
+        if self.stage == Stage::Between {
+            self.committed = committed;
+            self.work(now);
+        }
+        Vec::new()
+    }
+
+    fn work(&mut self, now: Instant) {
         self.committed_before = self.committed;
         self.causes.clear();
         self.exit_by = None;
-        self.progress = Some(Progress::new(now));
-        let rank =
-            Rank { state: RankState::Starting, phase: Phase::Init, step: None, report: None };
+        self.progress = Some(match self.progress.take() {
+            Some(progress) => progress.again(now),
+            None => Progress::new(self.policy.hang, now),
+        });
+        let rank = Rank {
+            state: RankState::Starting,
+            phase: Phase::Init,
+            step: None,
+            report: None,
+            position: None,
+        };
         self.ranks = vec![rank; self.policy.world_size];
         self.stage = Stage::Working;
-        vec![Action::Spawn { generation: self.generation, resume_step: step }]
     }
 
     /// Ranks that were not started count as gone; those that were are killed.
@@ -194,6 +237,7 @@ impl State {
         if let Some(progress) = &mut self.progress {
             progress.stepped(step, now);
         }
+        self.moves();
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.step = Some(step);
             if rank.state == RankState::Starting {
@@ -205,12 +249,31 @@ impl State {
 
     fn entered(&mut self, rank: usize, phase: Phase, now: Instant) -> Vec<Action> {
         if let Some(progress) = &mut self.progress {
-            progress.moved(now);
+            progress.entered(phase, now);
         }
+        self.moves();
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.phase = phase;
         }
         Vec::new()
+    }
+
+    /// It was no hang after all.
+    fn moves(&mut self) {
+        if matches!(self.stage, Stage::Asking { .. }) {
+            self.stage = Stage::Working;
+        }
+    }
+
+    fn is_here(&mut self, rank: usize, position: Position, now: Instant) -> Vec<Action> {
+        if let Some(rank) = self.ranks.get_mut(rank) {
+            rank.position = Some(position);
+        }
+        let is_known = |rank: &Rank| rank.position.is_some() || rank.state.has_exited();
+        match self.stage {
+            Stage::Asking { .. } if self.ranks.iter().all(is_known) => self.hung(now),
+            _ => Vec::new(),
+        }
     }
 
     fn reported(&mut self, rank: usize, report: FailureReport) -> Vec<Action> {
@@ -237,7 +300,7 @@ impl State {
         last_lines: Vec<String>,
         now: Instant,
     ) -> Vec<Action> {
-        let is_stopping = self.stop.is_some();
+        let is_stopping = self.stop.is_some() || self.policy.has_last_step;
         let Some(rank) = self.ranks.get_mut(index) else { return Vec::new() };
         if rank.state.has_exited() {
             return Vec::new();
@@ -249,14 +312,22 @@ impl State {
         };
         let mut actions = Vec::new();
         let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed);
-        if rank.state == RankState::Failed && !was_told_to_end {
+        // A node's death is found long after its peers have lost their links to it.
+        let is_lost = rank.report.as_ref().is_some_and(|report| report.class == FailureClass::Node);
+        if rank.state == RankState::Failed && (!was_told_to_end || is_lost) {
             let report = rank.report.clone();
             let cause = Cause::new(index, exit, report, rank.phase, rank.step, last_lines);
             actions.push(Action::RecordFailure(cause.clone()));
+            let wait = match cause.is_consequence() {
+                true => self.policy.concurrent_faults,
+                false => self.policy.same_moment,
+            };
             self.causes.push(cause);
-            if self.stage == Stage::Working {
-                self.stage = Stage::Settling { until: now + self.policy.concurrent_faults };
-            }
+            self.stage = match self.stage {
+                Stage::Ending { .. } | Stage::Killed => self.stage.clone(),
+                Stage::Settling { until } => Stage::Settling { until: until.min(now + wait) },
+                _ => Stage::Settling { until: now + wait },
+            };
         }
         actions.extend(self.if_all_gone());
         actions
@@ -284,7 +355,7 @@ impl State {
         if self.ranks.iter().all(|rank| rank.state == RankState::Done) {
             return self.over(exit_code::DONE, "the last step is done and saved".into());
         }
-        let by = self.stop.as_ref().map_or("", |(by, _)| by.as_str());
+        let by = self.stop.as_ref().map_or("the step it was to stop after", |(by, _)| by.as_str());
         let reason = match self.committed {
             Some(step) => format!("stopped by {by}, saved at step {step}"),
             None => format!("stopped by {by} before the first step; nothing to save"),
@@ -309,6 +380,7 @@ impl State {
                 let reason = format!("{what}; trying again is of no use");
                 return self.over(exit_code::CONFIG, reason);
             }
+            FailureClass::Node if self.policy.has_agents => self.failures.clear(),
             FailureClass::Node => {
                 return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
             }
@@ -341,7 +413,7 @@ impl State {
         self.stop = Some((by.clone(), now));
         let mut actions = vec![Action::RecordStop { by: by.clone(), now: false }];
         match self.stage {
-            Stage::Working => actions.push(Action::AskToStop),
+            Stage::Working | Stage::Asking { .. } => actions.push(Action::AskToStop),
             // The next generation does not start; see `found` and `judge`.
             _ if self.stage == Stage::Between => actions.extend(self.over_between(&by)),
             _ => {}
@@ -391,6 +463,7 @@ impl State {
                 let reason = format!("still there {seconds} s after SIGTERM");
                 vec![Action::Kill { reason }]
             }
+            Stage::Asking { .. } => self.hung(now),
             Stage::Working if self.late_at().is_none_or(|at| now < at) => self.stalled(now),
             Stage::Working => {
                 let late = self.ranks.iter().position(|rank| !rank.state.has_exited());
@@ -409,9 +482,39 @@ impl State {
     }
 
     fn stalled(&mut self, now: Instant) -> Vec<Action> {
-        let steps: Vec<Option<u64>> = self.ranks.iter().map(|rank| rank.step).collect();
-        let stall = self.progress.as_mut().and_then(|progress| progress.stall(&steps, now));
-        stall.map(Action::RecordStall).into_iter().collect()
+        let stall = self.progress.as_ref().and_then(|progress| progress.stall(now));
+        let Some(stall) = stall else { return Vec::new() };
+        self.stage = Stage::Asking { until: now + ASKING };
+        self.ranks.iter_mut().for_each(|rank| rank.position = None);
+        vec![Action::RecordStall(stall), Action::AskWhere]
+    }
+
+    /// Ranks have said where they are, or not: those that hold the others up have failed.
+    fn hung(&mut self, now: Instant) -> Vec<Action> {
+        let alive: Vec<usize> =
+            (0..self.ranks.len()).filter(|rank| !self.ranks[*rank].state.has_exited()).collect();
+        let positions: Vec<Option<Position>> =
+            alive.iter().map(|rank| self.ranks[*rank].position.clone()).collect();
+        let mut suspects = suspects(&positions);
+        if suspects.is_empty() {
+            let waits = positions.iter().flatten().find_map(|position| position.waits.first());
+            let line = waits.map_or("it does not move".to_owned(), |waits| {
+                format!("all ranks wait, this one in {waits}")
+            });
+            suspects.push((0, line));
+        }
+        let mut actions = Vec::new();
+        for (at, line) in suspects {
+            let Some(&index) = alive.get(at) else { continue };
+            let rank = &self.ranks[index];
+            let line = format!("rank {index} hangs: {line}");
+            let cause = Cause::hang(index, rank.phase, rank.step, line);
+            actions.push(Action::RecordFailure(cause.clone()));
+            self.causes.push(cause);
+        }
+        let reason = Cause::first(&self.causes).map(Cause::summary).unwrap_or_default();
+        actions.extend(self.end(reason, now));
+        actions
     }
 
     fn end(&mut self, reason: String, now: Instant) -> Vec<Action> {

@@ -12,6 +12,8 @@ use rank_protocol::{
 };
 use rustix::process::{Signal, getpid, kill_process};
 use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -32,6 +34,7 @@ struct Fake {
     metrics: Option<Appender>,
     run: RunDir,
     step_time: Duration,
+    is_waiting: Arc<AtomicBool>,
 }
 
 fn train() -> Result<i32> {
@@ -45,23 +48,30 @@ fn train() -> Result<i32> {
         _ => None,
     };
     let step_time = Duration::from_millis(millis);
-    let mut fake = Fake { client, metrics, run, step_time };
+    let is_waiting = Arc::new(AtomicBool::new(false));
+    let waits = is_waiting.clone();
+    client.on_where(move || waits.load(Ordering::Relaxed).then(|| "a meeting".to_owned()));
+    let mut fake = Fake { client, metrics, run, step_time, is_waiting };
     let first = assignment.resume_step.unwrap_or(0) + 1;
     fake.client.phase(Phase::Train)?;
     for step in first..=config.training.steps {
+        if let Some(code) = fake.fault(step)? {
+            return Ok(code);
+        }
         let is_stopping = fake.agree_to_stop(step)?;
         if is_stopping {
             fake.save(step - 1)?;
             return Ok(exit_code::PREEMPTED);
         }
-        if let Some(code) = fake.fault(step)? {
-            return Ok(code);
-        }
         fake.step(step)?;
         let every = config.checkpoint.every_steps;
         let is_last = step == config.training.steps;
-        if is_last || (every > 0 && step % every == 0) {
+        let stops = fake.client.assignment().stop_after == Some(step) && !is_last;
+        if is_last || stops || (every > 0 && step % every == 0) {
             fake.save(step)?;
+        }
+        if stops {
+            return Ok(exit_code::PREEMPTED);
         }
     }
     fake.client.finished(config.training.steps)?;
@@ -72,6 +82,13 @@ impl Fake {
     /// Ranks meet at each step, and rank 0 decides for all, through the store. This stands for the
     /// collectives too, because the others wait in it when a rank is gone.
     fn agree_to_stop(&self, step: u64) -> Result<bool> {
+        self.is_waiting.store(true, Ordering::Relaxed);
+        let stop = self.meet(step);
+        self.is_waiting.store(false, Ordering::Relaxed);
+        stop
+    }
+
+    fn meet(&self, step: u64) -> Result<bool> {
         let assignment = self.client.assignment();
         let here = |rank: usize| format!("here/{step}/{rank}");
         self.client.store().set(&here(assignment.rank), b"")?;

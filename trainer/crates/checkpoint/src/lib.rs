@@ -12,4 +12,4 @@ mod views;
 pub use checkpoint_format::{Barrier, SaveReport, TrainState, WeightSource, fence, scan};
 pub use error::{CheckpointError, Result};
 pub use load::{Target, load, load_weights};
-pub use save::{SaveRequest, save};
+pub use save::{SaveRequest, Snapshot, save};

@@ -1,4 +1,5 @@
-//! Saving: every rank writes its share of what it and its copies own.
+//! Saving: every rank writes its share of what it and its copies own, of the tensors themselves or
+//! of a copy of them, so that training can go on meanwhile.
 
 use crate::error::Result;
 use crate::views::{View, check_owned, dtype, dtype_of, views};
@@ -10,7 +11,7 @@ use model_spec::LocalParameter;
 use std::path::Path;
 use torch_shim::bytes::as_bytes;
 use torch_shim::params::ParameterSet;
-use torch_shim::tch::{Device, Kind, Tensor};
+use torch_shim::tch::{Device, Kind, TchError, Tensor, no_grad};
 
 /// What to save. Ranks that own the same elements (replicas) each write a share of equal size.
 #[derive(Debug)]
@@ -55,6 +56,7 @@ struct Source<'a> {
 }
 
 /// A part of a tensor that this rank writes, in CPU memory.
+#[derive(Debug)]
 struct Share {
     elements: Tensor,
     dtype: Dtype,
@@ -71,49 +73,90 @@ struct Share {
 /// [`checkpoint_format::FormatError::NotCommitted`]. Nothing is left behind then, and older
 /// checkpoints stay.
 pub fn save(request: &SaveRequest<'_>, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
-    let mut result = Ok(());
-    let (shares, total_bytes) = match shares(request) {
-        Ok(shares) => shares,
+    Snapshot::new(request, false).write(barrier)
+}
+
+/// What a rank writes of a checkpoint, ready to be written.
+#[derive(Debug)]
+pub struct Snapshot {
+    save: Save,
+    rank: usize,
+    world_size: usize,
+    shares: Vec<Share>,
+    total_bytes: u64,
+    /// Why the tensors could not be read.
+    failed: Option<crate::CheckpointError>,
+    state: TrainState,
+    keep_last: usize,
+    keep_every_steps: u64,
+}
+
+impl Snapshot {
+    /// A copy of all that is to be saved: the tensors may change from then on.
+    pub fn take(request: &SaveRequest<'_>) -> Self {
+        Self::new(request, true)
+    }
+
+    fn new(request: &SaveRequest<'_>, is_copy: bool) -> Self {
         // The others must not wait for a rank whose tensors cannot be read: it takes part, with
         // nothing.
-        Err(error) => {
-            result = Err(error);
-            (Vec::new(), 0)
-        }
-    };
-    let mut pieces = Vec::with_capacity(shares.len());
-    for share in &shares {
-        match as_bytes(&share.elements) {
-            Ok(data) => pieces.push(Piece {
-                name: share.name.clone(),
-                dtype: share.dtype,
-                shape: share.shape.clone(),
-                region: share.region.clone(),
-                data,
-            }),
-            Err(error) => result = result.and(Err(error.into())),
+        let ((shares, total_bytes), failed) = match shares(request, is_copy) {
+            Ok(shares) => (shares, None),
+            Err(error) => ((Vec::new(), 0), Some(error)),
+        };
+        let mut state = request.state.clone();
+        (state.step, state.generation) = (request.step, request.generation);
+        state.world_size = request.world_size;
+        Self {
+            save: Save::new(request.checkpoints_dir, request.step, request.generation),
+            rank: request.rank,
+            world_size: request.world_size,
+            shares,
+            total_bytes,
+            failed,
+            state,
+            keep_last: request.keep_last,
+            keep_every_steps: request.keep_every_steps,
         }
     }
-    let mut state = request.state.clone();
-    (state.step, state.generation) = (request.step, request.generation);
-    state.world_size = request.world_size;
-    let joint = JointSave {
-        save: Save::new(request.checkpoints_dir, request.step, request.generation),
-        rank: request.rank,
-        world_size: request.world_size,
-        total_bytes,
-        pieces,
-        state: &state,
-        keep_last: request.keep_last,
-        keep_every_steps: request.keep_every_steps,
-    };
-    let report = joint.run(barrier);
-    result?;
-    Ok(report?)
+
+    /// As [`save`].
+    ///
+    /// # Errors
+    /// As [`save`].
+    pub fn write(self, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
+        let mut result = self.failed.map_or(Ok(()), Err);
+        let mut pieces = Vec::with_capacity(self.shares.len());
+        for share in &self.shares {
+            match as_bytes(&share.elements) {
+                Ok(data) => pieces.push(Piece {
+                    name: share.name.clone(),
+                    dtype: share.dtype,
+                    shape: share.shape.clone(),
+                    region: share.region.clone(),
+                    data,
+                }),
+                Err(error) => result = result.and(Err(error.into())),
+            }
+        }
+        let joint = JointSave {
+            save: self.save,
+            rank: self.rank,
+            world_size: self.world_size,
+            total_bytes: self.total_bytes,
+            pieces,
+            state: &self.state,
+            keep_last: self.keep_last,
+            keep_every_steps: self.keep_every_steps,
+        };
+        let report = joint.run(barrier);
+        result?;
+        Ok(report?)
+    }
 }
 
 /// This rank's share, and the bytes of the whole checkpoint.
-fn shares(request: &SaveRequest<'_>) -> Result<(Vec<Share>, u64)> {
+fn shares(request: &SaveRequest<'_>, is_copy: bool) -> Result<(Vec<Share>, u64)> {
     let sources = sources(request)?;
     let views = views(request.held, request.params);
     let views: Vec<&View> = views.iter().filter(|view| view.counts).collect();
@@ -133,6 +176,12 @@ fn shares(request: &SaveRequest<'_>) -> Result<(Vec<Share>, u64)> {
         let elements = source.buffer.f_narrow(0, start as i64, length as i64);
         let elements = elements.and_then(|elements| elements.f_to_kind(source.kind));
         let elements = elements.and_then(|elements| elements.f_to_device(Device::Cpu));
+        let is_shared =
+            source.kind == source.buffer.kind() && source.buffer.device() == Device::Cpu;
+        let elements = elements.and_then(|elements| match is_copy && is_shared {
+            true => copied(&elements),
+            false => Ok(elements),
+        });
         shares.push(Share {
             elements: elements.map_err(torch_shim::ShimError::from)?,
             dtype: source.dtype,
@@ -143,6 +192,12 @@ fn shares(request: &SaveRequest<'_>) -> Result<(Vec<Share>, u64)> {
     }
     let element_bytes: usize = sources.iter().map(|source| source.dtype.size()).sum();
     Ok((shares, request.num_elements * element_bytes as u64))
+}
+
+fn copied(elements: &Tensor) -> std::result::Result<Tensor, TchError> {
+    let mut copy = elements.f_empty_like()?;
+    no_grad(|| copy.f_copy_(elements))?;
+    Ok(copy)
 }
 
 /// All buffers of the checkpoint, in the same order on every rank.

@@ -148,6 +148,15 @@ impl Group {
         Ok(group)
     }
 
+    /// The operation that is under way, and for how long; for people who ask what a rank waits for.
+    pub fn waits_in(&self) -> Option<String> {
+        let shared = &self.shared;
+        let on_stream = || shared.backend.oldest().map(|(what, since)| Running { what, since });
+        let running = lock(&shared.running).clone().or_else(on_stream)?;
+        let seconds = running.since.elapsed().as_secs_f64();
+        Some(format!("{} of group {} for {seconds:.1} s", running.what, shared.members.group))
+    }
+
     fn enqueue(&self, operation: Operation) -> Result<Work> {
         self.shared.alive()?;
         let completion = Arc::new(Completion::default());

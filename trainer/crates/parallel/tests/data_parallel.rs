@@ -50,6 +50,7 @@ fn loss(set: &ParameterSet, first: i64, count: i64) -> Tensor {
 /// Gradients and loss of one rank's share of the batch, one sequence a micro-batch, summed over the
 /// group.
 fn share(comm: Arc<dyn Communicator>, kind: Kind, bucket_bytes: usize) -> (Vec<f64>, f64) {
+    torch_shim::tch::set_num_threads(1);
     let (rank, size) = (comm.rank() as i64, comm.size() as i64);
     let set = parameters(kind);
     let data_parallel = DataParallel::new(&set, comm.clone(), bucket_bytes).unwrap();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "fused.h"
 
@@ -57,17 +58,17 @@ struct Attention : torch::autograd::Function<Attention> {
     int64_t batch = q.size(0), heads = q.size(1), sequence = q.size(2), head_dim = q.size(3);
     auto out = at::empty({batch, sequence, heads, head_dim}, q.options());
     auto logsumexp = at::empty({batch, heads, sequence}, q.options().dtype(at::kFloat));
-    int64_t scratch_size = attention_scratch(documents.longest(sequence), head_dim);
+    int64_t scratch_size = attention_scratch(kForwardCopies, documents.longest(sequence), head_dim);
     with_storage(q, [&](auto zero) {
       using T = decltype(zero);
       at::parallel_for(0, batch * heads, 1, [&](int64_t from, int64_t to) {
-        std::vector<float> scratch(scratch_size);
+        std::unique_ptr<float[]> scratch(new float[scratch_size]);
         for (int64_t task = from; task < to; task++) {
           int64_t row = task / heads, head = task % heads;
           documents.each(row, sequence, [&](int64_t start, int64_t length) {
             auto span = span_of<T>(q, k, v, row, start, length, head);
             T* own_out = data<T>(out) + (span.q - data<T>(q));
-            kernels<T>().attention(span, own_out, data<float>(logsumexp) + task * sequence + start, scratch.data());
+            kernels<T>().attention(span, own_out, data<float>(logsumexp) + task * sequence + start, scratch.get());
           });
         }
       });
@@ -85,11 +86,11 @@ struct Attention : torch::autograd::Function<Attention> {
     int64_t heads = q.size(1), kv_heads = k.size(1), sequence = q.size(2), group = heads / kv_heads;
     auto d_out = gradients[0].contiguous();
     auto dq = at::empty_like(out), dk = at::empty_like(by_token(k)), dv = at::empty_like(by_token(v));
-    int64_t scratch_size = attention_scratch(documents.longest(sequence), q.size(3));
+    int64_t scratch_size = attention_scratch(kBackwardCopies, documents.longest(sequence), q.size(3));
     with_storage(q, [&](auto zero) {
       using T = decltype(zero);
       at::parallel_for(0, q.size(0) * kv_heads, 1, [&](int64_t from, int64_t to) {
-        std::vector<float> scratch(scratch_size);
+        std::unique_ptr<float[]> scratch(new float[scratch_size]);
         for (int64_t task = from; task < to; task++) {
           int64_t row = task / kv_heads, head = task % kv_heads * group;
           documents.each(row, sequence, [&](int64_t start, int64_t length) {
@@ -98,7 +99,7 @@ struct Attention : torch::autograd::Function<Attention> {
             auto own_logsumexp = data<float>(logsumexp) + (row * heads + head) * sequence + start;
             kernels<T>().attention_backward(span, group, data<T>(out) + place, data<T>(d_out) + place, own_logsumexp,
                                             sequence, data<T>(dq) + place, data<T>(dk) + kv_place,
-                                            data<T>(dv) + kv_place, scratch.data());
+                                            data<T>(dv) + kv_place, scratch.get());
           });
         }
       });

@@ -36,9 +36,8 @@ Tensor project(const Tensor& x, const Tensor& weight) {
   if (widen(x) && weight.scalar_type() == at::kBFloat16)
     return at::linear(x.to(at::kFloat), weight.to(at::kFloat)).to(at::kBFloat16);
   if (!x.is_cpu() || x.scalar_type() != at::kFloat) return at::linear(x, weight);
-  auto rows = x.reshape({-1, x.size(-1)});
-  auto out = at::empty({rows.size(0), weight.size(0)}, x.options());
-  if (!fast_project(rows, weight, out)) return at::linear(x, weight);
+  auto out = fast_project(x.reshape({-1, x.size(-1)}), weight);
+  if (!out.defined()) return at::linear(x, weight);
   auto sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
   return out.view(sizes);
@@ -131,7 +130,7 @@ char* phx_product(Tensor* a, Parameter* parameter, Tensor** out) {
     auto rows = a->reshape({-1, a->size(-1)});
     auto sizes = a->sizes().vec();
     sizes.back() = parameter->weight.size(1);
-    *out = give(product(rows, parameter->weight.detach()).view(sizes));
+    *out = give(product(rows.detach(), parameter->weight.detach()).view(sizes));
   });
 }
 

@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "fused.h"
 
 namespace {
@@ -49,12 +51,14 @@ Tensor plain_backward(const Tensor& dy, const Tensor& d_sum, const Tensor& z, co
   return d_sum.defined() ? dx + d_sum : dx;
 }
 
-// dx of the norm, plus `d_sum` where defined; adds the weight's gradient. One partial sum a thread, added in order.
+// dx of the norm, plus `d_sum` where defined; adds the weight's gradient. One partial sum for each chunk of rows, added in order.
 Tensor backward(const Tensor& given, const Tensor& d_sum, const Tensor& z, const Tensor& reciprocal,
                 Parameter& parameter) {
   if (reciprocal.dim() != 1) return plain_backward(given, d_sum, z, reciprocal, parameter);
   auto dy = given.contiguous(), extra = d_sum.defined() ? d_sum.contiguous() : Tensor();
-  int64_t width = z.size(-1), rows = z.numel() / width, chunks = at::get_num_threads();
+  int64_t width = z.size(-1), rows = z.numel() / width;
+  // As many for any number of threads, so that the sums are the same.
+  int64_t chunks = std::clamp<int64_t>(rows / 64, 1, 64);
   auto dx = at::empty_like(z);
   auto partial = at::zeros({chunks, width}, reciprocal.options());
   with_storage(z, [&](auto zero) {

@@ -24,10 +24,11 @@ struct AttentionSpan {
   float scale;
 };
 
-// Floats that the attention kernels work in.
-inline int64_t attention_scratch(int64_t length, int64_t head_dim) {
+// Floats that the attention kernels work in, whatever they hold before: copies of a whole span, and blocks.
+constexpr int64_t kForwardCopies = 3, kBackwardCopies = 8;
+inline int64_t attention_scratch(int64_t copies, int64_t length, int64_t head_dim) {
   int64_t padded = (length + kAttentionBlock - 1) / kAttentionBlock * kAttentionBlock;
-  return 8 * padded * head_dim + kAttentionBlock * (2 * kAttentionBlock + head_dim + 2) + padded;
+  return copies * padded * head_dim + kAttentionBlock * (2 * kAttentionBlock + head_dim + 2) + padded;
 }
 
 // The kernels for one storage type; arithmetic is FP32 throughout. `rows` rows of `width` elements, contiguous.

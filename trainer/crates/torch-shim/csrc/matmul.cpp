@@ -18,8 +18,8 @@ using at::native::cpublas::brgemm;
 
 // Rows and columns of the result that one call of a micro-kernel makes, and the terms that it sums.
 constexpr int64_t kRows = 64, kColumns = 64, kTerms = 256;
-// Rows that share a packed operand.
-constexpr int64_t kRowsOfTask = 256;
+// Rows that share a packed operand, and its terms: of kColumns columns it fits in the cache of a core.
+constexpr int64_t kRowsOfTask = 256, kPackedTerms = 2048;
 // Tokens of a weight's gradient that are summed at a time.
 constexpr int64_t kTokens = 512;
 // Below it a product is over before a kernel is found.
@@ -31,8 +31,25 @@ bool has_avx512() {
   return has;
 }
 
+// On a processor with AMX a micro-kernel of BF16 leaves its tiles set up on the thread; whoever comes next must not find them.
+struct Released {
+  ~Released() { at::native::cpublas::brgemm_release(); }
+};
+
+// oneDNN may have been told to do with less than the processor has.
 bool has_bf16() {
-  static const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  static const bool has = [] {
+    if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return false;
+    const at::BFloat16 zeros[32] = {};
+    float sum[1] = {};
+    try {
+      Released released;
+      brgemm(1, 1, 2, 2, 1, 1, false, zeros, zeros, sum);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return true;
+  }();
   return has;
 }
 
@@ -46,8 +63,8 @@ bool is_worth_it(int64_t tokens, int64_t rows, int64_t columns) {
   return tokens >= 32 && rows >= 16 && columns >= 16 && tokens * rows * columns >= kMinOperations;
 }
 
-bool is_fp32(const Tensor& a, const Tensor& b, const Tensor& c) {
-  for (auto* x : {&a, &b, &c})
+bool is_fp32(const Tensor& a, const Tensor& b) {
+  for (auto* x : {&a, &b})
     if (x->scalar_type() != at::kFloat || !is_plain(*x)) return false;
   return has_avx512();
 }
@@ -74,8 +91,8 @@ int64_t count_of(int64_t all, int64_t size) { return (all + size - 1) / size; }
 
 namespace {
 
-// out[tokens, columns] = a[tokens, terms] b[terms, columns], where `pack(first, width, to)` lays out columns of b, each row of
-// them kColumns after the last.
+// out[tokens, columns] = a[tokens, terms] b[terms, columns], where `pack(first, width, term, terms, to)` lays out columns and
+// terms of b, each row of them kColumns after the last.
 template <typename Pack>
 void multiply(const Tensor& a, int64_t columns, const Tensor& out, Pack&& pack) {
   int64_t tokens = a.size(0), terms = a.size(1), a_stride = a.stride(0), stride = out.stride(0);
@@ -83,42 +100,46 @@ void multiply(const Tensor& a, int64_t columns, const Tensor& out, Pack&& pack) 
   auto* result = out.mutable_data_ptr<float>();
   int64_t tasks = count_of(tokens, kRowsOfTask);
   at::parallel_for(0, tasks * count_of(columns, kColumns), 1, [&](int64_t begin, int64_t end) {
-    auto* right = scratch<float>(terms * kColumns);
-    for (int64_t task = begin; task < end; task++) {
-      int64_t first = task / tasks * kColumns, width = std::min(kColumns, columns - first);
-      if (task == begin || task % tasks == 0) pack(first, width, right);
-      int64_t from = task % tasks * kRowsOfTask, to = std::min(from + kRowsOfTask, tokens);
-      pieces(0, terms, kTerms, [&](int64_t term, int64_t term_end) {
-        pieces(from, to, kRows, [&](int64_t row, int64_t row_end) {
-          brgemm(row_end - row, width, term_end - term, a_stride, kColumns, stride, term > 0, left + row * a_stride + term,
-                 right + term * kColumns, result + row * stride + first);
+    auto* right = scratch<float>(std::min(terms, kPackedTerms) * kColumns);
+    pieces(0, terms, kPackedTerms, [&](int64_t packed, int64_t packed_end) {
+      for (int64_t task = begin; task < end; task++) {
+        int64_t first = task / tasks * kColumns, width = std::min(kColumns, columns - first);
+        if (task == begin || task % tasks == 0) pack(first, width, packed, packed_end - packed, right);
+        int64_t from = task % tasks * kRowsOfTask, to = std::min(from + kRowsOfTask, tokens);
+        pieces(packed, packed_end, kTerms, [&](int64_t term, int64_t term_end) {
+          pieces(from, to, kRows, [&](int64_t row, int64_t row_end) {
+            brgemm(row_end - row, width, term_end - term, a_stride, kColumns, stride, term > 0, left + row * a_stride + term,
+                   right + (term - packed) * kColumns, result + row * stride + first);
+          });
         });
-      });
-    }
+      }
+    });
   });
 }
 
 }  // namespace
 
-bool fast_project(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  if (!is_fp32(x, weight, out) || !is_worth_it(x.size(0), weight.size(0), x.size(1))) return false;
-  if (x.size(1) != weight.size(1) || !has_sizes(out, x.size(0), weight.size(0))) return false;
+Tensor fast_project(const Tensor& x, const Tensor& weight) {
+  int64_t tokens = x.size(0), terms = x.size(1), columns = weight.size(0);
+  if (!is_fp32(x, weight) || !is_worth_it(tokens, columns, terms) || weight.size(1) != terms) return Tensor();
+  auto out = at::empty({tokens, columns}, x.options());
   auto* rows = weight.const_data_ptr<float>();
-  int64_t stride = weight.stride(0), terms = x.size(1);
-  multiply(x, weight.size(0), out, [=](int64_t first, int64_t width, float* to) {
-    pack_transposed(rows + first * stride, stride, to, kColumns, width, terms);
+  int64_t stride = weight.stride(0);
+  multiply(x, columns, out, [=](int64_t first, int64_t width, int64_t term, int64_t count, float* to) {
+    pack_transposed(rows + first * stride + term, stride, to, kColumns, width, count);
   });
-  return true;
+  return out;
 }
 
 bool fast_product(const Tensor& dy, const Tensor& weight, const Tensor& out) {
-  if (!is_fp32(dy, weight, out) || !is_worth_it(dy.size(0), weight.size(1), dy.size(1))) return false;
-  if (dy.size(1) != weight.size(0) || !has_sizes(out, dy.size(0), weight.size(1))) return false;
+  int64_t tokens = dy.size(0), columns = weight.size(1);
+  if (!is_fp32(dy, weight) || !is_fp32(out, out) || !is_worth_it(tokens, columns, dy.size(1))) return false;
+  if (dy.size(1) != weight.size(0) || !has_sizes(out, tokens, columns)) return false;
   auto* rows = weight.const_data_ptr<float>();
-  int64_t stride = weight.stride(0), terms = dy.size(1);
-  multiply(dy, weight.size(1), out, [=](int64_t first, int64_t width, float* to) {
-    for (int64_t term = 0; term < terms; term++)
-      std::copy_n(rows + term * stride + first, width, to + term * kColumns);
+  int64_t stride = weight.stride(0);
+  multiply(dy, columns, out, [=](int64_t first, int64_t width, int64_t term, int64_t count, float* to) {
+    for (int64_t row = 0; row < count; row++)
+      std::copy_n(rows + (term + row) * stride + first, width, to + row * kColumns);
   });
   return true;
 }
@@ -159,6 +180,7 @@ void accumulate_bf16(const Tensor& sum, const Tensor& dy, const Tensor& x) {
     pack_pairs(b + from * b_stride, b_stride, right + from / 2 * columns, columns, to - from, columns);
   });
   at::parallel_for(0, count_of(rows, kRows), 1, [&](int64_t begin, int64_t end) {
+    Released released;
     auto* left = scratch<uint32_t>(kRows * kTokens / 2);
     pieces(0, tokens, kTokens, [&](int64_t token, int64_t token_end) {
       int64_t terms = token_end - token;

@@ -94,10 +94,10 @@ fn compare(
 #[test]
 fn linear_equals_its_reference() {
     for kind in KINDS {
-        // The last two are large enough for products by blocks: rows, columns and terms of whole
-        // blocks, and with a rest in each, once with an odd number of tokens.
-        let shapes =
-            [([2, 7, 33], 19), ([1, 64, 16], 19), ([2, 256, 256], 128), ([3, 199, 333], 209)];
+        // The last three are large enough for products by blocks: rows, columns and terms of whole
+        // blocks, and with a rest in each, with an odd number of tokens and an even one.
+        let large = [([2, 256, 256], 128), ([3, 199, 333], 209), ([2, 299, 333], 209)];
+        let shapes = [[2, 7, 33], [1, 64, 16]].map(|shape| (shape, 19)).into_iter().chain(large);
         for (shape, rows) in shapes {
             let (_set, weight) = parameter(&[rows, shape[2]], kind);
             compare(
@@ -112,21 +112,22 @@ fn linear_equals_its_reference() {
     }
 }
 
-/// The products of a linear layer on `threads` threads: output, the input's gradient, the weight's.
-fn on_threads(threads: i32, kind: Kind) -> [Tensor; 3] {
-    tch::manual_seed(3);
-    tch::set_num_threads(threads);
-    let (_set, weight) = parameter(&[300, 200], kind);
-    let (x, given) = (leaf(&[2, 300, 200], kind), random(&[2, 300, 300], kind));
-    let out = fused::linear(&x, &weight).unwrap();
-    autograd::backward(&[&out], &[&given]).unwrap();
-    [out.detach(), x.grad(), weight.grad.copy()]
-}
-
 #[test]
-fn products_do_not_depend_on_the_number_of_threads() {
+fn sums_do_not_depend_on_the_number_of_threads() {
     for kind in [Kind::Float, Kind::BFloat16] {
-        let (one, three) = (on_threads(1, kind), on_threads(3, kind));
+        let (given, x) = (random(&[2, 300, 300], kind), random(&[2, 300, 200], kind));
+        let (set, weight) = parameter(&[300, 200], kind);
+        let (norm_set, norm) = parameter(&[200], kind);
+        let mut on_threads = |threads| {
+            tch::set_num_threads(threads);
+            set.zero_grad().unwrap();
+            norm_set.zero_grad().unwrap();
+            let x = x.copy().set_requires_grad(true);
+            let out = fused::linear(&fused::rms_norm(&x, &norm, 1e-5).unwrap(), &weight).unwrap();
+            autograd::backward(&[&out], &[&given]).unwrap();
+            [out.detach(), x.grad(), weight.grad.copy(), norm.grad.copy()]
+        };
+        let (one, three) = (on_threads(1), on_threads(3));
         for (index, (one, three)) in one.iter().zip(&three).enumerate() {
             assert!(one.equal(three), "{kind:?}: result {index} differs");
         }

@@ -1,0 +1,574 @@
+//! `phalanx agent`: starts the ranks of this node, and passes on what they and the coordinator say
+//! to each other.
+//!
+//! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
+
+use super::journal::Journal;
+use super::nodes::host_name;
+use super::wire;
+use crate::error::UserError;
+use crate::machine;
+use crate::runs;
+use crate::supervisor::cause::Exit;
+use crate::supervisor::rank::{Input, News, RankHandle};
+use crate::view::View;
+use connect::Connected;
+use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Join, NodeInfo, Running, Start, ToAgent};
+use rank_protocol::session::{Numbered, Session};
+use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+use trainer::Trainer;
+
+pub mod connect;
+mod trainer;
+
+/// Messages of all ranks that wait for the loop.
+const NUM_INPUTS: usize = 4096;
+/// Messages to the coordinator that are kept until it has taken them in.
+const NUM_KEPT: usize = 64 << 10;
+/// Longest time that an attempt to connect may take.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time between two attempts.
+const RETRY: Duration = Duration::from_millis(500);
+/// Silence after which a connection counts as lost.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Longest time without a coordinator while no rank runs here.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Characters of a rank's last lines that are passed on.
+const MAX_LINE_CHARS: usize = 2000;
+/// Longest time that killed ranks may take to be gone.
+const LAST_WAIT: Duration = Duration::from_secs(5);
+
+/// Arguments of `phalanx agent`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AgentArgs {
+    /// The run's directory or name, as all nodes see it.
+    pub run: String,
+    /// This node's name; the host's, where it is not given.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// This node's place in the infrastructure's order.
+    #[arg(long)]
+    pub index: Option<u64>,
+    /// Address at which the ranks of other nodes reach those of this one; by default that from
+    /// which the coordinator is reached.
+    #[arg(long)]
+    pub address: Option<String>,
+    /// The coordinator, HOST:PORT; by default what it wrote into the run's directory.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<String>,
+}
+
+/// What happened on the connection.
+enum Happening {
+    Connected(Box<Connected>),
+    Failed { why: String, is_final: bool },
+    Said { connection: u64, frame: Box<Numbered<ToAgent>> },
+    Ended { connection: u64, why: String },
+}
+
+struct Agent {
+    run: RunDir,
+    args: AgentArgs,
+    info: NodeInfo,
+    session: Session<FromAgent>,
+    conversation: u64,
+    connection: u64,
+    outbox: Option<mpsc::Sender<Numbered<FromAgent>>>,
+    is_connecting: bool,
+    next_attempt: Instant,
+    next_alive: Instant,
+    /// When the coordinator was last heard of.
+    heard: Instant,
+    has_told_loss: bool,
+    /// When the run's events were last read for its end.
+    looked: Instant,
+    ranks: BTreeMap<usize, RankHandle>,
+    /// What each rank of the generation said last (why it fails, that it has finished), and the
+    /// ends of those that have ended.
+    last_words: BTreeMap<usize, Vec<FromAgent>>,
+    exited: Vec<usize>,
+    journal: Journal,
+    /// The newest step and phase of each rank, while there is nobody to tell.
+    unsaid: BTreeMap<(usize, bool), FromAgent>,
+    trainer: Trainer,
+    generation: u64,
+    /// A generation that waits for the ranks of the last one to be gone.
+    next: Option<Box<Start>>,
+    inputs: mpsc::Sender<Input>,
+    happenings: mpsc::Sender<Happening>,
+    end: Option<(i32, String)>,
+}
+
+/// Runs this node's share of a run to its end; returns the exit code.
+pub fn run(args: AgentArgs) -> Result<i32, UserError> {
+    let mut view = View::start(false);
+    let run = find(&args.run)?;
+    let trainer = Trainer::find(&run)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| UserError::failed(format!("the agent cannot start: {error}")))?;
+    // Ranks are spawned on this thread, which lives as long as the agent.
+    let code = tokio::task::LocalSet::new().block_on(&runtime, async {
+        let (inputs, received) = mpsc::channel(NUM_INPUTS);
+        let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
+        let mut agent = Agent::new(run, args, trainer, inputs, happenings);
+        agent.run(received, happened).await
+    });
+    view.end();
+    code.map_err(|error| UserError::failed(format!("the agent failed: {error}")))
+}
+
+/// The run, which the coordinator may not have made yet.
+fn find(name: &str) -> Result<RunDir, UserError> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut has_told = false;
+    loop {
+        let error = match runs::find(name) {
+            Ok(run) => return Ok(run),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(error) => error,
+        };
+        if !std::mem::replace(&mut has_told, true) {
+            tracing::info!("waiting for the coordinator to make the run: {}", error.message);
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// A line that fits into a message together with others.
+fn shortened(line: &str) -> String {
+    match line.char_indices().nth(MAX_LINE_CHARS) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
+}
+
+fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+impl Agent {
+    fn new(
+        run: RunDir,
+        args: AgentArgs,
+        trainer: Trainer,
+        inputs: mpsc::Sender<Input>,
+        happenings: mpsc::Sender<Happening>,
+    ) -> Self {
+        let info = NodeInfo {
+            name: args.name.clone().unwrap_or_else(host_name),
+            index: args.index,
+            boot_id: boot_id(),
+            agent: format!("{}-{}", std::process::id(), crate::time::now()),
+            address: args.address.clone().unwrap_or_default(),
+            cores: machine::num_cores(),
+            gpus: machine::num_gpus(),
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let now = Instant::now();
+        Self {
+            run,
+            args,
+            info,
+            session: Session::new(NUM_KEPT),
+            conversation: 0,
+            connection: 0,
+            outbox: None,
+            is_connecting: false,
+            next_attempt: now,
+            next_alive: now,
+            heard: now,
+            has_told_loss: false,
+            looked: now,
+            ranks: BTreeMap::new(),
+            last_words: BTreeMap::new(),
+            exited: Vec::new(),
+            journal: Journal::default(),
+            unsaid: BTreeMap::new(),
+            trainer,
+            generation: 0,
+            next: None,
+            inputs,
+            happenings,
+            end: None,
+        }
+    }
+
+    async fn run(
+        &mut self,
+        mut inputs: mpsc::Receiver<Input>,
+        mut happened: mpsc::Receiver<Happening>,
+    ) -> std::io::Result<i32> {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut user = signal(SignalKind::user_defined2())?;
+        let mut num_signals = 0;
+        while self.end.is_none() {
+            let wake = self.next_alive.min(self.next_attempt.max(Instant::now()));
+            let wake =
+                if self.is_connecting || self.outbox.is_some() { self.next_alive } else { wake };
+            let by = tokio::select! {
+                Some(input) = inputs.recv() => { self.take(input); None }
+                Some(happening) = happened.recv() => { self.happened(happening); None }
+                _ = interrupt.recv() => Some("SIGINT"),
+                _ = terminate.recv() => Some("SIGTERM"),
+                _ = user.recv() => Some("SIGUSR2"),
+                () = tokio::time::sleep_until(wake.into()) => { self.wake(); None }
+            };
+            if let Some(by) = by {
+                num_signals += 1;
+                self.asked_to_stop(by, num_signals);
+            }
+        }
+        let (code, reason) = self.end.take().unwrap_or((exit_code::FAILED, String::new()));
+        tracing::info!("the run is over here: {reason}");
+        self.clear(&mut inputs).await;
+        // What was said last is being written.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        Ok(code)
+    }
+
+    /// Kills what is left, and waits until it is gone.
+    async fn clear(&mut self, inputs: &mut mpsc::Receiver<Input>) {
+        self.ranks.values().for_each(RankHandle::kill);
+        let gone = async {
+            while !self.ranks.is_empty() {
+                let Some(input) = inputs.recv().await else { return };
+                if matches!(input.news, News::Exited { .. }) {
+                    self.ranks.remove(&input.rank);
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_WAIT, gone).await;
+    }
+
+    /// A stop of one node is a stop of the run.
+    fn asked_to_stop(&mut self, by: &str, num_signals: u32) {
+        if num_signals > 1 {
+            self.end = Some((exit_code::INTERRUPTED, format!("stopped at once by {by}")));
+            return;
+        }
+        if self.generation == 0 {
+            self.end = Some((exit_code::PREEMPTED, format!("{by}, and no rank runs here")));
+            return;
+        }
+        tracing::info!("{by}: the run finishes the step and saves; again to stop here at once");
+        self.tell(FromAgent::StopRequested { signal: by.to_owned() });
+    }
+
+    fn wake(&mut self) {
+        let now = Instant::now();
+        if now >= self.next_alive {
+            self.next_alive = now + Duration::from_millis(ALIVE_EVERY_MS);
+            let alive = self.session.alive();
+            self.send(alive);
+            if self.outbox.is_some() && now.saturating_duration_since(self.heard) >= SILENCE {
+                self.lost("it is silent");
+            }
+        }
+        if self.outbox.is_none() && !self.is_connecting && now >= self.next_attempt {
+            self.connect();
+        }
+        let silence = now.saturating_duration_since(self.heard);
+        if self.ranks.is_empty() && silence >= PATIENCE {
+            let reason = format!("no coordinator for {} s", PATIENCE.as_secs());
+            self.end = Some((exit_code::FAILED, reason));
+        }
+    }
+
+    fn lost(&mut self, why: &str) {
+        self.outbox = None;
+        self.next_attempt = Instant::now() + RETRY;
+        if !self.has_told_loss {
+            self.has_told_loss = true;
+            tracing::warn!("the coordinator is away ({why}); the ranks go on");
+        }
+    }
+
+    fn connect(&mut self) {
+        self.is_connecting = true;
+        let running = Running {
+            generation: self.generation,
+            ranks: self.ranks.iter().map(|(rank, handle)| (*rank, handle.pid())).collect(),
+            exited: self.exited.clone(),
+        };
+        let join = Join {
+            token: String::new(),
+            node: self.info.clone(),
+            conversation: self.conversation,
+            taken: self.session.taken(),
+            running: (self.generation > 0).then_some(running),
+        };
+        let (run, given) = (self.run.clone(), self.args.coordinator.clone());
+        let happenings = self.happenings.clone();
+        spawn_local(async move {
+            let attempt =
+                tokio::time::timeout(ATTEMPT_TIMEOUT, connect::attempt(run, given, join)).await;
+            let happening = match attempt {
+                Ok(Ok(Ok(connected))) => Happening::Connected(Box::new(connected)),
+                Ok(Ok(Err(reason))) => Happening::Failed { why: reason, is_final: true },
+                Ok(Err(error)) => Happening::Failed { why: error.to_string(), is_final: false },
+                Err(_) => Happening::Failed { why: "no answer".into(), is_final: false },
+            };
+            let _ = happenings.send(happening).await;
+        });
+    }
+
+    fn happened(&mut self, happening: Happening) {
+        match happening {
+            Happening::Connected(connected) => self.connected(*connected),
+            Happening::Failed { why, is_final } => {
+                self.is_connecting = false;
+                self.next_attempt = Instant::now() + RETRY;
+                self.look_for_the_end();
+                if is_final {
+                    let reason = format!("refused by the coordinator: {why}");
+                    self.end = Some((exit_code::CONFIG, reason));
+                } else if !self.has_told_loss {
+                    self.has_told_loss = true;
+                    tracing::info!("waiting for the coordinator: {why}");
+                }
+            }
+            Happening::Said { connection, frame } if connection == self.connection => {
+                self.heard = Instant::now();
+                match self.session.take(*frame) {
+                    Ok(Some(message)) => self.obey(message),
+                    Ok(None) => {}
+                    Err(error) => self.lost(&error.to_string()),
+                }
+            }
+            Happening::Ended { connection, why } if connection == self.connection => {
+                if self.outbox.is_some() {
+                    self.lost(&why);
+                }
+            }
+            Happening::Said { .. } | Happening::Ended { .. } => {}
+        }
+    }
+
+    /// Whether the run was over before this node heard of it: then nobody comes any more.
+    fn look_for_the_end(&mut self) {
+        if self.looked.elapsed() < SILENCE || runs::holder(&self.run).is_some() {
+            return;
+        }
+        self.looked = Instant::now();
+        if let Ok(history) = runs::history(&self.run)
+            && let Some((code, reason)) = history.end
+        {
+            self.end = Some((code, reason));
+        }
+    }
+
+    fn connected(&mut self, connected: Connected) {
+        let Connected { conversation, taken, stream } = connected;
+        self.is_connecting = false;
+        self.heard = Instant::now();
+        self.has_told_loss = false;
+        if conversation != self.conversation {
+            self.begin_anew(conversation);
+        }
+        let again = match self.session.resume(taken) {
+            Ok(again) => again,
+            Err(error) => return self.lost(&error.to_string()),
+        };
+        self.connection += 1;
+        tracing::info!("node {} belongs to the run", self.info.name);
+        let connection = self.connection;
+        let first: (Option<()>, _) = (None, again);
+        let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
+        let ended = move |why| Happening::Ended { connection, why };
+        self.outbox = Some(wire::talk(stream, first, self.happenings.clone(), said, ended));
+        for message in std::mem::take(&mut self.unsaid).into_values() {
+            self.tell(message);
+        }
+    }
+
+    /// Another coordinator, or one that had given this node up: it knows nothing of what the ranks
+    /// wrote into the store or wait for.
+    fn begin_anew(&mut self, conversation: u64) {
+        self.conversation = conversation;
+        // What is told again below.
+        let is_again = |message: &FromAgent| match message {
+            FromAgent::Said { message, .. } => matches!(
+                message,
+                FromRank::Store { .. } | FromRank::Failure(_) | FromRank::Finished { .. }
+            ),
+            FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
+            _ => false,
+        };
+        self.session.other_side_is_new(|message| !is_again(message));
+        let generation = self.generation;
+        for requests in self.journal.done() {
+            self.tell(FromAgent::Store { generation, requests });
+        }
+        for (rank, message) in self.journal.asked() {
+            self.tell(FromAgent::Said { generation, rank, message });
+        }
+        let last_words: Vec<FromAgent> = self.last_words.values().flatten().cloned().collect();
+        last_words.into_iter().for_each(|message| self.tell(message));
+    }
+
+    fn obey(&mut self, message: ToAgent) {
+        match message {
+            ToAgent::Start(start) => {
+                self.ranks.values().for_each(RankHandle::kill);
+                self.next = Some(start);
+                self.start_next();
+            }
+            ToAgent::Terminate { generation, .. } | ToAgent::Kill { generation, .. }
+                if self.is_next(generation) =>
+            {
+                self.drop_next();
+            }
+            ToAgent::Tell { generation, message: ToRank::Abort { .. }, .. }
+                if self.is_next(generation) =>
+            {
+                self.drop_next();
+            }
+            ToAgent::Tell { generation, rank, message } => {
+                if generation == self.generation {
+                    self.journal.told(rank, &message);
+                }
+                self.with(generation, rank, |handle| handle.tell(message));
+            }
+            ToAgent::Terminate { generation, rank } => {
+                self.with(generation, rank, RankHandle::terminate);
+            }
+            ToAgent::Kill { generation, rank } => self.with(generation, rank, RankHandle::kill),
+            ToAgent::Over { code, reason } => self.end = Some((code, reason)),
+        }
+    }
+
+    fn is_next(&self, generation: u64) -> bool {
+        self.next.as_ref().is_some_and(|next| next.generation == generation)
+    }
+
+    /// A generation that has ended before its ranks were started here.
+    fn drop_next(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        for assignment in next.ranks {
+            let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
+            self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+        }
+    }
+
+    fn with(&self, generation: u64, rank: usize, body: impl FnOnce(&RankHandle)) {
+        if generation == self.generation
+            && let Some(handle) = self.ranks.get(&rank)
+        {
+            body(handle);
+        }
+    }
+
+    /// Starts the ranks of the next generation once those of the last one are gone.
+    fn start_next(&mut self) {
+        if !self.ranks.is_empty() {
+            return;
+        }
+        let Some(start) = self.next.take() else { return };
+        self.generation = start.generation;
+        self.journal = Journal::default();
+        self.exited.clear();
+        self.last_words.clear();
+        self.unsaid.clear();
+        let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
+        tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
+        for assignment in start.ranks {
+            let (generation, rank) = (assignment.generation, assignment.rank);
+            match self.trainer.start(assignment, self.inputs.clone()) {
+                Ok(handle) => {
+                    let pid = handle.pid();
+                    self.ranks.insert(rank, handle);
+                    self.tell(FromAgent::Started { generation, rank, pid });
+                }
+                Err(why) => self.could_not_start(rank, why),
+            }
+        }
+    }
+
+    fn could_not_start(&mut self, rank: usize, why: String) {
+        let generation = self.generation;
+        let report = FailureReport {
+            class: FailureClass::Node,
+            phase: Phase::Init,
+            step: None,
+            collective: None,
+            lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
+        };
+        let message = FromRank::Failure(Box::new(report));
+        self.pass_on(rank, FromAgent::Said { generation, rank, message });
+        let exit = Exit { code: Some(exit_code::NODE_UNHEALTHY), signal: None };
+        self.pass_on(rank, FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+        // Another node may be able to.
+        self.end = Some((exit_code::NODE_UNHEALTHY, why));
+    }
+
+    /// Passes on what a rank did.
+    fn take(&mut self, input: Input) {
+        let Input { generation, rank, news } = input;
+        let message = match news {
+            News::Message(message) => {
+                if generation == self.generation {
+                    self.journal.said(rank, &message);
+                }
+                FromAgent::Said { generation, rank, message }
+            }
+            News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
+            News::Exited { exit, mut last_lines } => {
+                self.ranks.remove(&rank);
+                last_lines.iter_mut().for_each(|line| *line = shortened(line));
+                FromAgent::Exited { generation, rank, exit, last_lines }
+            }
+        };
+        self.pass_on(rank, message);
+        self.start_next();
+    }
+
+    /// Tells the coordinator of a rank; while it is away, of steps and phases only the newest,
+    /// which are many and of which only those count.
+    fn pass_on(&mut self, rank: usize, message: FromAgent) {
+        match &message {
+            FromAgent::Said { message: FromRank::Step(_) | FromRank::Phase(_), .. }
+                if self.outbox.is_none() =>
+            {
+                let is_step = matches!(message, FromAgent::Said { message: FromRank::Step(_), .. });
+                self.unsaid.insert((rank, is_step), message);
+                return;
+            }
+            FromAgent::Said {
+                message: FromRank::Failure(_) | FromRank::Finished { .. }, ..
+            } => self.last_words.entry(rank).or_default().push(message.clone()),
+            FromAgent::Exited { .. } => {
+                self.last_words.entry(rank).or_default().push(message.clone());
+                self.exited.push(rank);
+            }
+            _ => {}
+        }
+        self.tell(message);
+    }
+
+    /// Tells the coordinator, now or once it is back.
+    fn tell(&mut self, message: FromAgent) {
+        match self.session.push(message) {
+            Ok(frame) => self.send(frame),
+            Err(error) => {
+                self.ranks.values().for_each(RankHandle::kill);
+                let reason = format!("the coordinator is away for too long: {error}");
+                self.end = Some((exit_code::FAILED, reason));
+            }
+        }
+    }
+
+    fn send(&mut self, frame: Numbered<FromAgent>) {
+        if self.outbox.as_ref().is_some_and(|outbox| outbox.try_send(frame).is_err()) {
+            self.lost("it takes nothing in");
+        }
+    }
+}

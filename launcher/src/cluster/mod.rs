@@ -1,0 +1,16 @@
+//! A run on several nodes: one coordinator, and an agent on each node that starts its ranks.
+//!
+//! The coordinator is the supervisor with ranks that are elsewhere. [`members`] is pure and says
+//! which nodes belong to the run and which are dead; [`server`] lets agents in over TLS
+//! ([`secrets`]); [`nodes`] holds the conversation with each
+//! ([`remote`] is one of its ranks). [`agent`] is the other side, and
+//! keeps a [`journal`] for a coordinator that begins anew; [`wire`] frames what both say.
+
+pub mod agent;
+pub mod journal;
+pub mod members;
+pub mod nodes;
+pub mod remote;
+pub mod secrets;
+pub mod server;
+pub mod wire;

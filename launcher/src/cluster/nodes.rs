@@ -1,0 +1,598 @@
+//! The coordinator's side: who the nodes are, a conversation with each, and the ranks that they
+//! run. Every change passes through the supervisor's loop.
+
+use super::members::{Change, Joined, Limits, Members, NodeId, Seek};
+use super::remote::{Commands, RemoteRank};
+use super::secrets;
+use super::server::{Arrival, serve};
+use super::wire;
+use crate::supervisor::cause::Exit;
+use crate::supervisor::rank::{Input, News, RankHandle};
+use rank_protocol::agent::{ALIVE_EVERY_MS, Answer, FromAgent, Running, Start, ToAgent};
+use rank_protocol::session::{Numbered, Session};
+use rank_protocol::store::StoreRequest;
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+use tokio_rustls::server::TlsStream;
+
+/// A sign of life that is given so much too late shows that this process was not running.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Messages to an agent that are kept until it has taken them in.
+const NUM_KEPT: usize = 64 << 10;
+/// What happened on all connections and waits for the loop.
+const NUM_HAPPENINGS: usize = 4096;
+
+/// How a coordinator is reached, and by how many nodes.
+#[derive(Clone, Debug)]
+pub struct ClusterPlan {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The host name or address that agents connect to; `None`: where it listens.
+    pub host: Option<String>,
+    /// Nodes.
+    pub num_nodes: usize,
+    /// Ranks on each.
+    pub ranks_per_node: usize,
+}
+
+/// `cluster/coordinator.json`: where agents find the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Its process id.
+    pub pid: u32,
+}
+
+/// What happened on a connection.
+pub enum Happening {
+    /// An agent has shown the token.
+    Arrived(Box<Arrival>),
+    /// An agent said something, or gave a sign of life.
+    Said {
+        /// The member.
+        node: NodeId,
+        /// The connection over which it came.
+        connection: u64,
+        /// What.
+        frame: Box<Numbered<FromAgent>>,
+    },
+    /// A connection ended.
+    Ended {
+        /// The member.
+        node: NodeId,
+        /// Which connection.
+        connection: u64,
+        /// Why.
+        why: String,
+    },
+}
+
+/// What the supervisor must know of a happening.
+pub enum Outcome {
+    /// A rank said something, or ended.
+    Rank(Input),
+    /// Ranks of the generation had written this into the store of an earlier coordinator.
+    Store(Vec<StoreRequest>),
+    /// A node was asked to stop, in these words.
+    Stop(String),
+    /// Something for `events.jsonl`.
+    Event(&'static str, Value),
+}
+
+struct Conversation {
+    number: u64,
+    session: Session<ToAgent>,
+    connection: u64,
+    outbox: Option<mpsc::Sender<Numbered<ToAgent>>>,
+}
+
+/// The ranks of the generation under way.
+#[derive(Default)]
+struct Ranks {
+    generation: u64,
+    /// The node of each rank.
+    nodes: Vec<NodeId>,
+    pids: Vec<Rc<Cell<u32>>>,
+    has_exited: Vec<bool>,
+}
+
+/// All nodes of a run.
+pub struct Nodes {
+    members: Members,
+    conversations: BTreeMap<NodeId, Conversation>,
+    plan: ClusterPlan,
+    happenings: mpsc::Sender<Happening>,
+    commands: Rc<Commands>,
+    ranks: Ranks,
+    /// The generation of an earlier coordinator that shall go on, and who runs what of it.
+    adopting: Option<u64>,
+    running: BTreeMap<NodeId, Running>,
+    /// What ranks wrote into its store.
+    stored: Vec<Outcome>,
+    next_conversation: u64,
+    num_connections: u64,
+    next_alive: Instant,
+}
+
+impl Nodes {
+    /// Listens, and writes into the run's folder what agents need.
+    ///
+    /// # Errors
+    /// Where the address cannot be listened on or a file not be written.
+    pub async fn listen(
+        plan: ClusterPlan,
+        run: &RunDir,
+    ) -> std::io::Result<(Self, mpsc::Receiver<Happening>)> {
+        let listener = TcpListener::bind(plan.listen).await?;
+        let local = listener.local_addr()?;
+        let secrets = secrets::make(run)?;
+        let host = plan.host.clone().unwrap_or_else(|| match local.ip().is_unspecified() {
+            true => host_name(),
+            false => local.ip().to_string(),
+        });
+        let address = Address { host, port: local.port(), pid: std::process::id() };
+        tracing::info!(
+            "waiting for {} agents at {}:{}",
+            plan.num_nodes,
+            address.host,
+            address.port
+        );
+        let text = serde_json::to_vec_pretty(&address)?;
+        secrets::write_private(&run.coordinator(), &text)?;
+        let (happenings, received) = mpsc::channel(NUM_HAPPENINGS);
+        spawn_local(serve(listener, secrets, happenings.clone()));
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let nodes = Self {
+            members: Members::new(Limits::new(plan.num_nodes)),
+            conversations: BTreeMap::new(),
+            plan,
+            happenings,
+            commands: Rc::default(),
+            ranks: Ranks::default(),
+            adopting: None,
+            running: BTreeMap::new(),
+            stored: Vec::new(),
+            // Another coordinator of the same run has others.
+            next_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
+            num_connections: 0,
+            next_alive: Instant::now(),
+        };
+        Ok((nodes, received))
+    }
+
+    /// When [`Nodes::wake`] is next of use.
+    pub fn next_wake(&self, now: Instant) -> Instant {
+        let times = [self.members.next_tick(), self.members.next_seek(now)];
+        times.into_iter().flatten().fold(self.next_alive, Instant::min)
+    }
+
+    /// Gives signs of life, and tells of nodes whose silence has lasted.
+    pub fn wake(&mut self, now: Instant) -> Vec<Outcome> {
+        // Its own pause (a machine that was suspended, say) is nobody's silence.
+        let late = now.saturating_duration_since(self.next_alive);
+        if late > PAUSE {
+            tracing::warn!("the coordinator was not running for {:.1} s", late.as_secs_f64());
+            self.members.was_away(late, now);
+        }
+        if now >= self.next_alive {
+            self.next_alive = now + Duration::from_millis(ALIVE_EVERY_MS);
+            for conversation in self.conversations.values_mut() {
+                let alive = conversation.session.alive();
+                conversation.send(alive);
+            }
+        }
+        let changes = self.members.tick(now);
+        changes.into_iter().flat_map(|change| self.changed(change)).collect()
+    }
+
+    /// A generation needs its nodes; ask [`Nodes::found`] from now on.
+    pub fn seek(&mut self, now: Instant) {
+        self.members.seek(now);
+    }
+
+    /// Whether the nodes that are sought are there.
+    pub fn found(&mut self, now: Instant) -> Seek {
+        self.members.found(now)
+    }
+
+    /// A node's name.
+    pub fn name(&self, node: NodeId) -> String {
+        self.members.info(node).map(|info| info.name.clone()).unwrap_or_default()
+    }
+
+    /// The name of a rank's node.
+    pub fn node_of(&self, rank: usize) -> Option<String> {
+        self.ranks.nodes.get(rank).map(|node| self.name(*node))
+    }
+
+    /// The address of a rank's node, for the ranks of others.
+    pub fn address_of(&self, node: NodeId) -> String {
+        self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
+    }
+
+    /// The ranks of an earlier coordinator's generation may still run: they are let alone until
+    /// [`Nodes::adopt`] or [`Nodes::abandon`].
+    pub fn await_ranks(&mut self, generation: u64) {
+        self.adopting = Some(generation);
+    }
+
+    /// Takes over the generation that was expected, once every node that `names` has by place is
+    /// there. Gives the nodes, the ranks, and what had happened in the meantime.
+    pub fn adopt(
+        &mut self,
+        names: &[String],
+    ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
+        let generation = self.adopting?;
+        let node_of = |name: &String| {
+            self.running.keys().copied().find(|node| {
+                self.members.is_alive(*node)
+                    && self.members.info(*node).is_some_and(|info| info.name == *name)
+            })
+        };
+        let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
+        let per_node = self.plan.ranks_per_node;
+        let has_its_ranks = |(place, node): (usize, &NodeId)| {
+            let Some(running) = self.running.get(node) else { return false };
+            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
+            ranks.extend(&running.exited);
+            ranks.sort_unstable();
+            ranks.into_iter().eq(place * per_node..(place + 1) * per_node)
+        };
+        if nodes.len() != self.plan.num_nodes || !nodes.iter().enumerate().all(has_its_ranks) {
+            return None;
+        }
+        self.adopting = None;
+        self.members.place(&nodes);
+        let running = std::mem::take(&mut self.running);
+        let outcomes = std::mem::take(&mut self.stored);
+        let handles = self.handles(generation, &nodes, 0..nodes.len() * per_node);
+        for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
+            if let Some(cell) = self.ranks.pids.get(*rank) {
+                cell.set(*pid);
+            }
+        }
+        Some((nodes, handles, outcomes))
+    }
+
+    /// Ends the ranks that were expected: not all of them are there.
+    pub fn abandon(&mut self) {
+        self.adopting = None;
+        self.stored.clear();
+        for (node, running) in std::mem::take(&mut self.running) {
+            self.kill(node, &running);
+        }
+    }
+
+    fn kill(&mut self, node: NodeId, running: &Running) {
+        let generation = running.generation;
+        for (rank, _) in &running.ranks {
+            self.send(node, ToAgent::Kill { generation, rank: *rank });
+        }
+    }
+
+    /// Has the agents start the ranks of a generation on these nodes, in order of rank.
+    pub fn start(
+        &mut self,
+        generation: u64,
+        run: &RunDir,
+        nodes: &[NodeId],
+        assignments: Vec<Assignment>,
+    ) -> Vec<RankHandle> {
+        let numbers = assignments.iter().map(|assignment| assignment.rank);
+        let handles = self.handles(generation, nodes, numbers);
+        let mut by_node: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
+        for assignment in assignments {
+            if let Some(&node) = self.ranks.nodes.get(assignment.rank) {
+                by_node.entry(node).or_default().push(assignment);
+            }
+        }
+        for (node, ranks) in by_node {
+            let start = Start { generation, run_dir: run.root().to_owned(), ranks };
+            self.send(node, ToAgent::Start(Box::new(start)));
+        }
+        handles
+    }
+
+    /// Notes where the ranks of a generation are, which are numbered from 0.
+    fn handles(
+        &mut self,
+        generation: u64,
+        nodes: &[NodeId],
+        numbers: impl Iterator<Item = usize>,
+    ) -> Vec<RankHandle> {
+        self.ranks = Ranks { generation, ..Ranks::default() };
+        let mut handles = Vec::new();
+        for rank in numbers {
+            let Some(&node) = nodes.get(rank / self.plan.ranks_per_node.max(1)) else { continue };
+            let pid = Rc::new(Cell::new(0));
+            let commands = Rc::clone(&self.commands);
+            let handle = RemoteRank::new(commands, node, (generation, rank), Rc::clone(&pid));
+            handles.push(RankHandle::Remote(handle));
+            self.ranks.nodes.push(node);
+            self.ranks.pids.push(pid);
+            self.ranks.has_exited.push(false);
+        }
+        handles
+    }
+
+    /// Sends what the ranks' handles were asked for.
+    pub fn flush(&mut self) {
+        while let Some((node, command)) = self.commands.next() {
+            self.send(node, command);
+        }
+    }
+
+    /// Tells every agent that the run is over, and waits until they have heard it, but not for
+    /// long.
+    pub async fn over(&mut self, code: i32, reason: &str) {
+        let nodes: Vec<NodeId> = self.conversations.keys().copied().collect();
+        for node in nodes {
+            self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
+        }
+        let outboxes = std::mem::take(&mut self.conversations).into_values();
+        for outbox in outboxes.filter_map(|conversation| conversation.outbox) {
+            let sent = async {
+                // Once it has room for all, it is empty.
+                let _ = outbox.reserve_many(wire::NUM_QUEUED).await;
+            };
+            let _ = tokio::time::timeout(Duration::from_secs(1), sent).await;
+        }
+        // What has left the queue is being written.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Takes in what happened.
+    pub fn take(&mut self, happening: Happening, now: Instant) -> Vec<Outcome> {
+        match happening {
+            Happening::Arrived(arrival) => self.arrived(*arrival, now),
+            Happening::Said { node, connection, frame } => self.said(node, connection, *frame, now),
+            Happening::Ended { node, connection, why } => {
+                let Some(conversation) = self.conversations.get_mut(&node) else { return vec![] };
+                if conversation.connection == connection {
+                    conversation.outbox = None;
+                    self.members.disconnected(node);
+                    let name = self.name(node);
+                    tracing::warn!("the connection to node {name} was lost: {why}");
+                }
+                Vec::new()
+            }
+        }
+    }
+
+    fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
+        let Arrival { join, from, stream } = arrival;
+        let name = join.node.name.clone();
+        if let Some(reason) = other_build(&join.node.build) {
+            tracing::error!("node {name} ({from}) was refused: {reason}");
+            spawn_local(refuse(stream, reason));
+            return Vec::new();
+        }
+        let (node, is_new) = match self.members.join(join.node, now) {
+            Joined::New(node) => (node, true),
+            Joined::Again(node) => (node, false),
+            Joined::Replaced => {
+                let reason = format!("another agent named {name} has taken this one's place");
+                spawn_local(refuse(stream, format!("{reason}; hint: --name")));
+                return Vec::new();
+            }
+        };
+        let conversation = self.conversations.entry(node).or_insert_with(|| Conversation {
+            number: 0,
+            session: Session::new(NUM_KEPT),
+            connection: 0,
+            outbox: None,
+        });
+        let mut taken = join.taken;
+        if join.conversation != conversation.number || conversation.number == 0 {
+            // What was said before counts from the start again, on both sides.
+            conversation.session.other_side_is_new(|_| true);
+            conversation.number = self.next_conversation;
+            self.next_conversation += 1;
+            taken = 0;
+        }
+        let again = conversation.session.resume(taken);
+        let again = match again {
+            Ok(again) => again,
+            Err(error) => {
+                // It joins once more, and begins anew.
+                self.conversations.remove(&node);
+                spawn_local(refuse(stream, error.to_string()));
+                return Vec::new();
+            }
+        };
+        self.num_connections += 1;
+        conversation.connection = self.num_connections;
+        let welcome = Answer::Welcome {
+            conversation: conversation.number,
+            taken: conversation.session.taken(),
+        };
+        let connection = self.num_connections;
+        let said = move |frame| Happening::Said { node, connection, frame: Box::new(frame) };
+        let ended = move |why| Happening::Ended { node, connection, why };
+        let happenings = self.happenings.clone();
+        let first = (Some(welcome), again);
+        conversation.outbox = Some(wire::talk(stream, first, happenings, said, ended));
+        if let Some(running) = join.running.filter(|_| is_new) {
+            match self.adopting == Some(running.generation) {
+                true => drop(self.running.insert(node, running)),
+                // Ranks of a node that was given up belong to nobody.
+                false => self.kill(node, &running),
+            }
+        }
+        if !is_new {
+            tracing::info!("node {name} is connected again");
+            return Vec::new();
+        }
+        tracing::info!("node {name} ({from}) has joined: {} in all", self.members.num_alive());
+        let fields = json!({ "node": name, "address": self.address_of(node) });
+        vec![Outcome::Event("node_joined", fields)]
+    }
+
+    fn said(
+        &mut self,
+        node: NodeId,
+        connection: u64,
+        frame: Numbered<FromAgent>,
+        now: Instant,
+    ) -> Vec<Outcome> {
+        let Some(conversation) = self.conversations.get_mut(&node) else { return Vec::new() };
+        if conversation.connection != connection {
+            return Vec::new();
+        }
+        let message = conversation.session.take(frame);
+        let mut outcomes = Vec::new();
+        if let Some(change) = self.members.heard(node, now) {
+            outcomes.extend(self.changed(change));
+        }
+        match message {
+            Ok(Some(message)) => outcomes.extend(self.about_a_rank(node, message)),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!("node {} speaks nonsense: {error}", self.name(node));
+                self.conversations.remove(&node);
+            }
+        }
+        outcomes
+    }
+
+    /// What an agent says about one of its ranks.
+    fn about_a_rank(&mut self, node: NodeId, message: FromAgent) -> Option<Outcome> {
+        let (generation, rank, news) = match message {
+            FromAgent::Store { generation, requests } => {
+                let stored = Outcome::Store(requests);
+                if self.adopting == Some(generation) {
+                    self.stored.push(stored);
+                    return None;
+                }
+                return Some(stored).filter(|_| generation == self.ranks.generation);
+            }
+            FromAgent::StopRequested { signal } => {
+                let is_placed = self.ranks.nodes.contains(&node);
+                let by = format!("{signal} to node {}", self.name(node));
+                return is_placed.then_some(Outcome::Stop(by));
+            }
+            FromAgent::Started { generation, rank, pid } => {
+                let cell = self.ranks.pids.get(rank);
+                cell.filter(|_| generation == self.ranks.generation)?.set(pid);
+                return None;
+            }
+            FromAgent::Said { generation, rank, message } => {
+                (generation, rank, News::Message(message))
+            }
+            FromAgent::Garbled { generation, rank, error } => {
+                (generation, rank, News::Garbled(error))
+            }
+            FromAgent::Exited { generation, rank, exit, last_lines } => {
+                if generation == self.ranks.generation
+                    && let Some(has_exited) = self.ranks.has_exited.get_mut(rank)
+                {
+                    *has_exited = true;
+                }
+                (generation, rank, News::Exited { exit, last_lines })
+            }
+        };
+        if self.adopting == Some(generation) {
+            self.stored.push(Outcome::Rank(Input { generation, rank, news }));
+            return None;
+        }
+        if generation != self.ranks.generation || self.ranks.nodes.get(rank) != Some(&node) {
+            tracing::debug!("node {} speaks of rank {rank} of {generation}", self.name(node));
+            return None;
+        }
+        Some(Outcome::Rank(Input { generation, rank, news }))
+    }
+
+    fn changed(&mut self, change: Change) -> Vec<Outcome> {
+        match change {
+            Change::Suspected(node) => {
+                let name = self.name(node);
+                tracing::warn!("node {name} is silent");
+                vec![Outcome::Event("node_suspected", json!({ "node": name }))]
+            }
+            Change::Recovered(node) => {
+                let name = self.name(node);
+                tracing::info!("node {name} is heard of again");
+                vec![Outcome::Event("node_recovered", json!({ "node": name }))]
+            }
+            Change::Died(node, why) => self.died(node, &why),
+        }
+    }
+
+    /// The ranks of a dead node count as ended: should they still run somewhere, what they save is
+    /// refused by its generation.
+    fn died(&mut self, node: NodeId, why: &str) -> Vec<Outcome> {
+        self.conversations.remove(&node);
+        let name = self.name(node);
+        tracing::error!("node {name} is lost: {why}");
+        let mut outcomes =
+            vec![Outcome::Event("node_lost", json!({ "node": name, "reason": why }))];
+        let generation = self.ranks.generation;
+        for rank in 0..self.ranks.nodes.len() {
+            if self.ranks.nodes[rank] != node || self.ranks.has_exited[rank] {
+                continue;
+            }
+            self.ranks.has_exited[rank] = true;
+            let report = FailureReport {
+                class: FailureClass::Node,
+                phase: Phase::Train,
+                step: None,
+                collective: None,
+                lines: vec![format!("its node {name} is lost: {why}")],
+            };
+            let report = News::Message(FromRank::Failure(Box::new(report)));
+            let exited = News::Exited { exit: Exit::default(), last_lines: Vec::new() };
+            for news in [report, exited] {
+                outcomes.push(Outcome::Rank(Input { generation, rank, news }));
+            }
+        }
+        outcomes
+    }
+
+    fn send(&mut self, node: NodeId, message: ToAgent) {
+        let Some(conversation) = self.conversations.get_mut(&node) else { return };
+        match conversation.session.push(message) {
+            Ok(frame) => conversation.send(frame),
+            Err(error) => {
+                // It gives no more signs of life, and so is dead soon.
+                tracing::error!("node {node} takes nothing in: {error}");
+                conversation.outbox = None;
+            }
+        }
+    }
+}
+
+impl Conversation {
+    /// What cannot be sent now is sent over the next connection.
+    fn send(&mut self, frame: Numbered<ToAgent>) {
+        if self.outbox.as_ref().is_some_and(|outbox| outbox.try_send(frame).is_err()) {
+            self.outbox = None;
+        }
+    }
+}
+
+/// Why an agent of this build does not fit.
+fn other_build(build: &str) -> Option<String> {
+    let ours = env!("CARGO_PKG_VERSION");
+    (build != ours).then(|| format!("the agent is of build {build}, the coordinator of {ours}"))
+}
+
+async fn refuse(mut stream: TlsStream<TcpStream>, reason: String) {
+    let _ = wire::write(&mut stream, &Answer::Refused { reason }).await;
+}
+
+/// This machine's name.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

@@ -1,0 +1,93 @@
+//! Lets agents in: TLS, then the run's token, each within a time limit.
+
+use super::nodes::Happening;
+use super::secrets::{Secrets, is_token};
+use super::wire;
+use rank_protocol::agent::{Answer, Join, MAX_JOIN_BYTES};
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+/// Longest time from a connection to a good first message.
+const DOOR_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that may be at the door at once.
+const MAX_AT_THE_DOOR: usize = 1024;
+
+/// An agent that has shown the token and waits for an answer.
+pub struct Arrival {
+    /// What it said.
+    pub join: Join,
+    /// Where it came from.
+    pub from: SocketAddr,
+    /// The connection.
+    pub stream: TlsStream<TcpStream>,
+}
+
+/// As many descriptors as this process may have: one a node.
+fn raise_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {
+        tracing::debug!("the limit of descriptors stays {:?}: {error}", limit.current);
+    }
+}
+
+/// Takes connections for as long as the receiver of `arrivals` lives.
+pub async fn serve(listener: TcpListener, secrets: Secrets, arrivals: mpsc::Sender<Happening>) {
+    raise_limit();
+    let acceptor = TlsAcceptor::from(secrets.tls);
+    let token: Rc<str> = secrets.token.into();
+    let at_the_door = Rc::new(Cell::new(0_usize));
+    while !arrivals.is_closed() {
+        let (socket, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!("an agent cannot connect: {error}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+        };
+        if at_the_door.get() >= MAX_AT_THE_DOOR {
+            tracing::warn!("{from} was turned away: {MAX_AT_THE_DOOR} connections show no token");
+            continue;
+        }
+        at_the_door.set(at_the_door.get() + 1);
+        let (acceptor, token, arrivals) = (acceptor.clone(), Rc::clone(&token), arrivals.clone());
+        let at_the_door = Rc::clone(&at_the_door);
+        spawn_local(async move {
+            let met =
+                tokio::time::timeout(DOOR_TIMEOUT, meet(socket, from, acceptor, &token)).await;
+            at_the_door.set(at_the_door.get() - 1);
+            match met {
+                Ok(Ok(arrival)) => drop(arrivals.send(Happening::Arrived(Box::new(arrival))).await),
+                Ok(Err(why)) => tracing::warn!("{from} was refused: {why}"),
+                Err(_) => tracing::warn!("{from} said nothing for {} s", DOOR_TIMEOUT.as_secs()),
+            }
+        });
+    }
+}
+
+async fn meet(
+    socket: TcpStream,
+    from: SocketAddr,
+    acceptor: TlsAcceptor,
+    token: &str,
+) -> Result<Arrival, String> {
+    let _ = socket.set_nodelay(true);
+    let mut stream = acceptor.accept(socket).await.map_err(|error| format!("no TLS: {error}"))?;
+    let join: Join = wire::read(&mut stream, MAX_JOIN_BYTES)
+        .await
+        .map_err(|error| format!("its first message: {error}"))?;
+    if !is_token(&join.token, token) {
+        let reason = "the token is not that of this run".to_owned();
+        let _ = wire::write(&mut stream, &Answer::Refused { reason: reason.clone() }).await;
+        return Err(reason);
+    }
+    Ok(Arrival { join, from, stream })
+}

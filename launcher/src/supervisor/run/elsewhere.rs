@@ -1,0 +1,204 @@
+//! The executor's part for ranks that agents start: gathering nodes, and taking over what an
+//! earlier coordinator left running.
+
+use super::{Event, Executor};
+use crate::cluster::members::{NodeId, Seek};
+use crate::cluster::nodes::{Happening, Nodes, Outcome};
+use rank_protocol::exit_code;
+use rank_protocol::store::Requester;
+use serde_json::json;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Time in which the agents of a generation that still runs find its new coordinator.
+const ADOPTION: Duration = Duration::from_secs(10);
+
+/// The ranks' machines.
+pub struct Elsewhere {
+    /// The nodes.
+    pub nodes: Nodes,
+    /// Those of the generation, by place.
+    places: Vec<NodeId>,
+    /// The step from which a generation shall go on that has not all its nodes yet.
+    gathering: Option<Option<u64>>,
+    /// Until when the ranks of an earlier coordinator are waited for.
+    adopt_until: Option<Instant>,
+    /// Who asked for a stop in the meantime.
+    asked_by: Option<String>,
+    /// Whether the generation is one of an earlier coordinator.
+    pub has_adopted: bool,
+}
+
+/// What happens next on other machines; never, where there are none.
+pub async fn next_of(happened: &mut Option<mpsc::Receiver<Happening>>) -> Option<Happening> {
+    match happened {
+        Some(happened) => happened.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Elsewhere {
+    /// No generation yet.
+    pub fn new(nodes: Nodes) -> Self {
+        Self {
+            nodes,
+            places: Vec::new(),
+            gathering: None,
+            adopt_until: None,
+            asked_by: None,
+            has_adopted: false,
+        }
+    }
+
+    /// A generation that shall go on from `step` needs its nodes.
+    pub fn gather(&mut self, step: Option<u64>) {
+        self.gathering = Some(step);
+        self.nodes.seek(Instant::now());
+    }
+
+    /// When the executor must look here again.
+    pub fn next_wake(&self) -> Instant {
+        let next = self.nodes.next_wake(Instant::now());
+        self.adopt_until.map_or(next, |until| until.min(next))
+    }
+
+    /// The address of the node at a place.
+    pub fn address_of(&self, place: usize) -> Option<String> {
+        self.places.get(place).map(|node| self.nodes.address_of(*node))
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.places.iter().map(|node| self.nodes.name(*node)).collect()
+    }
+}
+
+impl Executor {
+    pub(super) fn happened(&mut self, happening: Happening) {
+        let now = Instant::now();
+        let outcomes = self.elsewhere.as_mut().map(|e| e.nodes.take(happening, now));
+        self.take_outcomes(outcomes.unwrap_or_default());
+    }
+
+    pub(super) fn wake_elsewhere(&mut self, now: Instant) {
+        let outcomes = self.elsewhere.as_mut().map(|e| e.nodes.wake(now));
+        self.take_outcomes(outcomes.unwrap_or_default());
+    }
+
+    /// Someone asks for a stop: at once, or once it is known what runs.
+    pub(super) fn asked_to_stop(&mut self, by: String) {
+        match &mut self.elsewhere {
+            Some(elsewhere) if elsewhere.adopt_until.is_some() => elsewhere.asked_by = Some(by),
+            _ => self.handle(Event::Stop { by }),
+        }
+    }
+
+    fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Rank(input) => self.take(input),
+                Outcome::Event(kind, fields) => self.recorder.event(kind, fields),
+                Outcome::Stop(by) => self.asked_to_stop(by),
+                Outcome::Store(requests) => {
+                    for request in requests {
+                        let nobody = Requester { rank: usize::MAX, id: 0 };
+                        let replies = self.store.handle(nobody, request, Instant::now());
+                        self.reply(replies);
+                    }
+                }
+            }
+        }
+    }
+
+    /// After each event: starts what has waited for nodes, and sends what is to be sent.
+    pub(super) fn look_elsewhere(&mut self) {
+        self.adopt();
+        self.gather();
+        if let Some(elsewhere) = &mut self.elsewhere {
+            elsewhere.nodes.flush();
+        }
+    }
+
+    /// Starts a generation that waits for its nodes as soon as they are there.
+    fn gather(&mut self) {
+        let Some(elsewhere) = &mut self.elsewhere else { return };
+        let Some(step) = elsewhere.gathering else { return };
+        match elsewhere.nodes.found(Instant::now()) {
+            Seek::Waiting => {}
+            Seek::Found(places) => {
+                (elsewhere.gathering, elsewhere.places) = (None, places);
+                let names = elsewhere.names();
+                self.recorder.event("nodes_placed", json!({ "nodes": names }));
+                self.handle(Event::Gathered { step });
+            }
+            Seek::TooFew(found) => {
+                elsewhere.gathering = None;
+                let wanted = self.plan.config.cluster.nodes;
+                let reason = format!("{found} of {wanted} nodes are there, and no more come");
+                self.handle(Event::Broken { code: exit_code::FAILED, reason });
+            }
+        }
+    }
+
+    /// The agents tell the ranks their places.
+    pub(super) fn start_elsewhere(&mut self, generation: u64, resume_step: Option<u64>) {
+        let assignment = |rank| self.assignment(generation, rank, resume_step);
+        let assignments = (0..self.plan.world_size).map(assignment).collect();
+        if let Some(Elsewhere { nodes, places, .. }) = &mut self.elsewhere {
+            self.ranks = nodes.start(generation, &self.plan.run, places, assignments);
+        }
+    }
+
+    /// Whether ranks of an earlier coordinator may still run; then they are waited for.
+    pub(super) fn expect_ranks_elsewhere(&mut self) -> bool {
+        let (Some(elsewhere), Some(_)) = (&mut self.elsewhere, &self.plan.adopt) else {
+            return false;
+        };
+        tracing::info!("looking for the ranks of generation {}", self.plan.last_generation);
+        elsewhere.nodes.await_ranks(self.plan.last_generation);
+        elsewhere.adopt_until = Some(Instant::now() + ADOPTION);
+        true
+    }
+
+    /// Goes on with the ranks that still run, once they are all known; without them, as after any
+    /// failure.
+    fn adopt(&mut self) {
+        let (Some(elsewhere), Some(names)) = (&mut self.elsewhere, &self.plan.adopt) else {
+            return;
+        };
+        let Some(until) = elsewhere.adopt_until else { return };
+        let committed = self.plan.committed;
+        if let Some((places, ranks, outcomes)) = elsewhere.nodes.adopt(names) {
+            (elsewhere.adopt_until, elsewhere.places) = (None, places);
+            elsewhere.has_adopted = true;
+            let asked_by = elsewhere.asked_by.take();
+            self.ranks = ranks;
+            let generation = self.plan.last_generation;
+            tracing::info!("generation {generation} goes on");
+            self.recorder.event("generation_adopted", json!({ "nodes": names }));
+            self.handle(Event::Adopted { committed });
+            self.take_outcomes(outcomes);
+            if let Some(by) = asked_by {
+                self.handle(Event::Stop { by });
+            }
+            return self.update_status();
+        }
+        if Instant::now() < until {
+            return;
+        }
+        elsewhere.adopt_until = None;
+        elsewhere.nodes.abandon();
+        let asked_by = elsewhere.asked_by.take();
+        let seconds = ADOPTION.as_secs();
+        tracing::warn!("not all ranks of the last generation were found within {seconds} s");
+        if committed.is_none() && !self.plan.may_begin {
+            let reason = "the ranks are gone, and nothing was saved; `--from-start` begins again \
+                          from the initial weights";
+            let (code, reason) = (exit_code::FAILED, reason.to_owned());
+            return self.handle(Event::Broken { code, reason });
+        }
+        self.handle(Event::Begin { committed });
+        if let Some(by) = asked_by {
+            self.handle(Event::Stop { by });
+        }
+    }
+}
