@@ -59,7 +59,8 @@ impl Saving {
     /// Why it was not committed.
     pub fn finish(self) -> Result<()> {
         let result = self.thread.join();
-        let saved = result.map_err(|_| TrainError::Panic("the thread that saves panicked".into()))??;
+        let saved =
+            result.map_err(|_| TrainError::Panic("the thread that saves panicked".into()))??;
         if let Some(error) = saved.retention_error {
             tracing::warn!("an old checkpoint could not be removed: {error}");
         }

@@ -19,7 +19,13 @@ const KERNELS: &[(&str, &[&str])] = &[
     ("kernels_avx2", &["-mavx2", "-mfma"]),
     ("kernels_baseline", &[]),
     ("pack_avx512", AVX512),
+    ("random_avx512", &["-mavx512f", "-mavx512vl", "-mavx512dq", EXACT[0], EXACT[1]]),
+    ("random_avx2", &["-mavx2", EXACT[0], EXACT[1]]),
+    ("random_baseline", EXACT),
 ];
+
+/// The same bits with every instruction set: no product and sum become one.
+const EXACT: &[&str] = &["-ffp-contract=off", "-fno-math-errno"];
 
 const SOURCES: &[&str] = &[
     "csrc/autograd.cpp",
@@ -33,6 +39,7 @@ const SOURCES: &[&str] = &[
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",
     "csrc/matmul.cpp",
+    "csrc/random.cpp",
     "csrc/reduce.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/cuda.cpp",
@@ -63,7 +70,8 @@ fn main() {
     build.compile("phalanx_torch_shim");
     for (source, flags) in KERNELS {
         let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").pic(true).opt_level(3).debug(false);
+        // GCC 12 warns of its own headers.
+        build.cpp(true).std("c++17").pic(true).warnings(false).opt_level(3).debug(false);
         for flag in *flags {
             build.flag(flag);
         }

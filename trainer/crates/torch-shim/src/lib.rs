@@ -13,6 +13,7 @@ pub mod gloo;
 pub mod memory;
 pub mod ops;
 pub mod params;
+pub mod random;
 pub mod reduce;
 mod result;
 mod sys;

@@ -41,14 +41,10 @@ fn fill_piece(stream: RandomStream, std: f64, first: u64, out: &mut [f32]) {
         *odd = (std * stream.normal_pair(element / 2).1) as f32;
         element += 1;
     }
-    let mut pairs = rest.chunks_exact_mut(2);
-    for pair in &mut pairs {
-        let (even, odd) = stream.normal_pair(element / 2);
-        pair[0] = (std * even) as f32;
-        pair[1] = (std * odd) as f32;
-        element += 2;
-    }
-    if let [last] = pairs.into_remainder() {
+    let (pairs, last) = rest.split_at_mut(rest.len() / 2 * 2);
+    stream.fill_normal_pairs(element / 2, std, pairs);
+    element += pairs.len() as u64;
+    if let [last] = last {
         *last = (std * stream.normal_pair(element / 2).0) as f32;
     }
 }
