@@ -1,6 +1,6 @@
-//! `phalanx resume RUN --verify K`: does K steps of a run once more, from one of its checkpoints, and
-//! compares what comes of them with what came of them before: losses, gradient norms and, where a
-//! checkpoint of the last of them is there, every tensor, bit by bit. The run itself stays as it is.
+//! `phalanx resume RUN --verify K`: does K steps of a run once more, from one of its checkpoints,
+//! and compares what comes of them with what came of them before: losses, gradient norms and, where
+//! a checkpoint of the last of them is there, every tensor, bit by bit. The run stays as it is.
 
 use crate::error::UserError;
 use crate::machine::Resolved;

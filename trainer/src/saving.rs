@@ -38,7 +38,7 @@ impl Saving {
             let (bytes, seconds) = (saved.bytes, saved.seconds);
             tracing::debug!(bytes, seconds, "checkpoint of step {step} committed");
             if groups.rank == 0 {
-                // Without an agent there is nobody to tell, and the control thread ends the process.
+                // Without an agent there is nobody to tell, and the control thread ends it all.
                 let _ = client.checkpoint_committed(step);
             }
             Ok(saved)

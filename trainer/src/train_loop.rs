@@ -131,7 +131,7 @@ fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
     batch.first_token / sample_len..=(batch.end_token() - 1) / sample_len
 }
 
-/// Saves, while training goes on; the last one is waited for, as is one that is still being written.
+/// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
     finish_save(rank, false)?;
@@ -139,8 +139,8 @@ fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     if is_last { finish_save(rank, true) } else { Ok(()) }
 }
 
-/// Waits for a save that is under way. Where there is no room, or a disk fails, training goes on with
-/// what memory holds (but for the last save): the next one may fare better.
+/// Waits for a save that is under way. Where there is no room, or a disk fails, training goes on
+/// with what memory holds (but for the last save): the next one may fare better.
 fn finish_save(rank: &mut Rank, is_last: bool) -> Result<()> {
     let Some(saving) = rank.saving.take() else { return Ok(()) };
     let step = saving.step;

@@ -1,8 +1,8 @@
 //! Counter-based random numbers: value `i` of a stream is a pure function of (seed, name, i).
 //!
-//! No state is carried along, so any piece of a stream can be made anywhere, in any order. Logarithm,
-//! sine and cosine are sums of plain products here, so that every machine makes the same bits
-//! whatever its libm and instructions, and several values are made at once.
+//! No state is carried along, so any piece of a stream can be made anywhere, in any order.
+//! Logarithm, sine and cosine are sums of plain products here, so that every machine makes the same
+//! bits whatever its libm and instructions, and several values are made at once.
 
 use std::f64::consts::{FRAC_1_SQRT_2, LN_2, TAU};
 
@@ -69,8 +69,8 @@ fn ln(x: f64) -> f64 {
     exponent as f64 * LN_2 + s * sum
 }
 
-/// Sine and cosine of so much of a full turn, in [0, 1), to 1e-14: the Taylor series of the angle to
-/// the nearest quarter turn, which is at most an eighth.
+/// Sine and cosine of so much of a full turn, in [0, 1), to 1e-14: the Taylor series of the angle
+/// to the nearest quarter turn, which is at most an eighth.
 #[inline(always)]
 fn sin_cos_of_turn(turn: f64) -> (f64, f64) {
     let quarter = (turn * 4.0 + 0.5) as i64;
