@@ -1,10 +1,10 @@
 //! The launcher: everything that `phalanx` does without torch.
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
-//! resolves what depends on this machine; [`start`] begins and resumes runs, and `verify` does steps
+//! resolves what depends on this machine; [`start`] begins and resumes runs, `verify` does steps
 //! again; [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines;
-//! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`], [`data`],
-//! [`checkpoint`] and [`simulate`] need no run at all.
+//! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`],
+//! [`data`], [`checkpoint`] and [`simulate`] need no run at all.
 
 #![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; `print` does not
 
