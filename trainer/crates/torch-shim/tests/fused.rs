@@ -118,7 +118,7 @@ fn sums_do_not_depend_on_the_number_of_threads() {
         let (given, x) = (random(&[2, 300, 300], kind), random(&[2, 300, 200], kind));
         let (set, weight) = parameter(&[300, 200], kind);
         let (norm_set, norm) = parameter(&[200], kind);
-        let mut on_threads = |threads| {
+        let on_threads = |threads| {
             tch::set_num_threads(threads);
             set.zero_grad().unwrap();
             norm_set.zero_grad().unwrap();
