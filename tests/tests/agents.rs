@@ -67,6 +67,7 @@ fn a_lost_node_is_the_first_cause_although_its_peers_fail_first() {
     let sandbox = real();
     let coordinator = real_coordinator(&sandbox);
     let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_metrics(1, 1);
     let spare = agent(&sandbox, "spare");
     sandbox.wait_for_metrics(7, 1);
     second.signal(Signal::KILL);
@@ -207,6 +208,7 @@ fn a_new_coordinator_starts_again_where_ranks_are_missing() {
     let sandbox = sandbox().env("FAKE_STEP_MS", 150);
     let killed = coordinator(&sandbox);
     let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_step(1);
     let spare = agent(&sandbox, "spare");
     sandbox.wait_for_step(7);
     killed.signal(Signal::KILL);

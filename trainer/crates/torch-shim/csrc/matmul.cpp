@@ -59,8 +59,10 @@ bool is_plain(const Tensor& x) { return x.is_cpu() && x.dim() == 2 && x.stride(1
 // libtorch says what is wrong with others.
 bool has_sizes(const Tensor& x, int64_t rows, int64_t columns) { return x.size(0) == rows && x.size(1) == columns; }
 
+bool is_wide(int64_t tokens, int64_t rows, int64_t columns) { return tokens >= 32 && rows >= 16 && columns >= 16; }
+
 bool is_worth_it(int64_t tokens, int64_t rows, int64_t columns) {
-  return tokens >= 32 && rows >= 16 && columns >= 16 && tokens * rows * columns >= kMinOperations;
+  return is_wide(tokens, rows, columns) && tokens * rows * columns >= kMinOperations;
 }
 
 bool is_fp32(const Tensor& a, const Tensor& b) {
@@ -201,12 +203,13 @@ void accumulate_bf16(const Tensor& sum, const Tensor& dy, const Tensor& x) {
 
 bool fast_accumulate(const Tensor& sum, const Tensor& dy, const Tensor& x) {
   if (!is_plain(sum) || !is_plain(dy) || !is_plain(x) || sum.scalar_type() != at::kFloat) return false;
-  if (dy.scalar_type() != x.scalar_type() || !is_worth_it(dy.size(0), dy.size(1), x.size(1))) return false;
+  if (dy.scalar_type() != x.scalar_type() || !is_wide(dy.size(0), dy.size(1), x.size(1))) return false;
   if (dy.size(0) != x.size(0) || !has_sizes(sum, dy.size(1), x.size(1))) return false;
-  if (dy.scalar_type() == at::kFloat && has_avx512()) {
+  if (dy.scalar_type() == at::kFloat && has_avx512() && is_worth_it(dy.size(0), dy.size(1), x.size(1))) {
     accumulate_fp32(sum, dy, x);
     return true;
   }
+  // Small ones too: libtorch would first copy both operands to FP32.
   if (dy.scalar_type() == at::kBFloat16 && has_bf16() && dy.size(0) % 2 == 0) {
     accumulate_bf16(sum, dy, x);
     return true;
