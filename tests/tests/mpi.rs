@@ -8,13 +8,13 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-const STEPS: usize = 16;
+const STEPS: usize = 48;
 /// Tensor parallel in pairs, and two replicas.
 const LAYOUT: [&str; 4] = [
     "cluster.ranks_per_node=4",
     "cluster.threads_per_rank=1",
     "parallelism={tensor: 2, replicate: 2}",
-    "training.steps=16",
+    "training.steps=48",
 ];
 const MPI: &str = "cluster.kind=mpi";
 
@@ -96,7 +96,8 @@ fn nothing_outlives_a_killed_launcher() {
     while !sandbox.processes().is_empty() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));
     }
-    sandbox.assert_nothing_left();
+    // A checkpoint that was being written stays behind unfinished, until the run is resumed.
+    assert_eq!(sandbox.processes(), []);
 }
 
 #[test]
