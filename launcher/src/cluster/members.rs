@@ -95,6 +95,8 @@ pub struct Members {
     members: Vec<Member>,
     places: Vec<Option<NodeId>>,
     sought: Option<Instant>,
+    /// When places are worth another look, if no member changes before.
+    next_look: Option<Instant>,
     /// Members that died of another's joining, and have not been told of.
     replaced: Vec<NodeId>,
 }
@@ -103,7 +105,14 @@ impl Members {
     /// Nobody yet.
     pub fn new(limits: Limits) -> Self {
         let places = vec![None; limits.num_nodes];
-        Self { limits, members: Vec::new(), places, sought: None, replaced: Vec::new() }
+        Self {
+            limits,
+            members: Vec::new(),
+            places,
+            sought: None,
+            next_look: None,
+            replaced: Vec::new(),
+        }
     }
 
     /// What a member says of itself.
@@ -139,6 +148,7 @@ impl Members {
             (member.health, member.is_replaced) = (Health::Dead, true);
             self.replaced.push(node);
         }
+        self.next_look = None;
         let (heard, health, is_replaced) = (now, Health::Alive, false);
         self.members.push(Member { info, heard, health, is_replaced });
         Joined::New(self.members.len() - 1)
@@ -152,6 +162,7 @@ impl Members {
             return None;
         }
         member.health = Health::Alive;
+        self.next_look = None;
         Some(Change::Recovered(node))
     }
 
@@ -199,6 +210,7 @@ impl Members {
             }
             if member.health == Health::Suspected && silence >= self.limits.dead {
                 member.health = Health::Dead;
+                self.next_look = None;
                 let why = format!("no sign of life for {:.1} s", silence.as_secs_f64());
                 changes.push(Change::Died(node, why));
             }
@@ -213,7 +225,7 @@ impl Members {
 
     /// A generation needs its nodes from now on.
     pub fn seek(&mut self, now: Instant) {
-        self.sought = Some(now);
+        (self.sought, self.next_look) = (Some(now), None);
     }
 
     /// When [`Members::found`] is next of use, beside a change of members.
@@ -227,6 +239,11 @@ impl Members {
     /// will be.
     pub fn found(&mut self, now: Instant) -> Seek {
         let Some(sought) = self.sought else { return Seek::Waiting };
+        // Thousands of agents give signs of life while a few are waited for.
+        if self.next_look.is_some_and(|look| now < look) {
+            return Seek::Waiting;
+        }
+        self.next_look = self.next_seek(now);
         let places = self.fill(now.saturating_duration_since(sought) >= self.limits.preference);
         if let Some(places) = places {
             self.places = places.iter().copied().map(Some).collect();
