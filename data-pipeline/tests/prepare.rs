@@ -340,6 +340,7 @@ fn long_texts_are_cut_as_llama_3_cuts_them() {
         format!("{} {}{}", run("a", 25_000), run("b", 25_001), run("c ", 10)),
         format!("{}x{}", run(" ", 30_000), run("é", 24_999)),
         run("word and ", 90_000) + &run("z", 70_000),
+        run("y", 30_000) + &run("two parts ", 80_000),
     ] {
         let chunks: Vec<&str> = chunk::chunks(&text).collect();
         assert!(chunks == chunks_by_the_reference(&text), "{} bytes", text.len());
