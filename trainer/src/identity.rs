@@ -16,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     version: String,
-    /// Hash of the program's file.
+    /// Hash of what is loaded of the program's file.
     build: String,
     /// Hash of the resolved config.
     config: String,
@@ -70,17 +70,44 @@ pub fn agree(client: &RankClient, config: &RunConfig) -> Result<()> {
     own.compare(place.rank, &first)
 }
 
-/// Hash of the file that this process runs.
+/// Hash of what this process runs: of its file what is loaded, without debug information.
 fn build_hash() -> io::Result<String> {
-    let mut file = File::open("/proc/self/exe")?;
+    let file = File::open("/proc/self/exe")?;
+    let mut head = Vec::new();
+    (&file).take(4096).read_to_end(&mut head)?;
+    let mut rest = (&file).take(loaded_bytes(&head).saturating_sub(head.len() as u64));
     let mut hash = Xxh3::new();
+    hash.update(&head);
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer)? {
+        match rest.read(&mut buffer)? {
             0 => return Ok(format!("{:016x}", hash.digest())),
             length => hash.update(&buffer[..length]),
         }
     }
+}
+
+/// How many bytes of a 64-bit ELF file there are up to the end of its last loaded segment, from
+/// its first bytes (System V ABI: ELF header, program header); all, where it is another file.
+fn loaded_bytes(head: &[u8]) -> u64 {
+    let number = |at: usize, length: usize| -> Option<u64> {
+        let bytes = head.get(at..at.checked_add(length)?)?;
+        Some(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    };
+    let end_of_segment = |header: usize| -> Option<u64> {
+        const LOADED: u64 = 1;
+        let (kind, offset, size) =
+            (number(header, 4)?, number(header + 8, 8)?, number(header + 32, 8)?);
+        Some(if kind == LOADED { offset.saturating_add(size) } else { 0 })
+    };
+    let ends = || -> Option<Vec<u64>> {
+        const ELF_64_LITTLE_ENDIAN: &[u8] = b"\x7fELF\x02\x01";
+        let _ = head.starts_with(ELF_64_LITTLE_ENDIAN).then_some(())?;
+        let first = usize::try_from(number(32, 8)?).ok().filter(|first| *first < head.len())?;
+        let (size, count) = (number(54, 2)? as usize, number(56, 2)? as usize);
+        (0..count).map(|index| end_of_segment(first + index * size)).collect()
+    };
+    ends().and_then(|ends| ends.into_iter().max()).filter(|end| *end > 0).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -100,5 +127,20 @@ mod tests {
         check(Identity { build: text("x"), ..first.clone() }, "build of phalanx-trainer");
         check(Identity { config: text("x"), ..first.clone() }, "another config");
         assert_eq!(build_hash().unwrap().len(), 16);
+    }
+
+    #[test]
+    fn what_is_loaded_of_a_program_is_a_part_of_its_file() {
+        let file = std::fs::read("/proc/self/exe").unwrap();
+        let loaded = loaded_bytes(&file[..4096]);
+        assert!(loaded > 100_000 && loaded < file.len() as u64, "{loaded} of {}", file.len());
+        let text = b"hint: give every node the same phalanx-trainer";
+        let held = |bytes: &[u8]| bytes.windows(text.len()).any(|window| window == text);
+        assert!(held(&file[..loaded as usize]), "constants are loaded");
+        for other in
+            [&b""[..], b"#!/bin/sh", &file[..60], &[b"\x7fELF\x02\x01", &[255; 90][..]].concat()]
+        {
+            assert_eq!(loaded_bytes(other), u64::MAX);
+        }
     }
 }

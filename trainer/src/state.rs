@@ -110,15 +110,15 @@ impl Rank {
     ///
     /// # Errors
     /// Where the state cannot be put into words, or there is no thread.
-    pub fn begin_save(&mut self, learning_rate: f64) -> Result<()> {
-        let snapshot = self.snapshot(learning_rate)?;
+    pub fn begin_save(&mut self, learning_rate: f64, is_last: bool) -> Result<()> {
+        let snapshot = self.snapshot(learning_rate, is_last)?;
         let (storage, groups) = (self.storage.clone(), self.worker.groups.clone());
         let saving = Saving::start(snapshot, self.step, storage, groups, self.client.clone())?;
         self.saving = Some(saving);
         Ok(())
     }
 
-    fn snapshot(&self, learning_rate: f64) -> Result<Snapshot> {
+    fn snapshot(&self, learning_rate: f64, is_last: bool) -> Result<Snapshot> {
         let config = &self.config;
         let cursor = self.loader.cursor_after(self.step);
         let plain = |error: serde_json::Error| TrainError::Config(error.to_string());
@@ -155,6 +155,7 @@ impl Rank {
             keep_last: config.checkpoint.keep_last,
             keep_every_steps: config.checkpoint.keep_every_steps,
         };
-        Ok(Snapshot::take(&request))
+        // Nothing changes after the last one, which then needs no memory of its own.
+        Ok(if is_last { Snapshot::view(&request) } else { Snapshot::take(&request) })
     }
 }

@@ -135,7 +135,7 @@ fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
     finish_save(rank, false)?;
-    rank.begin_save(learning_rate)?;
+    rank.begin_save(learning_rate, is_last)?;
     if is_last { finish_save(rank, true) } else { Ok(()) }
 }
 

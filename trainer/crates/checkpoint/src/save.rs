@@ -73,7 +73,7 @@ struct Share {
 /// [`checkpoint_format::FormatError::NotCommitted`]. Nothing is left behind then, and older
 /// checkpoints stay.
 pub fn save(request: &SaveRequest<'_>, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
-    Snapshot::new(request, false).write(barrier)
+    Snapshot::view(request).write(barrier)
 }
 
 /// What a rank writes of a checkpoint, ready to be written.
@@ -92,6 +92,11 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// All that is to be saved, without a copy: the tensors must not change until it is written.
+    pub fn view(request: &SaveRequest<'_>) -> Self {
+        Self::new(request, false)
+    }
+
     /// A copy of all that is to be saved: the tensors may change from then on.
     pub fn take(request: &SaveRequest<'_>) -> Self {
         Self::new(request, true)

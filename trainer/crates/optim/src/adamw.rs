@@ -9,7 +9,7 @@ use run_config::Optimizer;
 use std::ops::Range;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::{Tensor, no_grad};
-use torch_shim::{ShimError, ops};
+use torch_shim::{ShimError, memory, ops};
 
 /// AdamW and its state: two flat buffers laid out as the parameter set's master buffer is.
 #[derive(Debug)]
@@ -37,7 +37,8 @@ impl AdamW {
     /// # Errors
     /// Where memory runs out.
     pub fn new(config: &Optimizer, parameters: &ParameterSet) -> Result<Self> {
-        let zeros = || parameters.flat_master().f_zeros_like();
+        let master = parameters.flat_master();
+        let zeros = || memory::zeros(master.numel() as i64, master.kind(), master.device());
         Ok(Self {
             config: config.clone(),
             num_steps: 0,

@@ -1,6 +1,10 @@
 // The memory of CPU tensors: kept for the next ones when they are dropped, and counted. A training step makes and drops the same tensors again and
-// again; malloc gives large ones back to the kernel each time, and then pays a page fault for every 4 KiB.
+// again; malloc gives large ones back to the kernel each time, and then pays a page fault for every 4 KiB. Large blocks come from the kernel with their
+// pages there already, in one call and not by a fault for each, and are known to be zero.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <memory>
@@ -12,8 +16,25 @@
 namespace {
 
 constexpr size_t kSmallest = 64 << 10;   // smaller blocks malloc keeps itself
+constexpr size_t kMapped = 1 << 20;      // from here on blocks are the kernel's, not malloc's
+constexpr size_t kPopulated = 16 << 20;  // bytes whose pages one thread asks for at a time
 constexpr size_t kLargest = 256 << 20;   // larger ones are rare, and cost more memory than time
 constexpr size_t kAlignment = 64;
+constexpr int kPopulateWrite = 23;       // MADV_POPULATE_WRITE, Linux 5.14; where it is not known, pages come by faults
+
+// The newest block of this thread that nothing was written to since the kernel made it, all zero.
+thread_local void* fresh = nullptr;
+
+void* map(size_t size, size_t used) {
+  void* block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (block == MAP_FAILED) return nullptr;
+  auto populate = [&](int64_t begin, int64_t end) {
+    size_t from = begin * kPopulated, to = std::min(end * kPopulated, used);
+    madvise(static_cast<char*>(block) + from, to - from, kPopulateWrite);
+  };
+  at::parallel_for(0, (used + kPopulated - 1) / kPopulated, 1, populate);
+  return block;
+}
 
 class KeepingAllocator final : public c10::Allocator {
  public:
@@ -45,6 +66,7 @@ class KeepingAllocator final : public c10::Allocator {
   }
 
   void* take(size_t bytes) {
+    fresh = nullptr;
     bool kept = bytes >= kSmallest && bytes <= kLargest;
     size_t size = kept ? rounded(bytes) : bytes;
     if (kept) {
@@ -58,8 +80,13 @@ class KeepingAllocator final : public c10::Allocator {
       }
     }
     void* block = nullptr;
-    TORCH_CHECK(posix_memalign(&block, kAlignment, size) == 0, "no memory: a tensor of ", bytes, " bytes does not fit");
-    if (kept) {
+    if (size >= kMapped) {
+      fresh = block = map(size, bytes);
+    } else if (posix_memalign(&block, kAlignment, size) != 0) {
+      block = nullptr;
+    }
+    TORCH_CHECK(block, "no memory: a tensor of ", bytes, " bytes does not fit");
+    if (size >= kSmallest) {
       std::lock_guard<std::mutex> lock(mutex_);
       size_[block] = size;
     }
@@ -67,12 +94,13 @@ class KeepingAllocator final : public c10::Allocator {
   }
 
   void give_back(void* block) {
+    size_t size = 0;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       auto found = size_.find(block);
       if (found != size_.end()) {
-        size_t size = found->second;
-        if (unused_ + size <= limit_) {
+        size = found->second;
+        if (size <= kLargest && unused_ + size <= limit_) {
           unused_ += size;
           free_[size].push_back(block);
           return;
@@ -80,7 +108,11 @@ class KeepingAllocator final : public c10::Allocator {
         size_.erase(found);
       }
     }
-    std::free(block);
+    if (size >= kMapped) {
+      munmap(block, size);
+    } else {
+      std::free(block);
+    }
   }
 
   std::mutex mutex_;
@@ -169,6 +201,16 @@ char* phx_keep_cpu_memory(size_t limit) {
       KeepingAllocator::instance = new KeepingAllocator(limit);
       c10::SetCPUAllocator(KeepingAllocator::instance, 255);
     });
+  });
+}
+
+// A CPU tensor of so many zero bytes; where the kernel just made its memory, nothing is written.
+char* phx_zero_bytes(int64_t count, at::Tensor** out) {
+  return phalanx::guarded([&] {
+    fresh = nullptr;
+    at::Tensor zeros = at::empty({count}, at::dtype(at::kByte));
+    if (count == 0 || zeros.data_ptr() != fresh) zeros.zero_();
+    *out = new at::Tensor(std::move(zeros));
   });
 }
 

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, ShimError};
+use crate::memory;
 use crate::result::{call_ready_closure, check, drop_ready_closure, raw, ready_context};
 use crate::sys::{self, RawDeferred, RawHook, RawParameter};
 
@@ -254,10 +255,10 @@ impl ParameterSet {
             up_to_multiple(ends(specs).last().copied().unwrap_or(0), ALIGNMENT_ELEMENTS * ranks)
         };
         let total: i64 = units.iter().map(length).sum();
-        let owned_master = Tensor::f_zeros([total / ranks], (master, device))?;
+        let owned_master = memory::zeros(total / ranks, master, device)?;
         // Without shards, what is owned is what there is.
         let shared = ranks == 1;
-        let owned_grad = Tensor::f_zeros([total / ranks], (master, device))?;
+        let owned_grad = memory::zeros(total / ranks, master, device)?;
         let mut set = ParameterSet {
             parameters: Vec::new(),
             by_name: BTreeMap::new(),
@@ -308,7 +309,7 @@ impl ParameterSet {
         }
         let weights = match compute == master {
             true => self.master.shallow_clone(),
-            false => Tensor::f_zeros([size], (compute, device))?,
+            false => memory::zeros(size, compute, device)?,
         };
         Ok((weights, self.owned_grad.shallow_clone()))
     }

@@ -99,6 +99,7 @@ unsafe extern "C" {
     pub(crate) fn phx_meter_free(meter: *mut RawMeter);
     pub(crate) fn phx_normals(key: u64, first: u64, pairs: i64, std: f64, out: *mut f32);
     pub(crate) fn phx_keep_cpu_memory(limit: usize) -> ErrorText;
+    pub(crate) fn phx_zero_bytes(count: i64, out: *mut RawTensor) -> ErrorText;
 
     pub(crate) fn phx_cuda_load(devices: *mut i32) -> ErrorText;
     pub(crate) fn phx_cuda_set_device(index: i32) -> ErrorText;

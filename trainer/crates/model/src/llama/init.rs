@@ -8,10 +8,11 @@ use crate::error::Result;
 use crate::random::RandomStream;
 use model_spec::{Init, LocalParameter, LocalPart};
 use std::ops::Range;
+use torch_shim::memory;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Tensor, no_grad};
 
-/// Elements made at a time: bounds the memory beside the weights themselves.
+/// Elements made at a time where they are not made in place: bounds the memory beside the weights.
 const CHUNK_ELEMENTS: usize = 1 << 22;
 
 /// Elements that are not worth a thread of their own.
@@ -21,11 +22,11 @@ const THREAD_ELEMENTS: usize = 1 << 16;
 /// Values are rounded to FP32 whatever the compute dtype, so that all start from the same model.
 pub fn fill_normal(seed: u64, name: &str, std: f64, first: u64, out: &mut [f32]) {
     let stream = RandomStream::new(seed, name);
-    if out.len() <= THREAD_ELEMENTS {
+    let threads = usize::try_from(torch_shim::tch::get_num_threads()).unwrap_or(1).max(1);
+    let per_thread = out.len().div_ceil(threads).max(THREAD_ELEMENTS);
+    if out.len() <= per_thread {
         return fill_piece(stream, std, first, out);
     }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let per_thread = out.len().div_ceil(threads).max(THREAD_ELEMENTS);
     std::thread::scope(|scope| {
         for (index, piece) in out.chunks_mut(per_thread).enumerate() {
             let first = first + (index * per_thread) as u64;
@@ -91,6 +92,12 @@ fn fill_elements(
     target: &Tensor,
 ) -> Result<()> {
     let widths = (part.columns.len(), part.shape.get(1).copied().unwrap_or(1));
+    let in_place = |out: &mut [f32]| {
+        fill_run(seed, part, std, (range.start, widths.0, widths.1), out);
+    };
+    if memory::write_floats(&mut target.shallow_clone(), in_place).is_some() {
+        return Ok(());
+    }
     let mut chunk = vec![0.0_f32; CHUNK_ELEMENTS.min(range.len())];
     for offset in range.clone().step_by(CHUNK_ELEMENTS) {
         let length = CHUNK_ELEMENTS.min(range.end - offset);
