@@ -150,7 +150,7 @@ mod tests {
     }
     #[test]
     fn only_plain_floats_are_written_in_place() {
-        let mut whole = Tensor::zeros([4, 3], (Kind::Float, Device::Cpu));
+        let whole = Tensor::zeros([4, 3], (Kind::Float, Device::Cpu));
         let mut rows = whole.narrow(0, 1, 2);
         let count = |floats: &mut [f32]| {
             floats.iter_mut().zip(1..).for_each(|(float, number)| *float = number as f32);
