@@ -185,7 +185,7 @@ pub(crate) const KEYS: &[Key] = &[
     choice("cluster.kind", &["local", "slurm", "kubernetes", "mpi"]),
     integer("cluster.nodes", 1, MAX_RANKS),
     integer("cluster.ranks_per_node", 1, 4096).auto(),
-    integer("cluster.threads_per_rank", 1, 4096).auto(),
+    integer("cluster.threads_per_rank", 1, 512).auto(),
     choice("cluster.device", &["auto", "cpu", "cuda"]),
     integer("cluster.timeout_s", 1, 3600),
     section("metrics"),

@@ -95,7 +95,7 @@ pub struct TokenizeArgs {
     #[arg(long)]
     no_eos: bool,
     /// Threads; without it, one per core.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = num_threads)]
     threads: Option<usize>,
     /// Delete the shards in the output folder first.
     #[arg(long)]
@@ -188,7 +188,14 @@ fn train(args: TrainArgs) -> Result<i32> {
     Ok(exit_code::DONE)
 }
 
-fn tokenize(args: TokenizeArgs) -> Result<i32> {
+/// A number of threads that a machine can have.
+fn num_threads(text: &str) -> std::result::Result<usize, String> {
+    const MOST: usize = 1024;
+    let number = text.parse().ok().filter(|number| (1..=MOST).contains(number));
+    number.ok_or_else(|| format!("a number of threads is from 1 to {MOST}"))
+}
+
+fn tokenize(args: TokenizeArgs) -> Result<()> {
     let made = prepare::tokenize(&TokenizeOptions {
         documents: args.input.documents(),
         inputs: args.input.inputs,

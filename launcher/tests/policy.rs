@@ -167,8 +167,8 @@ fn limits_outlast_the_wait_of_ranks_for_one_another() {
         let policy = Policy::new(2, 3).outlasting(Duration::from_secs(seconds));
         (policy.stop.as_secs(), policy.exit.as_secs())
     };
-    assert_eq!(limits(1), (600, 60));
-    assert_eq!(limits(60), (600, 65));
+    assert_eq!(limits(1), (2400, 60));
+    assert_eq!(limits(60), (2400, 65));
     assert_eq!(limits(3600), (3660, 3605));
 }
 
@@ -271,6 +271,44 @@ fn a_stop_saves_and_exits_with_75() {
 }
 
 #[test]
+fn ranks_that_an_earlier_coordinator_told_to_stop_have_stopped() {
+    let mut run = Run { state: State::new(Policy::new(2, 3), 4), now: Instant::now() };
+    assert!(run.event(Event::Adopted { committed: Some(6) }).is_empty());
+    run.event(Event::Committed { step: 9 });
+    assert!(run.exit(0, 75).is_empty());
+    assert_eq!(run.exit(1, 75), ["finish 75"]);
+}
+
+#[test]
+fn a_commit_that_nobody_told_of_counts() {
+    let mut run = Run::begin(2, None);
+    for step in [20, 40, 60, 80] {
+        assert_eq!(run.crash_at(step + 1), ["first cause: rank 1", "find"]);
+        let expected = format!("spawn {} from Some({step})", step / 20 + 1);
+        assert_eq!(run.event(Event::Found { step: Some(step) }), [expected]);
+    }
+    run.killed(0);
+    run.killed(1);
+    let stopped = run.event(Event::Stop { by: "SIGTERM".into() });
+    assert_eq!(stopped, ["stop by SIGTERM", "finish 75"]);
+}
+
+#[test]
+fn time_in_which_the_launcher_was_stopped_is_no_hang() {
+    let mut run = Run::begin(2, None);
+    for step in 1..4 {
+        run.event(Event::Step { rank: 0, step });
+        run.event(Event::Step { rank: 1, step });
+        run.after(1.0);
+    }
+    run.now += Duration::from_secs(100);
+    let time = Duration::from_secs(99);
+    assert!(run.event(Event::WasAway { time }).is_empty());
+    assert!(run.after(0.0).is_empty());
+    assert!(!run.after(31.0).is_empty(), "from here on it is one");
+}
+
+#[test]
 fn a_signal_to_one_rank_stops_all() {
     let mut run = Run::begin(2, None);
     let asked = Event::RankAskedToStop { rank: 1, signal: "SIGTERM".into() };
@@ -307,7 +345,10 @@ fn a_stop_between_two_generations_ends_with_what_is_saved() {
 fn a_stop_that_takes_too_long_is_a_hang() {
     let mut run = Run::begin(2, None);
     run.event(Event::Stop { by: "SIGINT".into() });
-    assert!(run.after(599.0).is_empty());
+    assert!(run.after(2000.0).is_empty());
+    // It moves, and so does not hang: it does not stop.
+    run.event(Event::Step { rank: 0, step: 8 });
+    assert!(run.after(399.0).is_empty());
     assert_eq!(run.after(1.0), ["abort: rank 0 did not stop in time"]);
     run.killed(0);
     assert_eq!(run.killed(1), ["first cause: rank 0", "finish 1"]);

@@ -216,7 +216,11 @@ fn a_second_interrupt_stops_at_once() {
     let sandbox = sandbox().env("FAKE_FAULTS", "hang:0:3:*");
     let running = sandbox.start(&RUN);
     sandbox.wait_for(|_| !sandbox.events_of("fault_injected").is_empty());
+    // Two in one moment are one request; a terminal that goes away sends as many.
     running.signal(Signal::INT);
+    running.signal(Signal::TERM);
+    sandbox.wait_for(|status| status["state"] == "stopping");
+    std::thread::sleep(Duration::from_millis(1100));
     sandbox.wait_for(|status| status["state"] == "stopping");
     let start = Instant::now();
     running.signal(Signal::INT);

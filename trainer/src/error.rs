@@ -102,10 +102,10 @@ impl TrainError {
             TrainError::Checkpoint(
                 CheckpointError::OtherModel { .. } | CheckpointError::NoOptimizerState { .. },
             ) => FailureClass::Config,
-            // Another rank failed, and says why.
-            TrainError::Checkpoint(CheckpointError::Format(FormatError::NotCommitted {
-                ..
-            })) => FailureClass::Transient,
+            // Another rank failed, and says why; or they have lost each other.
+            TrainError::Checkpoint(CheckpointError::Format(
+                FormatError::NotCommitted { .. } | FormatError::DidNotMeet { .. },
+            )) => FailureClass::Transient,
             TrainError::Data(_)
             | TrainError::Checkpoint(_)
             | TrainError::Metrics(_)
@@ -124,7 +124,8 @@ impl TrainError {
     }
 
     /// Whether a checkpoint could not be written, here or by another rank, and nothing else is
-    /// wrong. (That this generation is an old one is.)
+    /// wrong. (That this generation is an old one is, and that ranks have lost each other: none of
+    /// their later saves would be committed.)
     pub fn is_of_storage(&self) -> bool {
         matches!(
             self,

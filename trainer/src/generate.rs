@@ -52,6 +52,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let config = read_config(&run_dir.config())?;
     let unusable = |error: checkpoint_format::FormatError| TrainError::Config(error.to_string());
     let step_dir = scan::checkpoint_of_run(run_dir.root(), args.step).map_err(unusable)?;
+    if args.step.is_none() {
+        say_passed_over(&run_dir, &step_dir);
+    }
     let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
     let mut prompt: Vec<i32> = tokenizer.bos_id.into_iter().map(|id| id as i32).collect();
     prompt.extend(tokenizer.encode(&args.prompt)?.into_iter().map(|id| id as i32));
@@ -76,6 +79,19 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let text = format!("{}{}\n", args.prompt, tokenizer.decode(&ids)?);
     let written = std::io::stdout().write_all(text.as_bytes());
     written.map_err(|source| TrainError::Io { path: "standard output".into(), source })
+}
+
+/// Newer checkpoints than the one that is used are damaged: that is said.
+fn say_passed_over(run_dir: &RunDir, used: &Path) {
+    let Ok(scan) = scan::scan(&run_dir.checkpoints()) else { return };
+    let used = scan.committed.iter().find(|found| found.path == used).map(|found| found.step);
+    for damaged in scan.damaged.iter().filter(|damaged| Some(damaged.step) > used) {
+        let (step, reason) = (damaged.step, &damaged.reason);
+        let _ = writeln!(
+            std::io::stderr(),
+            "the checkpoint of step {step} is damaged and passed over: {reason}"
+        );
+    }
 }
 
 fn find(run: &str) -> Result<PathBuf> {

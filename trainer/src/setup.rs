@@ -15,7 +15,7 @@ use model_spec::LocalParameter;
 use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
-use rank_protocol::{env, libtorch};
+use rank_protocol::{STORAGE_TIMEOUT, env, libtorch};
 use run_config::{DeviceKind, InitFrom, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
@@ -156,11 +156,13 @@ pub fn initialize(
         }
     };
     let whole = model_spec::hf_tensors(&config.model);
-    Ok(checkpoint::load_weights(source.as_ref(), Target { whole: &whole, held, params })?)
+    let target = Target { whole: &whole, held, params };
+    match checkpoint::load_weights(source.as_ref(), target) {
+        // The same bytes would be read again.
+        Err(CheckpointError::Format(error @ FormatError::Damaged { .. })) => Err(unusable(error)),
+        other => Ok(other?),
+    }
 }
-
-/// Longest wait for a rank that reads or writes a checkpoint, or checks its data.
-const STORAGE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
 /// The groups of a rank.
 pub struct Connections {

@@ -13,6 +13,8 @@ use tokenizers::pipeline::{EncodeOptions, PipelineToken, PipelineTokenizer};
 
 /// Names of the token that begins a document, in the order in which they are looked for.
 const BOS_NAMES: [&str; 3] = ["<|begin_of_text|>", "<s>", "<|startoftext|>"];
+/// Ids that a tokenizer can have, as many as `model.vocab_size` allows.
+const MAX_VOCAB_SIZE: usize = 1 << 24;
 /// Names of the token that ends a document.
 const EOS_NAMES: [&str; 3] = ["<|end_of_text|>", "</s>", "<|endoftext|>"];
 
@@ -57,14 +59,22 @@ impl Tokenizer {
 
     fn from_json(path: &Path, json: &str, sha256: String) -> Result<Self> {
         let fail = |detail: String| DataError::Tokenizer { path: path.to_path_buf(), detail };
-        let pipeline = tokenizers::from_json(json)
-            .map_err(|error| fail(format!("cannot be used: {error}")))?;
         let value: Value =
             serde_json::from_str(json).map_err(|error| fail(format!("is no JSON: {error}")))?;
         let vocab_size = vocab_size(&value);
         if vocab_size == 0 {
             return Err(fail("has no vocabulary; only byte-pair encodings can be used".into()));
         }
+        // The reader makes room for all of them.
+        if vocab_size > MAX_VOCAB_SIZE {
+            let largest = vocab_size - 1;
+            return Err(fail(format!(
+                "has an id of {largest}; the largest possible is {}",
+                MAX_VOCAB_SIZE - 1
+            )));
+        }
+        let pipeline = tokenizers::from_json(json)
+            .map_err(|error| fail(format!("cannot be used: {error}")))?;
         let added = pipeline.get_added_vocabulary();
         let find = |names: [&str; 3]| names.iter().find_map(|name| added.token_to_id(name));
         let (bos_id, eos_id) = (find(BOS_NAMES), find(EOS_NAMES));
@@ -109,5 +119,7 @@ fn vocab_size(json: &Value) -> usize {
     let ids = vocab.into_iter().flat_map(|vocab| vocab.values().filter_map(Value::as_u64));
     let added = json["added_tokens"].as_array();
     let added = added.into_iter().flatten().filter_map(|token| token["id"].as_u64());
-    ids.chain(added).max().map_or(0, |largest| largest as usize + 1)
+    ids.chain(added)
+        .max()
+        .map_or(0, |largest| usize::try_from(largest).unwrap_or(usize::MAX).saturating_add(1))
 }

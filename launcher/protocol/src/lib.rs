@@ -33,3 +33,9 @@ pub use message::{
 };
 pub use run_dir::RunDir;
 pub use store::StoreError;
+
+use std::time::Duration;
+
+/// Longest wait of a rank for storage: its own, or that of the ranks that read and write with it.
+/// Whoever watches ranks waits longer.
+pub const STORAGE_TIMEOUT: Duration = Duration::from_secs(30 * 60);

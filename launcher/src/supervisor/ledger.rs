@@ -184,6 +184,16 @@ impl Ledger {
         self.current = Spent::Down;
     }
 
+    /// The run ends: what is open is booked; a step that is not done will have to be done again.
+    pub fn close(&mut self, now: Instant) {
+        let open = match self.current {
+            Spent::FirstTimeSteps => Spent::RepeatedSteps,
+            current => current,
+        };
+        self.book(open, now.saturating_duration_since(self.since), now);
+        self.since = self.since.max(now);
+    }
+
     /// Up to when everything is booked.
     pub fn since(&self) -> Instant {
         self.since

@@ -2,7 +2,7 @@
 
 use super::cause::{Cause, Exit};
 use super::stall::Stall;
-use rank_protocol::{FailureReport, Phase, Position};
+use rank_protocol::{FailureReport, Phase, Position, STORAGE_TIMEOUT};
 use std::time::Duration;
 
 /// The limits that the policy goes by.
@@ -20,7 +20,7 @@ pub struct Policy {
     pub same_moment: Duration,
     /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
     pub grace: Duration,
-    /// Longest time a stop may take: finish the step and save.
+    /// Longest time a stop may take: finish the step, write what is being saved, and save.
     pub stop: Duration,
     /// Longest time ranks may take to exit once the first has finished.
     pub exit: Duration,
@@ -43,7 +43,7 @@ impl Policy {
             concurrent_faults: Duration::from_secs(1),
             same_moment: Duration::from_millis(20),
             grace: Duration::from_secs(5),
-            stop: Duration::from_secs(600),
+            stop: STORAGE_TIMEOUT + Duration::from_secs(10 * 60),
             exit: Duration::from_secs(60),
             hang: Duration::from_secs(30),
             has_last_step: false,
@@ -72,6 +72,11 @@ pub enum Event {
     Adopted {
         /// Newest committed step.
         committed: Option<u64>,
+    },
+    /// The launcher itself did not run for so long: stopped, or the machine asleep.
+    WasAway {
+        /// The time.
+        time: Duration,
     },
     /// The search for a checkpoint ended with this step.
     Found {

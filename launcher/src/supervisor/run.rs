@@ -27,6 +27,10 @@ const LOOPBACK: &str = "127.0.0.1";
 
 /// Messages of all ranks that wait for the loop; a rank that says more waits.
 const NUM_INPUTS: usize = 4096;
+/// A wake-up that comes so much too late was slept through, by this process or the machine.
+const AWAY: Duration = Duration::from_secs(1);
+/// Signals within so short a time are one request to stop: terminals and managers send several.
+const SAME_REQUEST: Duration = Duration::from_secs(1);
 
 /// All that a launcher knows when it begins.
 pub struct Plan {
@@ -189,7 +193,7 @@ impl Executor {
         if !self.expect_ranks_elsewhere() {
             self.handle(Event::Begin { committed: self.plan.committed });
         }
-        let mut num_signals = 0;
+        let mut first_signal = None;
         while self.finish.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
@@ -199,15 +203,22 @@ impl Executor {
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
-                _ = quit.recv() => { num_signals += 1; Some("SIGQUIT") }
-                () = tokio::time::sleep_until(wake) => { self.wake(); None }
+                _ = quit.recv() => Some("SIGQUIT"),
+                () = tokio::time::sleep_until(wake) => None,
             };
+            let now = Instant::now();
+            let late = now.saturating_duration_since(wake.into_std());
+            if late >= AWAY {
+                self.handle(Event::WasAway { time: late });
+            }
+            if wake.into_std() <= now {
+                self.wake();
+            }
             if let Some(by) = by {
-                num_signals += 1;
-                let by = by.to_owned();
-                match num_signals {
-                    1 => self.asked_to_stop(by),
-                    _ => self.handle(Event::StopNow { by }),
+                let first = *first_signal.get_or_insert(now);
+                match by == "SIGQUIT" || now.duration_since(first) >= SAME_REQUEST {
+                    true => self.handle(Event::StopNow { by: by.to_owned() }),
+                    false => self.asked_to_stop(by.to_owned()),
                 }
             }
             self.look_elsewhere();
@@ -568,6 +579,7 @@ impl Executor {
     fn end(&mut self, code: i32, reason: String) -> i32 {
         self.view.end();
         let (state, kind) = ended(code);
+        self.recorder.ledger.close(Instant::now());
         self.recorder.tell_ledger();
         let fields = json!({
             "exit_code": code,
@@ -586,7 +598,7 @@ impl Executor {
             _ => {
                 // The cause has just been said; what follows from it has not.
                 let rest = reason.strip_prefix(&self.told_cause).unwrap_or(&reason);
-                tracing::error!("{state}: {}", rest.trim_start_matches("; "));
+                tracing::error!("{state}: {}", rest.trim_start_matches([';', ',', ' ']));
             }
         }
         code

@@ -1,17 +1,16 @@
 //! Whether a generation still moves, and who holds it up where it does not: a pure record of its
 //! steps and phases, with the time as an argument.
 
-use rank_protocol::{Phase, Position};
+use rank_protocol::{Phase, Position, STORAGE_TIMEOUT};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// A hang is a silence of so many times the longest that was seen in its phase.
 const NUM_LONGEST: u32 = 5;
-/// Least limit of what waits for storage or other machines: every phase but the steps.
-const LEAST_OF_OTHERS: Duration = Duration::from_secs(10 * 60);
-/// Limit of a phase that has not been seen to its end, and of a generation's first step.
-const UNSEEN: Duration = Duration::from_secs(30 * 60);
+/// Limit of what waits for storage or other machines (every phase but the steps), of a phase that
+/// has not been seen to its end, and of a generation's first step: ranks give up before.
+const LEAST_OF_OTHERS: Duration = STORAGE_TIMEOUT.saturating_add(Duration::from_secs(5 * 60));
 /// Longest wait for ranks to say where they are.
 pub const ASKING: Duration = Duration::from_secs(5);
 
@@ -69,6 +68,16 @@ impl Progress {
         Self { longest: self.longest, ..Self::new(self.least, now) }
     }
 
+    /// This process did not run for a time, and so may have heard nothing, though ranks moved; or
+    /// they did not run either.
+    pub fn was_away(&mut self, time: Duration) {
+        self.moved += time;
+        self.phase_since += time;
+        if let Some((_, at)) = &mut self.newest {
+            *at += time;
+        }
+    }
+
     /// A rank entered a phase.
     pub fn entered(&mut self, phase: Phase, now: Instant) {
         self.moved = now;
@@ -110,7 +119,7 @@ impl Progress {
             Phase::Train => self.least,
             _ => self.least.max(LEAST_OF_OTHERS),
         };
-        let limit = longest.map_or(UNSEEN, |longest| longest.saturating_mul(NUM_LONGEST));
+        let limit = longest.map_or(LEAST_OF_OTHERS, |longest| longest.saturating_mul(NUM_LONGEST));
         self.moved + limit.max(least)
     }
 
@@ -182,8 +191,8 @@ mod tests {
 
     #[test]
     fn the_limit_is_half_a_minute_or_five_times_the_longest() {
-        check(&[], 1800);
-        check(&[500], 1800);
+        check(&[], 2100);
+        check(&[500], 2100);
         check(&[500, 1, 1], 30);
         check(&[500, 20, 30, 10], 150);
     }
@@ -197,17 +206,17 @@ mod tests {
         progress.stepped(1, at(41));
         progress.stepped(2, at(42));
         progress.entered(Phase::Save, at(42));
-        assert_eq!(progress.deadline(), at(42 + 1800), "nobody knows how long a save takes");
+        assert_eq!(progress.deadline(), at(42 + 2100), "nobody knows how long a save takes");
         progress.entered(Phase::Save, at(43));
         progress.entered(Phase::Train, at(242));
         progress.stepped(3, at(243));
         progress.entered(Phase::Save, at(243));
         assert_eq!(progress.deadline(), at(243 + 5 * 200));
         let progress = progress.again(at(2000));
-        assert_eq!(progress.deadline(), at(2000 + 600), "the start took 40 s");
+        assert_eq!(progress.deadline(), at(2000 + 2100), "the start took 40 s");
         assert_eq!(progress.stall(at(2599)), None);
-        let stall = progress.stall(at(2600)).unwrap();
-        assert_eq!((stall.seconds, stall.phase, stall.step), (600.0, Phase::Init, None));
+        let stall = progress.stall(at(4100)).unwrap();
+        assert_eq!((stall.seconds, stall.phase, stall.step), (2100.0, Phase::Init, None));
     }
 
     fn position(step: u64, waits: &[&str]) -> Option<Position> {

@@ -47,6 +47,8 @@ pub struct State {
     committed: Option<u64>,
     committed_before: Option<u64>,
     no_progress: u32,
+    /// Whether an earlier coordinator started these ranks, and may have told them to stop.
+    has_adopted: bool,
     failures: Vec<Signature>,
     stop: Option<(String, Instant)>,
     is_stopped_now: bool,
@@ -67,6 +69,7 @@ impl State {
             committed: None,
             committed_before: None,
             no_progress: 0,
+            has_adopted: false,
             failures: Vec::new(),
             stop: None,
             is_stopped_now: false,
@@ -140,6 +143,12 @@ impl State {
                 vec![Action::FindCheckpoint]
             }
             Event::Adopted { committed } => self.adopted(committed, now),
+            Event::WasAway { time } => {
+                if let Some(progress) = &mut self.progress {
+                    progress.was_away(time);
+                }
+                Vec::new()
+            }
             Event::Found { step } => self.found(step, now),
             Event::Gathered { step } => self.gathered(step, now),
             Event::Broken { code, reason } => self.broken(code, reason),
@@ -170,6 +179,7 @@ impl State {
             return Vec::new();
         }
         if let Some((by, _)) = self.stop.clone() {
+            self.committed = self.committed.max(step);
             return self.over_between(&by);
         }
         if let (None, Some(committed)) = (step, self.committed) {
@@ -178,6 +188,10 @@ impl State {
                  not starting from zero"
             );
             return self.over(exit_code::FAILED, reason);
+        }
+        // A rank may end after the commit and before it tells of it.
+        if step > self.committed {
+            (self.committed, self.no_progress) = (step, 0);
         }
         match self.policy.has_agents {
             true => vec![Action::Gather { step }],
@@ -198,12 +212,14 @@ impl State {
         if self.stage == Stage::Between {
             self.committed = committed;
             self.work(now);
+            self.has_adopted = true;
         }
         Vec::new()
     }
 
     fn work(&mut self, now: Instant) {
         self.committed_before = self.committed;
+        self.has_adopted = false;
         self.causes.clear();
         self.exit_by = None;
         self.progress = Some(match self.progress.take() {
@@ -300,7 +316,7 @@ impl State {
         last_lines: Vec<String>,
         now: Instant,
     ) -> Vec<Action> {
-        let is_stopping = self.stop.is_some() || self.policy.has_last_step;
+        let is_stopping = self.stop.is_some() || self.policy.has_last_step || self.has_adopted;
         let Some(rank) = self.ranks.get_mut(index) else { return Vec::new() };
         if rank.state.has_exited() {
             return Vec::new();
@@ -355,7 +371,11 @@ impl State {
         if self.ranks.iter().all(|rank| rank.state == RankState::Done) {
             return self.over(exit_code::DONE, "the last step is done and saved".into());
         }
-        let by = self.stop.as_ref().map_or("the step it was to stop after", |(by, _)| by.as_str());
+        let by = match &self.stop {
+            Some((by, _)) => by.as_str(),
+            None if self.policy.has_last_step => "the step it was to stop after",
+            None => "what an earlier coordinator was told",
+        };
         let reason = match self.committed {
             Some(step) => format!("stopped by {by}, saved at step {step}"),
             None => format!("stopped by {by} before the first step; nothing to save"),

@@ -4,7 +4,7 @@
 //! is committed, the temporary folder is removed, and older checkpoints stay. Only a barrier that
 //! fails (a peer is gone) ends it earlier.
 
-use crate::error::Result;
+use crate::error::{FormatError, Result};
 use crate::manifest::TrainState;
 use crate::retention;
 use crate::save::{Piece, Save};
@@ -52,7 +52,7 @@ impl JointSave<'_> {
     ///
     /// # Errors
     /// On the rank that failed its own error, with path and bytes; on the others
-    /// [`crate::FormatError::NotCommitted`].
+    /// [`FormatError::NotCommitted`]; [`FormatError::DidNotMeet`] where `barrier` failed.
     pub fn run(&self, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
         let began = Instant::now();
         let outcome = self.write_and_commit(barrier);
@@ -68,7 +68,8 @@ impl JointSave<'_> {
         &self,
         barrier: &mut Barrier<'_>,
     ) -> Result<(u64, Vec<u64>, Option<String>)> {
-        let mut wait = || barrier().map_err(|reason| self.save.not_committed(reason));
+        let step = self.save.step;
+        let mut wait = || barrier().map_err(|reason| FormatError::DidNotMeet { step, reason });
         let begun = if self.rank == 0 { self.save.begin(self.total_bytes) } else { Ok(()) };
         wait()?;
         let written = begun.and_then(|()| {

@@ -83,6 +83,14 @@ pub enum FormatError {
     /// A request that makes no sense (a box outside a tensor, a buffer of the wrong size).
     #[error("{0}")]
     Request(String),
+    /// Ranks that save together did not meet: one is gone, or a link between them.
+    #[error("checkpoint of step {step} was not committed: ranks that save did not meet: {reason}")]
+    DidNotMeet {
+        /// The step.
+        step: u64,
+        /// Why not.
+        reason: String,
+    },
     /// Another rank of the same save failed; the checkpoint was not committed.
     #[error("checkpoint of step {step} was not committed: {reason}")]
     NotCommitted {

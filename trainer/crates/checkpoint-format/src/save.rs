@@ -69,7 +69,7 @@ struct RankPart {
 #[derive(Clone, Debug)]
 pub struct Save {
     checkpoints_dir: PathBuf,
-    step: u64,
+    pub(crate) step: u64,
     generation: u64,
     max_file_bytes: u64,
 }

@@ -17,7 +17,7 @@ namespace {
 
 constexpr size_t kSmallest = 64 << 10;   // smaller blocks malloc keeps itself
 constexpr size_t kMapped = 1 << 20;      // from here on blocks are the kernel's, not malloc's
-constexpr size_t kPopulated = 16 << 20;  // bytes whose pages one thread asks for at a time
+constexpr size_t kPopulated = 64 << 20;  // bytes whose pages one thread asks for at a time
 constexpr size_t kLargest = 256 << 20;   // larger ones are rare, and cost more memory than time
 constexpr size_t kAlignment = 64;
 constexpr int kPopulateWrite = 23;       // MADV_POPULATE_WRITE, Linux 5.14; where it is not known, pages come by faults

@@ -28,14 +28,15 @@ pub fn zeros(elements: i64, kind: Kind, device: Device) -> Result<Tensor> {
     if device != Device::Cpu {
         return Ok(Tensor::f_zeros([elements], (kind, device))?);
     }
-    let count = elements * kind.elt_size_in_bytes() as i64;
+    let count = elements.saturating_mul(kind.elt_size_in_bytes() as i64);
     // SAFETY: takes a number; the place for the answer lives through the call.
     let bytes = made_one(|out| unsafe { sys::phx_zero_bytes(count, out) })?;
     Ok(bytes.f_view_dtype(kind)?)
 }
 
 /// Has `write` write the elements of a contiguous FP32 tensor on a CPU, where they are. None, and
-/// nothing is done, for any other tensor.
+/// nothing is done, for any other tensor. Nobody else, `write` included, may read or write tensors
+/// that share them meanwhile.
 pub fn write_floats<T>(tensor: &mut Tensor, write: impl FnOnce(&mut [f32]) -> T) -> Option<T> {
     let is_plain = tensor.device() == Device::Cpu
         && tensor.kind() == Kind::Float
