@@ -95,7 +95,7 @@ pub struct TokenizeArgs {
     #[arg(long)]
     no_eos: bool,
     /// Threads; without it, one per core.
-    #[arg(long, value_parser = num_threads)]
+    #[arg(long, value_name = "N", value_parser = num_threads)]
     threads: Option<usize>,
     /// Delete the shards in the output folder first.
     #[arg(long)]
@@ -195,7 +195,7 @@ fn num_threads(text: &str) -> std::result::Result<usize, String> {
     number.ok_or_else(|| format!("a number of threads is from 1 to {MOST}"))
 }
 
-fn tokenize(args: TokenizeArgs) -> Result<()> {
+fn tokenize(args: TokenizeArgs) -> Result<i32> {
     let made = prepare::tokenize(&TokenizeOptions {
         documents: args.input.documents(),
         inputs: args.input.inputs,

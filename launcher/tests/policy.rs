@@ -296,6 +296,7 @@ fn a_commit_that_nobody_told_of_counts() {
 #[test]
 fn time_in_which_the_launcher_was_stopped_is_no_hang() {
     let mut run = Run::begin(2, None);
+    run.event(Event::Phase { rank: 0, phase: Phase::Train });
     for step in 1..4 {
         run.event(Event::Step { rank: 0, step });
         run.event(Event::Step { rank: 1, step });

@@ -208,13 +208,13 @@ mod tests {
         progress.entered(Phase::Save, at(42));
         assert_eq!(progress.deadline(), at(42 + 2100), "nobody knows how long a save takes");
         progress.entered(Phase::Save, at(43));
-        progress.entered(Phase::Train, at(242));
-        progress.stepped(3, at(243));
-        progress.entered(Phase::Save, at(243));
-        assert_eq!(progress.deadline(), at(243 + 5 * 200));
+        progress.entered(Phase::Train, at(642));
+        progress.stepped(3, at(643));
+        progress.entered(Phase::Save, at(643));
+        assert_eq!(progress.deadline(), at(643 + 5 * 600));
         let progress = progress.again(at(2000));
         assert_eq!(progress.deadline(), at(2000 + 2100), "the start took 40 s");
-        assert_eq!(progress.stall(at(2599)), None);
+        assert_eq!(progress.stall(at(4099)), None);
         let stall = progress.stall(at(4100)).unwrap();
         assert_eq!((stall.seconds, stall.phase, stall.step), (2100.0, Phase::Init, None));
     }
