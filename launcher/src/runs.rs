@@ -283,6 +283,37 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
     Ok(history)
 }
 
+/// A resume that changed the config.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigChange {
+    /// The last generation that had the config of before.
+    pub generation: u64,
+    /// The keys whose values changed.
+    pub keys: Vec<String>,
+}
+
+/// The changes of a run's config, but for those that were taken back.
+pub fn config_changes(run: &RunDir) -> Result<Vec<ConfigChange>, UserError> {
+    let events: Vec<Value> = jsonl::read(&run.events())?;
+    let mut changes = Vec::new();
+    for event in &events {
+        match event.get("kind").and_then(Value::as_str) {
+            Some("config_changed") => {
+                let list = event.get("changes").and_then(Value::as_array);
+                let keys = list.into_iter().flatten();
+                let keys = keys.filter_map(|change| change.get("key").and_then(Value::as_str));
+                changes.push(ConfigChange {
+                    generation: event.get("generation").and_then(Value::as_u64).unwrap_or(0),
+                    keys: keys.map(str::to_owned).collect(),
+                });
+            }
+            Some("config_restored") => drop(changes.pop()),
+            _ => {}
+        }
+    }
+    Ok(changes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -118,10 +118,11 @@ fn starter_of(listen: &Option<Listen>) -> Starter {
 
 fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
     let starter = starter_of(&listen);
-    let resolved = machine::resolve(&args.config, &args.options.set, starter)?;
+    let mut resolved = machine::resolve(&args.config, &args.options.set, starter)?;
     let prepared = prepare(&resolved, starter)?;
+    let model = &mut resolved.loaded.config.model;
+    model.init_from = crate::init_from::check(model, &runs::runs_dir())?;
     let config = &resolved.loaded.config;
-    crate::init_from::check(&config.model, &runs::runs_dir())?;
     let (run, lock) = runs::create(&config.name)?;
     // Without its config it is no run.
     write_config(&run, config).inspect_err(|_| runs::discard(&run))?;
@@ -163,6 +164,7 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
     }
     let changes = differences(&before, config);
+    refuse_another_function(&changes)?;
     if let Some(steps) = args.verify {
         let Prepared { trainer, library_path } = prepare(&resolved, starter)?;
         let result = verify(&run, resolved, (trainer, library_path), (steps, args.step));
@@ -204,10 +206,16 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
         begun.push(("config_changed", json!({ "changes": changes })));
     }
     let generation = history.last_generation;
+    let status = std::fs::read(run.status());
     let code = go(lock, run.clone(), resolved, prepared, history, start, &args.options, begun)?;
     if code == exit_code::CONFIG && !changes.is_empty() && !has_stepped_since(&run, generation) {
         // What was refused must not stand in the way of the next resume.
         write_config(&run, &before)?;
+        note(&run, generation, "config_restored", json!({}))?;
+        if let Ok(status) = status {
+            // Where it cannot be written, it says that this resume failed, which is true.
+            let _ = write_whole(&run.status(), &status);
+        }
         err!("run {}: its config is as it was before this resume", before.name);
     }
     Ok(code)
@@ -236,15 +244,34 @@ fn resolve_again(
 
 /// Notes the end that the last coordinator did not come to note: agents look for it.
 fn tell_finished(run: &RunDir, history: &History) -> Result<(), UserError> {
-    let event = json!({
-        "time": crate::time::now(),
-        "kind": "run_finished",
-        "generation": history.last_generation,
-        "exit_code": exit_code::DONE,
-        "reason": "the last step is done and saved",
-    });
+    let reason = "the last step is done and saved";
+    let fields = json!({ "exit_code": exit_code::DONE, "reason": reason });
+    note(run, history.last_generation, "run_finished", fields)
+}
+
+/// Writes an event while nobody supervises the run.
+fn note(run: &RunDir, generation: u64, kind: &str, mut fields: Value) -> Result<(), UserError> {
+    fields["time"] = crate::time::now().into();
+    fields["kind"] = kind.into();
+    fields["generation"] = generation.into();
     let mut events = Appender::open(&run.events())?;
-    Ok(events.append(&event)?)
+    Ok(events.append(&fields)?)
+}
+
+/// Weights of one function are of no use to another: what changes the model's mathematics and not
+/// its shapes is refused here; the shapes are compared with the checkpoint's.
+fn refuse_another_function(changes: &[Value]) -> Result<(), UserError> {
+    const FUNCTION: [&str; 2] = ["model.norm_eps", "model.rope."];
+    let keys = changes.iter().filter_map(|change| change["key"].as_str());
+    let mut keys = keys.filter(|key| FUNCTION.iter().any(|prefix| key.starts_with(prefix)));
+    let Some(key) = keys.next() else { return Ok(()) };
+    let change = changes.iter().find(|change| change["key"] == key);
+    let (old, new) = change.map_or((&Value::Null, &Value::Null), |c| (&c["old"], &c["new"]));
+    let message = format!(
+        "{key}: {new} makes another model of it: the run's weights were trained with {old}"
+    );
+    let hint = "a new run with --set model.init_from=run:NAME can begin from these weights";
+    Err(UserError::usage(message).hint(hint))
 }
 
 /// Whether nothing is left to do, which is said; refuses fewer steps than are done.

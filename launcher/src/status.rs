@@ -40,7 +40,7 @@ pub fn run(args: StatusArgs) -> Result<i32, UserError> {
     } else {
         out!("{:<28} {:<12} {:>16} {:>10} {:>9}", "run", "state", "step", "loss", "restarts");
         for status in &all {
-            let steps = format!("{}/{}", status.step, status.steps);
+            let steps = format!("{}/{}", step_of(status), status.steps);
             let loss = status.loss.map_or("-".into(), |loss| format!("{loss:.4}"));
             let Status { name, state, restarts, .. } = status;
             out!("{name:<28} {state:<12} {steps:>16} {loss:>10} {restarts:>9}");
@@ -98,10 +98,18 @@ fn to_json<T: serde::Serialize>(value: &T) -> Result<String, UserError> {
     serde_json::to_string_pretty(value).map_err(|error| UserError::failed(error.to_string()))
 }
 
+/// The last step done; where this launcher has done none yet, that of the checkpoint.
+fn step_of(status: &Status) -> u64 {
+    match status.last_step_at {
+        Some(_) => status.step,
+        None => status.step.max(status.last_checkpoint.unwrap_or(0)),
+    }
+}
+
 fn describe(status: &Status) -> String {
     let mut lines = vec![
         ("run", format!("{}: {}", status.name, status.state)),
-        ("step", format!("{} of {}", status.step, status.steps)),
+        ("step", format!("{} of {}", step_of(status), status.steps)),
     ];
     if let Some(reason) = &status.reason {
         lines.push(("reason", reason.clone()));

@@ -44,6 +44,7 @@ pub fn verify(
 ) -> Result<i32, UserError> {
     let replay = choose(run, steps, step)?;
     let before = reports(run)?;
+    refuse_changed(run, &before, &replay)?;
     let again = RunDir::new(run.root().join("verify"));
     let cleared = || match std::fs::remove_dir_all(again.root()) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -85,6 +86,35 @@ fn choose(run: &RunDir, steps: u64, step: Option<u64>) -> Result<Replay, UserErr
         }));
     };
     Ok(Replay { from: (*from).clone(), steps, to: end_of(from) })
+}
+
+/// Keys that do not touch what training computes.
+const WITHOUT_INFLUENCE: [&str; 5] =
+    ["checkpoint.", "restart.", "metrics.", "validation.", "cluster.timeout_s"];
+
+/// Steps that were done with another config cannot be repeated with this one.
+fn refuse_changed(
+    run: &RunDir,
+    before: &BTreeMap<u64, StepReport>,
+    replay: &Replay,
+) -> Result<(), UserError> {
+    let steps = replay.from.step + 1..=replay.from.step + replay.steps;
+    let generations = before.range(steps.clone()).map(|(_, report)| report.generation);
+    let Some(first) = generations.min() else { return Ok(()) };
+    let changes = runs::config_changes(run)?;
+    let later = changes.iter().filter(|change| change.generation >= first);
+    let mut keys: Vec<&str> = later.flat_map(|change| &change.keys).map(String::as_str).collect();
+    keys.retain(|key| !WITHOUT_INFLUENCE.iter().any(|prefix| key.starts_with(prefix)));
+    keys.dedup();
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let (from, to) = (steps.start(), steps.end());
+    let error = UserError::usage(format!(
+        "--verify: of the steps {from} to {to} some were done with another config: {} changed since",
+        keys.join(", ")
+    ));
+    Err(error.hint("choose steps after the change (--step N, or fewer steps)"))
 }
 
 fn reports(run: &RunDir) -> Result<BTreeMap<u64, StepReport>, UserError> {
@@ -160,6 +190,11 @@ fn compare(
 ) -> Result<i32, UserError> {
     let after = reports(again)?;
     let last = replay.from.step + replay.steps;
+    let done = after.last_key_value().map_or(replay.from.step, |(step, _)| *step);
+    if done < last {
+        err!("stopped after step {done}; nothing is said about the steps up to {last}");
+        return Ok(exit_code::PREEMPTED);
+    }
     let mut num_different = 0;
     for step in replay.from.step + 1..=last {
         let (Some(old), Some(new)) = (before.get(&step), after.get(&step)) else {
