@@ -39,6 +39,8 @@ impl RunConfig {
         y.section("restart", |y| {
             y.key("max_no_progress", self.restart.max_no_progress);
             y.key("hang_timeout_s", self.restart.hang_timeout_s);
+            y.key("store", quote(&self.restart.store.to_string()));
+            y.key("health_check", self.restart.health_check);
         });
         y.section("cluster", |y| {
             y.key("kind", word(&self.cluster.kind));

@@ -20,6 +20,8 @@ pub(crate) enum Kind {
     Path,
     /// `hf:DIR`, `meta:DIR` or `run:NAME[@STEP]`.
     InitFrom,
+    /// `file`, `etcd://HOST:PORT/PREFIX` or `etcds://…`.
+    Store,
     /// One of some words.
     Choice(&'static [&'static str]),
     /// A mapping whose keys are those of the table under `path[]`.
@@ -181,6 +183,8 @@ pub(crate) const KEYS: &[Key] = &[
     section("restart"),
     integer("restart.max_no_progress", 1, 1_000_000),
     integer("restart.hang_timeout_s", 1, 86_400),
+    key("restart.store", Kind::Store),
+    boolean("restart.health_check"),
     section("cluster"),
     choice("cluster.kind", &["local", "slurm", "kubernetes", "mpi"]),
     integer("cluster.nodes", 1, MAX_RANKS),
@@ -219,6 +223,7 @@ pub(crate) fn limit(key: &Key) -> String {
         Kind::Name => "1 to 100 letters, digits, `.`, `_` and `-`, not `.` or `-` first".to_owned(),
         Kind::Path => "a path".to_owned(),
         Kind::InitFrom => "hf:DIR, meta:DIR or run:NAME[@STEP]".to_owned(),
+        Kind::Store => "file, etcd://HOST:PORT[,HOST:PORT…]/PREFIX or etcds://…".to_owned(),
         Kind::Choice(choices) => format!("one of {}", choices.join(", ")),
         Kind::Item => format!("a mapping of {}", item_names(key.path)),
         Kind::Items => format!("a list of 1 to {MAX_ITEMS} mappings of {}", item_names(key.path)),

@@ -18,6 +18,7 @@ pub mod reference;
 mod resolve;
 pub mod resolved;
 mod rules;
+mod store;
 mod support;
 mod walk;
 mod yaml;

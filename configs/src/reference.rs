@@ -118,6 +118,7 @@ impl Pages {
             }),
             Kind::Path => json!({"type": "string", "minLength": 1}),
             Kind::InitFrom => json!({"type": "string", "pattern": "^(hf|meta|run):.+$"}),
+            Kind::Store => json!({"type": "string", "pattern": "^(file|etcds?://.+/.+)$"}),
             Kind::Choice(choices) => json!({"enum": choices}),
             Kind::Item => self.object(&keys::item_path(key.path)),
             Kind::Items => self.items(key),

@@ -73,6 +73,8 @@ impl Resolver<'_> {
             restart: Restart {
                 max_no_progress: self.count(&v, "restart.max_no_progress")?,
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
+                store: self.store(&v)?,
+                health_check: self.boolean(&v, "restart.health_check")?,
             },
             cluster: Cluster {
                 kind: self.choice(&v, "cluster.kind")?,
@@ -157,6 +159,21 @@ impl Resolver<'_> {
             self.problem(ProblemKind::OutOfRange, path, message, limit, None);
         }
         parsed
+    }
+
+    fn store(&mut self, v: &View) -> Option<RestartStore> {
+        let path = "restart.store";
+        let text = self.text(v, path)?;
+        Some(RestartStore::parse(&text).unwrap_or_else(|(why, hint)| {
+            if !self.is_bad(path) {
+                let limit = keys::find(path).map(keys::limit);
+                // It may hold a password, which is not repeated.
+                let shown = if text.contains('@') { "the value".to_owned() } else { quoted(&text) };
+                let (message, hint) = (format!("{shown}: {why}"), hint.map(str::to_owned));
+                self.problem(ProblemKind::OutOfRange, path, message, limit, hint);
+            }
+            RestartStore::File
+        }))
     }
 
     fn data(&mut self, v: &View) -> Option<DataConfig> {

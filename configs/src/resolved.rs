@@ -1,5 +1,6 @@
 //! The resolved config: valid by construction. Only the loader makes a [`RunConfig`].
 
+pub use crate::store::{EtcdAddress, RestartStore};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -397,6 +398,10 @@ pub struct Restart {
     pub max_no_progress: u32,
     /// Least silence of all ranks that is a hang, in seconds.
     pub hang_timeout_s: u64,
+    /// Where a coordinator keeps what its successor needs.
+    pub store: RestartStore,
+    /// Whether a node is looked at before ranks are started on it.
+    pub health_check: bool,
 }
 
 /// Where the run runs.

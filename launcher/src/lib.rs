@@ -2,7 +2,8 @@
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
 //! resolves what depends on this machine; [`start`] begins and resumes runs, `verify` does steps
-//! again; [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines;
+//! again; [`health`] looks whether a machine is fit to run ranks;
+//! [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines;
 //! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`],
 //! [`data`], [`checkpoint`] and [`simulate`] need no run at all.
 
@@ -15,6 +16,7 @@ pub mod cli;
 pub mod cluster;
 pub mod data;
 pub mod error;
+pub mod health;
 pub mod init_from;
 pub mod logs;
 pub mod machine;

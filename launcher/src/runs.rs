@@ -6,6 +6,7 @@ use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
 use rank_protocol::{RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -181,7 +182,8 @@ fn read_pid(file: &mut File) -> Option<u32> {
 }
 
 /// What the events of a run say about its past.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct History {
     /// The identity it was given.
     pub run_id: Option<String>,
@@ -208,7 +210,7 @@ pub struct History {
 }
 
 /// What the run's time had been spent on by a moment.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LedgerEntry {
     /// The sums.
     pub sums: Sums,
@@ -235,28 +237,37 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
     let last_generation = fence.max(newest_logs(run).unwrap_or(0));
     let mut history = History { last_generation, ..History::default() };
     for event in &events {
+        history.take(event);
+    }
+    Ok(history)
+}
+
+impl History {
+    /// Takes an event in; returns whether it is one that a later launcher must know of.
+    pub fn take(&mut self, event: &Value) -> bool {
         let text = |name: &str| event.get(name).and_then(Value::as_str).map(str::to_owned);
         let number = |name: &str| event.get(name).and_then(Value::as_u64);
-        history.last_generation = history.last_generation.max(number("generation").unwrap_or(0));
-        history.run_id = text("run_id").or(history.run_id);
-        if let Some(code) = event.get("exit_code").and_then(Value::as_i64) {
+        self.last_generation = self.last_generation.max(number("generation").unwrap_or(0));
+        self.run_id = text("run_id").or(self.run_id.take());
+        let code = event.get("exit_code").and_then(Value::as_i64);
+        if let Some(code) = code {
             let code = i32::try_from(code).unwrap_or(exit_code::FAILED);
-            history.end = Some((code, text("reason").unwrap_or_default()));
+            self.end = Some((code, text("reason").unwrap_or_default()));
         }
         match event.get("kind").and_then(Value::as_str) {
             Some("run_started" | "run_resumed") => {
-                history.end = None;
-                history.steps = number("steps").unwrap_or(0);
-                history.started = text("time").unwrap_or_default();
-                history.has_auto_threads =
+                self.end = None;
+                self.steps = number("steps").unwrap_or(0);
+                self.started = text("time").unwrap_or_default();
+                self.has_auto_threads =
                     event.get("has_auto_threads").and_then(Value::as_bool) == Some(true);
             }
             Some("checkpoint_committed") => {
-                history.committed = history.committed.max(number("step"));
+                self.committed = self.committed.max(number("step"));
             }
             Some("ledger") => {
                 let sums = serde_json::from_value(event.clone()).unwrap_or_default();
-                history.ledger = Some(LedgerEntry {
+                self.ledger = Some(LedgerEntry {
                     sums,
                     time: text("until").as_deref().and_then(crate::time::parse),
                     generation: number("generation").unwrap_or(0),
@@ -265,22 +276,22 @@ pub fn history(run: &RunDir) -> Result<History, UserError> {
             }
             Some("nodes_placed") => {
                 let nodes = event.get("nodes").cloned().unwrap_or_default();
-                history.nodes = serde_json::from_value(nodes).unwrap_or_default();
+                self.nodes = serde_json::from_value(nodes).unwrap_or_default();
             }
             Some("generation_started") => {
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
-                history.restarts += u64::from(is_restart == Some(true));
+                self.restarts += u64::from(is_restart == Some(true));
             }
             Some("went_back") => {
                 if let (Some(step), Some(generation)) = (number("step"), number("first_generation"))
                 {
-                    history.branches.push(Branch { step, generation });
+                    self.branches.push(Branch { step, generation });
                 }
             }
-            _ => {}
+            _ => return code.is_some(),
         }
+        true
     }
-    Ok(history)
 }
 
 /// A resume that changed the config.

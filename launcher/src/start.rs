@@ -1,7 +1,9 @@
 //! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
 
 use crate::cluster::nodes::ClusterPlan;
+use crate::cluster::store::held::Held;
 use crate::error::UserError;
+use crate::health;
 use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
 use crate::runs::{self, History, RunLock};
@@ -14,7 +16,7 @@ use crate::view::View;
 use checkpoint_format::scan::scan;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
-use run_config::{ClusterKind, RunConfig};
+use run_config::{ClusterKind, RestartStore, RunConfig};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -112,6 +114,10 @@ pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
     go_on(args, None)
 }
 
+fn host_of(listen: &Option<Listen>) -> Option<&str> {
+    listen.as_ref().and_then(|(_, host)| host.as_deref())
+}
+
 fn starter_of(listen: &Option<Listen>) -> Starter {
     if listen.is_some() { Starter::Agents } else { Starter::Launcher }
 }
@@ -119,6 +125,11 @@ fn starter_of(listen: &Option<Listen>) -> Starter {
 fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
     let starter = starter_of(&listen);
     let mut resolved = machine::resolve(&args.config, &args.options.set, starter)?;
+    let held = Held::take(&resolved.loaded.config, host_of(&listen), starter)?;
+    let held = match held {
+        Some(held) if held.record.is_some() => return take_over(args, &resolved, listen, held),
+        held => held,
+    };
     let prepared = prepare(&resolved, starter)?;
     let model = &mut resolved.loaded.config.model;
     model.init_from = crate::init_from::check(model, &runs::runs_dir())?;
@@ -141,14 +152,76 @@ fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
     )];
     let history = History { run_id: Some(run_id), ..History::default() };
     let start = Start { listen, may_begin: true, ..Start::default() };
-    go(lock, run, resolved, prepared, history, start, &args.options, begun)
+    go((Some(lock), held), run, resolved, prepared, history, start, &args.options, begun)
+}
+
+/// The command that began a run goes on with it, on whatever machine it is given again.
+fn take_over(
+    args: RunArgs,
+    resolved: &Resolved,
+    listen: Option<Listen>,
+    held: Held,
+) -> Result<i32, UserError> {
+    let config = &resolved.loaded.config;
+    let run = held.find(&config.name)?;
+    let before = RunConfig::load(&run.config(), &[])?.config;
+    // What `auto` came to, and which step of another run was newest, when it began holds for it.
+    let is_settled = |change: &Value| {
+        let key = change["key"].as_str().unwrap_or_default();
+        key.starts_with("model.init_from")
+            || resolved.has_auto_threads && key == "cluster.threads_per_rank"
+    };
+    let changes = differences(&before, config);
+    if let Some(change) = changes.iter().find(|change| !is_settled(change)) {
+        let (key, old, new) = (&change["key"], &change["old"], &change["new"]);
+        let name = &config.name;
+        let message = format!("run {name} goes on as it was begun: {key} is {old}, not {new}");
+        let hint = format!("`phalanx coordinator {name} --set …` changes it");
+        return Err(UserError::usage(message).hint(hint));
+    }
+    let options = Options { set: Vec::new(), ..args.options };
+    let root = run.root().to_string_lossy().into_owned();
+    let args = ResumeArgs { run: root, step: None, from_start: false, verify: None, options };
+    go_on_with(run, args, listen, Some(held))
 }
 
 fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
-    let starter = starter_of(&listen);
     let run = runs::find(&args.run)?;
-    let lock = RunLock::take(&run)?;
-    let history = runs::history(&run)?;
+    let before = RunConfig::load(&run.config(), &[])?.config;
+    let wanted = RunConfig::load(&run.config(), &args.options.set)?.config;
+    if before.restart.store != RestartStore::File && wanted.restart.store == RestartStore::File {
+        let store = &before.restart.store;
+        let message = format!("restart.store: what is known of the run is in {store}");
+        return Err(UserError::usage(message).hint("a run does not go back to `file`"));
+    }
+    let held = Held::take(&wanted, host_of(&listen), starter_of(&listen))?;
+    go_on_with(run, args, listen, held)
+}
+
+/// The right to work on a run's folder. A store's lease counts for more: the lock of a machine that
+/// died may stay on a shared file system.
+fn lock(run: &RunDir, held: Option<&Held>) -> Result<Option<RunLock>, UserError> {
+    match RunLock::take(run) {
+        Err(error) if held.is_some() => {
+            tracing::debug!("going on without the folder's lock: {}", error.message);
+            Ok(None)
+        }
+        lock => lock.map(Some),
+    }
+}
+
+fn go_on_with(
+    run: RunDir,
+    args: ResumeArgs,
+    listen: Option<Listen>,
+    held: Option<Held>,
+) -> Result<i32, UserError> {
+    let starter = starter_of(&listen);
+    let lock = lock(&run, held.as_ref())?;
+    let history = match &held {
+        Some(held) => held.history(&run)?,
+        None => runs::history(&run)?,
+    };
     let set = &args.options.set;
     let before = RunConfig::load(&run.config(), &[])?.config;
     let resolved = resolve_again(&run, &before, &history, set, starter)?;
@@ -207,7 +280,8 @@ fn go_on(args: ResumeArgs, listen: Option<Listen>) -> Result<i32, UserError> {
     }
     let generation = history.last_generation;
     let status = std::fs::read(run.status());
-    let code = go(lock, run.clone(), resolved, prepared, history, start, &args.options, begun)?;
+    let rights = (lock, held);
+    let code = go(rights, run.clone(), resolved, prepared, history, start, &args.options, begun)?;
     if code == exit_code::CONFIG && !changes.is_empty() && !has_stepped_since(&run, generation) {
         // What was refused must not stand in the way of the next resume.
         write_config(&run, &before)?;
@@ -392,6 +466,9 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         // Theirs to find.
         return Ok(Prepared::default());
     }
+    if config.restart.health_check {
+        health::require(&runs::runs_dir())?;
+    }
     let trainer = machine::trainer()?;
     let library_path = machine::library_path(config.cluster.device)?;
     if config.cluster.kind == ClusterKind::Mpi {
@@ -402,7 +479,7 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
 
 #[expect(clippy::too_many_arguments, reason = "each is made by the caller, once, and moved in")]
 fn go(
-    lock: RunLock,
+    (lock, mut held): (Option<RunLock>, Option<Held>),
     run: RunDir,
     resolved: Resolved,
     prepared: Prepared,
@@ -413,7 +490,10 @@ fn go(
 ) -> Result<i32, UserError> {
     let config = resolved.loaded.config;
     let ledger = ledger(&run, &history)?;
-    let run_id = history.run_id.unwrap_or_else(|| new_run_id(&config.name));
+    let run_id = history.run_id.clone().unwrap_or_else(|| new_run_id(&config.name));
+    if let Some(held) = &mut held {
+        held.begin(&run, &run_id, &history)?;
+    }
     let mut branches = history.branches;
     branches.extend(start.branch);
     let cluster = start.listen.map(|(listen, host)| ClusterPlan {
@@ -438,6 +518,7 @@ fn go(
         cluster,
         adopt: start.may_adopt.then_some(history.nodes),
         stop_after: None,
+        keeper: held.map(|held| held.keeper),
         may_begin: start.may_begin,
         config,
     };

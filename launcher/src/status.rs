@@ -142,6 +142,13 @@ fn describe(status: &Status) -> String {
     if let Some(alarm) = &status.alarm {
         lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
     }
+    if let Some(alarm) = &status.store_alarm {
+        let meanwhile = "the ranks go on; nothing is restarted meanwhile";
+        lines.push(("ALARM", format!("the store does not answer ({meanwhile}): {alarm}")));
+    }
+    for node in &status.unhealthy {
+        lines.push(("unhealthy", format!("node {node}")));
+    }
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
     if let Some(ledger) = &status.ledger {
         lines.push(("ettr", ettr(ledger)));

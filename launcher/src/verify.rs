@@ -141,6 +141,7 @@ fn replay_steps(
     std::fs::write(again.config(), config.to_yaml())
         .map_err(|error| cannot(&again.config(), error))?;
     let plan = Plan {
+        keeper: None,
         run: again.clone(),
         run_id: format!("{}-verify", runs::name_of(run)),
         world_size: resolved.world_size,

@@ -1,6 +1,7 @@
 //! What end-to-end tests share: a sandbox in which real `phalanx` processes run, a text to learn
-//! from, and comparisons of what was learned.
+//! from, an etcd of one's own, and comparisons of what was learned.
 
+pub mod etcd;
 pub mod losses;
 pub mod random;
 pub mod sandbox;

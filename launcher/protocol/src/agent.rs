@@ -51,6 +51,18 @@ pub struct NodeInfo {
     pub gpus: usize,
     /// Version of the launcher's build.
     pub build: String,
+    /// What a look at the node found; `None`: nobody looked (`restart.health_check: false`).
+    #[serde(default)]
+    pub health: Option<Health>,
+}
+
+/// What a look at a node found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// What is wrong; empty: nothing.
+    pub problems: Vec<String>,
+    /// What was measured, in words.
+    pub notes: Vec<String>,
 }
 
 /// The ranks of a generation that were started on a node.
@@ -74,10 +86,19 @@ pub enum Answer {
         conversation: u64,
         /// Newest message of the agent that was taken in over its earlier connections.
         taken: u64,
+        /// The coordinator's, where it holds the run by a lease: it grows with every coordinator,
+        /// and an agent that has heard of a later one obeys no earlier one. 0: there is no lease.
+        #[serde(default)]
+        epoch: u64,
     },
     /// It does not, and why.
     Refused {
         /// Why.
+        reason: String,
+    },
+    /// It does not, because the node is not well.
+    Unhealthy {
+        /// What is wrong with it.
         reason: String,
     },
 }

@@ -13,6 +13,20 @@ pub const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 /// Hardware queues of a GPU. A collective that waits for its peers must not hold up another that
 /// shares its queue; CUDA's own number is 8, its limit 32.
 pub const CUDA_QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
+/// The name by which etcd knows a coordinator and its agents (`restart.store`); none where unset.
+pub const ETCD_USER: &str = "PHALANX_ETCD_USER";
+/// Its password.
+pub const ETCD_PASSWORD: &str = "PHALANX_ETCD_PASSWORD";
+/// In place of it, the file that holds the password.
+pub const ETCD_PASSWORD_FILE: &str = "PHALANX_ETCD_PASSWORD_FILE";
+/// PEM file of the authorities that etcd's certificate is from (`etcds://`).
+pub const ETCD_CA: &str = "PHALANX_ETCD_CA";
+/// PEM file of a client's certificate, where etcd asks for one.
+pub const ETCD_CERT: &str = "PHALANX_ETCD_CERT";
+/// PEM file of its key.
+pub const ETCD_KEY: &str = "PHALANX_ETCD_KEY";
+/// What ranks have no business with, and are not handed on.
+pub const SECRETS: [&str; 2] = [ETCD_PASSWORD, ETCD_PASSWORD_FILE];
 /// Filter of log lines, as `tracing-subscriber`'s `EnvFilter` reads it; `info` where unset.
 pub const LOG: &str = "PHALANX_LOG";
 /// Folder of reference cases that the parity tests take besides their own.

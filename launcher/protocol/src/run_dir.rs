@@ -64,6 +64,12 @@ impl RunDir {
         self.cluster().join("certificate.pem")
     }
 
+    /// The run's identity: who finds another here than a store in etcd names has another folder
+    /// before it.
+    pub fn identity(&self) -> PathBuf {
+        self.cluster().join("identity")
+    }
+
     /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")

@@ -5,7 +5,7 @@
 //! it, which is why no key of an earlier generation can be seen.
 
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 /// Most bytes in one value; its hexadecimal form fits in a frame.
@@ -127,6 +127,8 @@ pub struct Requester {
 struct Waiter {
     requester: Requester,
     keys: Vec<String>,
+    /// Which of them it waits for now.
+    waits_for: String,
     wants_value: bool,
     since: Instant,
     deadline: Instant,
@@ -137,7 +139,13 @@ struct Waiter {
 pub struct Store {
     values: HashMap<String, Vec<u8>>,
     num_bytes: usize,
-    waiters: VecDeque<Waiter>,
+    /// By the order of asking.
+    waiters: BTreeMap<u64, Waiter>,
+    /// The waiters of a key that is not there. Each waits for one of its keys at a time, the last
+    /// that is missing: thousands of ranks that meet would else look at each key of each other.
+    missing: HashMap<String, Vec<u64>>,
+    deadlines: BTreeSet<(Instant, u64)>,
+    num_waited: u64,
 }
 
 impl Store {
@@ -151,11 +159,13 @@ impl Store {
         if let Err(error) = within_limits(&request) {
             return vec![(requester, StoreReply::Error(error))];
         }
-        let (reply, has_written) = match request {
-            StoreRequest::Set { key, value } => (self.put(key, value).into(), true),
-            StoreRequest::Add { key, amount } => (self.add(key, amount), true),
-            StoreRequest::Check { keys } => (StoreReply::Bool(self.has_all(&keys)), false),
-            StoreRequest::Delete { key } => (StoreReply::Bool(self.delete(&key)), false),
+        let (reply, written) = match request {
+            StoreRequest::Set { key, value } => (self.put(key.clone(), value).into(), Some(key)),
+            StoreRequest::Add { key, amount } => (self.add(key.clone(), amount), Some(key)),
+            StoreRequest::Check { keys } => {
+                (StoreReply::Bool(self.last_missing(&keys).is_none()), None)
+            }
+            StoreRequest::Delete { key } => (StoreReply::Bool(self.delete(&key)), None),
             StoreRequest::Get { key, timeout_ms } => {
                 return self.enqueue(requester, vec![key], true, timeout_ms, now);
             }
@@ -164,34 +174,41 @@ impl Store {
             }
         };
         let mut replies = vec![(requester, reply)];
-        if has_written {
-            self.release(&mut replies);
+        if let Some(key) = written {
+            self.release(&key, &mut replies);
         }
         replies
     }
 
     /// Answers the waits whose time is over.
     pub fn expire(&mut self, now: Instant) -> Vec<(Requester, StoreReply)> {
-        let values = &self.values;
         let mut replies = Vec::new();
-        self.waiters.retain(|waiter| {
-            if now < waiter.deadline {
-                return true;
+        while let Some(&(deadline, ticket)) = self.deadlines.first() {
+            if now < deadline {
+                break;
             }
-            let missing = waiter.keys.iter().find(|key| !values.contains_key(*key));
+            self.deadlines.pop_first();
+            let Some(waiter) = self.waiters.remove(&ticket) else { continue };
+            let is_missing = |key: &&String| !self.values.contains_key(*key);
+            let missing = waiter.keys.iter().find(is_missing).cloned();
+            if let Some(tickets) = self.missing.get_mut(&waiter.waits_for) {
+                tickets.retain(|other| *other != ticket);
+                if tickets.is_empty() {
+                    self.missing.remove(&waiter.waits_for);
+                }
+            }
             let error = StoreError::Timeout {
-                key: missing.cloned().unwrap_or_default(),
+                key: missing.unwrap_or_default(),
                 waited_ms: millis(now.duration_since(waiter.since)),
             };
             replies.push((waiter.requester, StoreReply::Error(error)));
-            false
-        });
+        }
         replies
     }
 
     /// When [`Store::expire`] next has something to do.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.waiters.iter().map(|waiter| waiter.deadline).min()
+        self.deadlines.first().map(|(deadline, _)| *deadline)
     }
 
     fn enqueue(
@@ -205,26 +222,45 @@ impl Store {
         // A day bounds what a hostile time-out could overflow.
         let timeout = Duration::from_millis(timeout_ms.min(86_400_000));
         let deadline = now + timeout;
-        let waiter = Waiter { requester, keys, wants_value, since: now, deadline };
+        let waits_for = String::new();
+        let waiter = Waiter { requester, keys, waits_for, wants_value, since: now, deadline };
         if let Some(reply) = self.answer(&waiter) {
             return vec![(requester, reply)];
         }
-        self.waiters.push_back(waiter);
+        let ticket = self.num_waited;
+        self.num_waited += 1;
+        self.deadlines.insert((deadline, ticket));
+        self.wait(ticket, waiter);
         Vec::new()
     }
 
-    fn release(&mut self, replies: &mut Vec<(Requester, StoreReply)>) {
-        for _ in 0..self.waiters.len() {
-            let Some(waiter) = self.waiters.pop_front() else { return };
+    fn wait(&mut self, ticket: u64, mut waiter: Waiter) {
+        waiter.waits_for = self.last_missing(&waiter.keys).cloned().unwrap_or_default();
+        self.missing.entry(waiter.waits_for.clone()).or_default().push(ticket);
+        self.waiters.insert(ticket, waiter);
+    }
+
+    /// Answers those that waited for this key alone; the others wait for another.
+    fn release(&mut self, key: &str, replies: &mut Vec<(Requester, StoreReply)>) {
+        if !self.values.contains_key(key) {
+            return;
+        }
+        let mut tickets = self.missing.remove(key).unwrap_or_default();
+        tickets.sort_unstable();
+        for ticket in tickets {
+            let Some(waiter) = self.waiters.remove(&ticket) else { continue };
             match self.answer(&waiter) {
-                Some(reply) => replies.push((waiter.requester, reply)),
-                None => self.waiters.push_back(waiter),
+                Some(reply) => {
+                    self.deadlines.remove(&(waiter.deadline, ticket));
+                    replies.push((waiter.requester, reply));
+                }
+                None => self.wait(ticket, waiter),
             }
         }
     }
 
     fn answer(&self, waiter: &Waiter) -> Option<StoreReply> {
-        if !self.has_all(&waiter.keys) {
+        if self.last_missing(&waiter.keys).is_some() {
             return None;
         }
         match waiter.keys.first().and_then(|key| self.values.get(key)) {
@@ -233,8 +269,8 @@ impl Store {
         }
     }
 
-    fn has_all(&self, keys: &[String]) -> bool {
-        keys.iter().all(|key| self.values.contains_key(key))
+    fn last_missing<'a>(&self, keys: &'a [String]) -> Option<&'a String> {
+        keys.iter().rev().find(|key| !self.values.contains_key(*key))
     }
 
     fn put(&mut self, key: String, value: Vec<u8>) -> Result<(), StoreError> {

@@ -7,23 +7,25 @@ use super::journal::Journal;
 use super::nodes::host_name;
 use super::wire;
 use crate::error::UserError;
+use crate::health::{self, Depth};
 use crate::machine;
 use crate::runs;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
-use connect::Connected;
-use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Join, NodeInfo, Running, Start, ToAgent};
+use connect::{Connected, Whereabouts};
+use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
+use run_config::RunConfig;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::task::spawn_local;
 use trainer::Trainer;
 
 pub mod connect;
+mod link;
 mod trainer;
 
 /// Messages of all ranks that wait for the loop.
@@ -34,6 +36,10 @@ const NUM_KEPT: usize = 64 << 10;
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(500);
+/// The same, where each asks a store for the coordinator.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+/// Time between two looks into a store, whether another coordinator has taken over.
+const LOOK: Duration = Duration::from_secs(5);
 /// Silence after which a connection counts as lost.
 const SILENCE: Duration = Duration::from_secs(5);
 /// Longest time without a coordinator while no rank runs here.
@@ -66,15 +72,34 @@ pub struct AgentArgs {
 /// What happened on the connection.
 enum Happening {
     Connected(Box<Connected>),
-    Failed { why: String, is_final: bool },
-    Said { connection: u64, frame: Box<Numbered<ToAgent>> },
-    Ended { connection: u64, why: String },
+    Failed {
+        why: String,
+    },
+    Refused {
+        code: i32,
+        why: String,
+    },
+    /// A store names a coordinator of this epoch.
+    Seen {
+        epoch: u64,
+    },
+    Said {
+        connection: u64,
+        frame: Box<Numbered<ToAgent>>,
+    },
+    Ended {
+        connection: u64,
+        why: String,
+    },
 }
 
 struct Agent {
     run: RunDir,
-    args: AgentArgs,
     info: NodeInfo,
+    whereabouts: Whereabouts,
+    /// The latest coordinator's that was heard of.
+    epoch: u64,
+    next_look: Instant,
     session: Session<FromAgent>,
     conversation: u64,
     connection: u64,
@@ -108,7 +133,13 @@ struct Agent {
 pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let mut view = View::start(false);
     let run = find(&args.run)?;
-    let trainer = Trainer::find(&run)?;
+    let config = RunConfig::load(&run.config(), &[])?.config;
+    let trainer = Trainer::find(&config)?;
+    let whereabouts = Whereabouts::new(args.coordinator.clone(), &config)?;
+    let health = config.restart.health_check.then(|| health::check(run.root(), Depth::Full));
+    for note in health.iter().flat_map(|health| &health.notes) {
+        tracing::info!("{note}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -117,7 +148,8 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let code = tokio::task::LocalSet::new().block_on(&runtime, async {
         let (inputs, received) = mpsc::channel(NUM_INPUTS);
         let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
-        let mut agent = Agent::new(run, args, trainer, inputs, happenings);
+        let mut agent = Agent::new(run, args, (trainer, whereabouts), inputs, happenings);
+        agent.info.health = health;
         agent.run(received, happened).await
     });
     view.end();
@@ -158,7 +190,7 @@ impl Agent {
     fn new(
         run: RunDir,
         args: AgentArgs,
-        trainer: Trainer,
+        (trainer, whereabouts): (Trainer, Whereabouts),
         inputs: mpsc::Sender<Input>,
         happenings: mpsc::Sender<Happening>,
     ) -> Self {
@@ -171,12 +203,15 @@ impl Agent {
             cores: machine::num_cores(),
             gpus: machine::num_gpus(),
             build: env!("CARGO_PKG_VERSION").to_owned(),
+            health: None,
         };
         let now = Instant::now();
         Self {
             run,
-            args,
             info,
+            whereabouts,
+            epoch: 0,
+            next_look: now,
             session: Session::new(NUM_KEPT),
             conversation: 0,
             connection: 0,
@@ -272,6 +307,9 @@ impl Agent {
             if self.outbox.is_some() && now.saturating_duration_since(self.heard) >= SILENCE {
                 self.lost("it is silent");
             }
+            if self.outbox.is_some() && now >= self.next_look {
+                self.look_for_another();
+            }
         }
         if self.outbox.is_none() && !self.is_connecting && now >= self.next_attempt {
             self.connect();
@@ -283,59 +321,29 @@ impl Agent {
         }
     }
 
-    fn lost(&mut self, why: &str) {
-        self.outbox = None;
-        self.next_attempt = Instant::now() + RETRY;
-        if !self.has_told_loss {
-            self.has_told_loss = true;
-            tracing::warn!("the coordinator is away ({why}); the ranks go on");
-        }
-    }
-
-    fn connect(&mut self) {
-        self.is_connecting = true;
-        let running = Running {
-            generation: self.generation,
-            ranks: self.ranks.iter().map(|(rank, handle)| (*rank, handle.pid())).collect(),
-            exited: self.exited.clone(),
-        };
-        let join = Join {
-            token: String::new(),
-            node: self.info.clone(),
-            conversation: self.conversation,
-            taken: self.session.taken(),
-            running: (self.generation > 0).then_some(running),
-        };
-        let (run, given) = (self.run.clone(), self.args.coordinator.clone());
-        let happenings = self.happenings.clone();
-        spawn_local(async move {
-            let attempt =
-                tokio::time::timeout(ATTEMPT_TIMEOUT, connect::attempt(run, given, join)).await;
-            let happening = match attempt {
-                Ok(Ok(Ok(connected))) => Happening::Connected(Box::new(connected)),
-                Ok(Ok(Err(reason))) => Happening::Failed { why: reason, is_final: true },
-                Ok(Err(error)) => Happening::Failed { why: error.to_string(), is_final: false },
-                Err(_) => Happening::Failed { why: "no answer".into(), is_final: false },
-            };
-            let _ = happenings.send(happening).await;
-        });
-    }
-
     fn happened(&mut self, happening: Happening) {
         match happening {
             Happening::Connected(connected) => self.connected(*connected),
-            Happening::Failed { why, is_final } => {
+            Happening::Failed { why } => {
                 self.is_connecting = false;
-                self.next_attempt = Instant::now() + RETRY;
+                self.next_attempt = Instant::now() + self.retry();
                 self.look_for_the_end();
-                if is_final {
-                    let reason = format!("refused by the coordinator: {why}");
-                    self.end = Some((exit_code::CONFIG, reason));
-                } else if !self.has_told_loss {
+                if !self.has_told_loss {
                     self.has_told_loss = true;
                     tracing::info!("waiting for the coordinator: {why}");
                 }
             }
+            Happening::Refused { code, why } => {
+                self.is_connecting = false;
+                self.end = Some((code, format!("refused by the coordinator: {why}")));
+            }
+            Happening::Seen { epoch } if epoch > self.epoch => {
+                self.epoch = epoch;
+                if self.outbox.is_some() {
+                    self.lost("another has taken over");
+                }
+            }
+            Happening::Seen { .. } => {}
             Happening::Said { connection, frame } if connection == self.connection => {
                 self.heard = Instant::now();
                 match self.session.take(*frame) {
@@ -351,68 +359,6 @@ impl Agent {
             }
             Happening::Said { .. } | Happening::Ended { .. } => {}
         }
-    }
-
-    /// Whether the run was over before this node heard of it: then nobody comes any more.
-    fn look_for_the_end(&mut self) {
-        if self.looked.elapsed() < SILENCE || runs::holder(&self.run).is_some() {
-            return;
-        }
-        self.looked = Instant::now();
-        if let Ok(history) = runs::history(&self.run)
-            && let Some((code, reason)) = history.end
-        {
-            self.end = Some((code, reason));
-        }
-    }
-
-    fn connected(&mut self, connected: Connected) {
-        let Connected { conversation, taken, stream } = connected;
-        self.is_connecting = false;
-        self.heard = Instant::now();
-        self.has_told_loss = false;
-        if conversation != self.conversation {
-            self.begin_anew(conversation);
-        }
-        let again = match self.session.resume(taken) {
-            Ok(again) => again,
-            Err(error) => return self.lost(&error.to_string()),
-        };
-        self.connection += 1;
-        tracing::info!("node {} belongs to the run", self.info.name);
-        let connection = self.connection;
-        let first: (Option<()>, _) = (None, again);
-        let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
-        let ended = move |why| Happening::Ended { connection, why };
-        self.outbox = Some(wire::talk(stream, first, self.happenings.clone(), said, ended));
-        for message in std::mem::take(&mut self.unsaid).into_values() {
-            self.tell(message);
-        }
-    }
-
-    /// Another coordinator, or one that had given this node up: it knows nothing of what the ranks
-    /// wrote into the store or wait for.
-    fn begin_anew(&mut self, conversation: u64) {
-        self.conversation = conversation;
-        // What is told again below.
-        let is_again = |message: &FromAgent| match message {
-            FromAgent::Said { message, .. } => matches!(
-                message,
-                FromRank::Store { .. } | FromRank::Failure(_) | FromRank::Finished { .. }
-            ),
-            FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
-            _ => false,
-        };
-        self.session.other_side_is_new(|message| !is_again(message));
-        let generation = self.generation;
-        for requests in self.journal.done() {
-            self.tell(FromAgent::Store { generation, requests });
-        }
-        for (rank, message) in self.journal.asked() {
-            self.tell(FromAgent::Said { generation, rank, message });
-        }
-        let last_words: Vec<FromAgent> = self.last_words.values().flatten().cloned().collect();
-        last_words.into_iter().for_each(|message| self.tell(message));
     }
 
     fn obey(&mut self, message: ToAgent) {

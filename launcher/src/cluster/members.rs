@@ -7,6 +7,7 @@
 //! anew, first of all to a node of the same name.
 
 use rank_protocol::agent::NodeInfo;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// The limits that membership goes by.
@@ -36,6 +37,9 @@ impl Limits {
         }
     }
 }
+
+/// Failures of one node after which it gets no place any more.
+const MAX_FAILURES: u32 = 2;
 
 /// A member, by the order of joining; never used again.
 pub type NodeId = usize;
@@ -95,10 +99,16 @@ pub struct Members {
     members: Vec<Member>,
     places: Vec<Option<NodeId>>,
     sought: Option<Instant>,
+    /// No change of a member is due before.
+    next_tick: Option<Instant>,
     /// When places are worth another look, if no member changes before.
     next_look: Option<Instant>,
     /// Members that died of another's joining, and have not been told of.
     replaced: Vec<NodeId>,
+    /// How often nodes have failed, by name.
+    failures: BTreeMap<String, u32>,
+    /// Names of nodes that get no place any more.
+    quarantined: BTreeSet<String>,
 }
 
 impl Members {
@@ -110,8 +120,11 @@ impl Members {
             members: Vec::new(),
             places,
             sought: None,
+            next_tick: None,
             next_look: None,
             replaced: Vec::new(),
+            failures: BTreeMap::new(),
+            quarantined: BTreeSet::new(),
         }
     }
 
@@ -147,11 +160,49 @@ impl Members {
             // Its ranks went with the agent before.
             (member.health, member.is_replaced) = (Health::Dead, true);
             self.replaced.push(node);
+            self.tick_by(now);
         }
         self.next_look = None;
+        self.tick_by(now + self.limits.suspect);
         let (heard, health, is_replaced) = (now, Health::Alive, false);
         self.members.push(Member { info, heard, health, is_replaced });
         Joined::New(self.members.len() - 1)
+    }
+
+    /// Whether a node gets no place any more.
+    pub fn is_quarantined(&self, name: &str) -> bool {
+        self.quarantined.contains(name)
+    }
+
+    /// A node was looked at and is not well. Returns whether it is quarantined.
+    pub fn is_unwell(&mut self, name: &str) -> bool {
+        let failures = self.failures.entry(name.to_owned()).or_default();
+        *failures += 1;
+        if *failures >= MAX_FAILURES {
+            self.quarantined.insert(name.to_owned());
+        }
+        self.is_quarantined(name)
+    }
+
+    /// A rank of a member failed, of the process or the node. Returns whether the member is
+    /// quarantined for it, and so is none any more; not where nobody could take its place.
+    pub fn failed(&mut self, node: NodeId) -> bool {
+        let Some(member) = self.members.get(node) else { return false };
+        let name = member.info.name.clone();
+        let failures = self.failures.entry(name.clone()).or_default();
+        *failures += 1;
+        let is_free = |other: &NodeId| {
+            *other != node
+                && self.members[*other].health == Health::Alive
+                && !self.places.contains(&Some(*other))
+        };
+        if *failures < MAX_FAILURES || !(0..self.members.len()).any(|other| is_free(&other)) {
+            return false;
+        }
+        self.quarantined.insert(name);
+        self.members[node].health = Health::Dead;
+        self.next_look = None;
+        true
     }
 
     /// A member gave a sign of life.
@@ -163,6 +214,7 @@ impl Members {
         }
         member.health = Health::Alive;
         self.next_look = None;
+        self.tick_by(now + self.limits.suspect);
         Some(Change::Recovered(node))
     }
 
@@ -182,17 +234,14 @@ impl Members {
         }
     }
 
-    /// When [`Members::tick`] is next of use.
+    /// When [`Members::tick`] is next of use. Signs of life move that on only when it is called:
+    /// thousands of members give them every second.
     pub fn next_tick(&self) -> Option<Instant> {
-        if !self.replaced.is_empty() {
-            return self.members.first().map(|member| member.heard);
-        }
-        let silent = self.members.iter().filter_map(|member| match member.health {
-            Health::Alive => Some(member.heard + self.limits.suspect),
-            Health::Suspected => Some(member.heard + self.limits.dead),
-            Health::Dead => None,
-        });
-        silent.min()
+        self.next_tick
+    }
+
+    fn tick_by(&mut self, at: Instant) {
+        self.next_tick = Some(self.next_tick.map_or(at, |next| next.min(at)));
     }
 
     /// Time has passed.
@@ -215,6 +264,12 @@ impl Members {
                 changes.push(Change::Died(node, why));
             }
         }
+        let silent = self.members.iter().filter_map(|member| match member.health {
+            Health::Alive => Some(member.heard + self.limits.suspect),
+            Health::Suspected => Some(member.heard + self.limits.dead),
+            Health::Dead => None,
+        });
+        self.next_tick = silent.min();
         changes
     }
 
@@ -261,12 +316,17 @@ impl Members {
     /// for: it will soon be the one or the other.
     fn fill(&self, is_anyone_welcome: bool) -> Option<Vec<NodeId>> {
         let is_well = |node: NodeId| self.members[node].health == Health::Alive;
-        let mut free: Vec<NodeId> = (0..self.members.len())
-            .filter(|node| is_well(*node) && !self.places.contains(&Some(*node)))
-            .collect();
+        let well: Vec<NodeId> = (0..self.members.len()).filter(|node| is_well(*node)).collect();
+        // Looked at after each of thousands that join.
+        if well.len() < self.places.len() {
+            return None;
+        }
+        let placed: BTreeSet<NodeId> = self.places.iter().flatten().copied().collect();
+        let mut free: Vec<NodeId> =
+            well.into_iter().filter(|node| !placed.contains(node)).collect();
         free.sort_by_key(|node| {
             let info = &self.members[*node].info;
-            (info.index.unwrap_or(u64::MAX), info.name.clone())
+            (info.index.unwrap_or(u64::MAX), &info.name)
         });
         let mut places = self.places.clone();
         for place in &mut places {
@@ -401,6 +461,33 @@ mod tests {
         nodes.join("b", "1");
         nodes.members.disconnected(0);
         assert_eq!(nodes.seek(), Seek::Found(vec![1]));
+    }
+
+    #[test]
+    fn a_node_that_fails_twice_is_quarantined_where_another_can_take_its_place() {
+        let mut nodes = Nodes::new(2);
+        for name in ["a", "b"] {
+            nodes.join(name, name);
+        }
+        assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
+        assert!(!nodes.members.failed(1));
+        assert!(!nodes.members.failed(1), "nobody else is there");
+        nodes.join("spare", "1");
+        assert!(nodes.members.failed(1));
+        assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
+        nodes.after(1.0, &[0, 1, 2]);
+        assert_eq!(nodes.seek(), Seek::Waiting, "its name is preferred for a second");
+        nodes.after(1.0, &[0, 2]);
+        assert_eq!(nodes.found(), Seek::Found(vec![0, 2]));
+    }
+
+    #[test]
+    fn a_node_that_was_found_unwell_twice_is_quarantined() {
+        let mut nodes = Nodes::new(1);
+        assert!(!nodes.members.is_unwell("a"));
+        assert!(!nodes.members.is_unwell("b"));
+        assert!(nodes.members.is_unwell("a"));
+        assert!(nodes.members.is_quarantined("a"));
     }
 
     #[test]

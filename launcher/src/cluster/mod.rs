@@ -4,7 +4,8 @@
 //! which nodes belong to the run and which are dead; [`server`] lets agents in over TLS
 //! ([`secrets`]); [`nodes`] holds the conversation with each
 //! ([`remote`] is one of its ranks). [`agent`] is the other side, and
-//! keeps a [`journal`] for a coordinator that begins anew; [`wire`] frames what both say.
+//! keeps a [`journal`] for a coordinator that begins anew; [`wire`] frames what both say; [`store`]
+//! is where a coordinator on another machine finds what it needs to take over.
 
 pub mod agent;
 pub mod journal;
@@ -13,4 +14,5 @@ pub mod nodes;
 pub mod remote;
 pub mod secrets;
 pub mod server;
+pub mod store;
 pub mod wire;

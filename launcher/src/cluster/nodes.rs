@@ -24,12 +24,18 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio_rustls::server::TlsStream;
 
+mod adopt;
+mod health;
+
 /// A sign of life that is given so much too late shows that this process was not running.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Messages to an agent that are kept until it has taken them in.
 const NUM_KEPT: usize = 64 << 10;
 /// What happened on all connections and waits for the loop.
 const NUM_HAPPENINGS: usize = 4096;
+
+/// Longest time in which all agents are told that the run is over.
+const LAST_WAIT: Duration = Duration::from_secs(2);
 
 /// How a coordinator is reached, and by how many nodes.
 #[derive(Clone, Debug)]
@@ -65,6 +71,8 @@ pub enum Happening {
         node: NodeId,
         /// The connection over which it came.
         connection: u64,
+        /// When it came.
+        at: Instant,
         /// What.
         frame: Box<Numbered<FromAgent>>,
     },
@@ -89,6 +97,8 @@ pub enum Outcome {
     Stop(String),
     /// Something for `events.jsonl`.
     Event(&'static str, Value),
+    /// A node that is not well, and why: for `events.jsonl` and the status.
+    Unwell(Value),
 }
 
 struct Conversation {
@@ -124,6 +134,11 @@ pub struct Nodes {
     next_conversation: u64,
     num_connections: u64,
     next_alive: Instant,
+    /// When what was taken in last had come.
+    taken: Instant,
+    /// This coordinator's, for its agents.
+    epoch: u64,
+    address: Address,
 }
 
 impl Nodes {
@@ -150,6 +165,7 @@ impl Nodes {
             address.port
         );
         let text = serde_json::to_vec_pretty(&address)?;
+        let now = Instant::now();
         secrets::write_private(&run.coordinator(), &text)?;
         let (happenings, received) = mpsc::channel(NUM_HAPPENINGS);
         spawn_local(serve(listener, secrets, happenings.clone()));
@@ -167,15 +183,40 @@ impl Nodes {
             // Another coordinator of the same run has others.
             next_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
             num_connections: 0,
-            next_alive: Instant::now(),
+            next_alive: now,
+            taken: now,
+            epoch: 0,
+            address,
         };
         Ok((nodes, received))
     }
 
+    /// Where agents reach this coordinator.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Agents hear this epoch from now on.
+    pub fn set_epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+    }
+
     /// When [`Nodes::wake`] is next of use.
     pub fn next_wake(&self, now: Instant) -> Instant {
-        let times = [self.members.next_tick(), self.members.next_seek(now)];
+        // What waits in the queue is taken in first: it may be a sign of life.
+        let tick = self.members.next_tick().filter(|_| !self.is_behind());
+        let times = [tick, self.members.next_seek(now)];
         times.into_iter().flatten().fold(self.next_alive, Instant::min)
+    }
+
+    /// Whether something has come that was not taken in yet.
+    fn is_behind(&self) -> bool {
+        self.happenings.capacity() < self.happenings.max_capacity()
+    }
+
+    /// Up to when all that agents said has been taken in: nobody's silence is longer.
+    fn heard_until(&self, now: Instant) -> Instant {
+        if self.is_behind() { self.taken.min(now) } else { now }
     }
 
     /// Gives signs of life, and tells of nodes whose silence has lasted.
@@ -193,7 +234,11 @@ impl Nodes {
                 conversation.send(alive);
             }
         }
-        let changes = self.members.tick(now);
+        let heard_until = self.heard_until(now);
+        if self.members.next_tick().is_none_or(|at| heard_until < at) {
+            return Vec::new();
+        }
+        let changes = self.members.tick(heard_until);
         changes.into_iter().flat_map(|change| self.changed(change)).collect()
     }
 
@@ -220,66 +265,6 @@ impl Nodes {
     /// The address of a rank's node, for the ranks of others.
     pub fn address_of(&self, node: NodeId) -> String {
         self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
-    }
-
-    /// The ranks of an earlier coordinator's generation may still run: they are let alone until
-    /// [`Nodes::adopt`] or [`Nodes::abandon`].
-    pub fn await_ranks(&mut self, generation: u64) {
-        self.adopting = Some(generation);
-    }
-
-    /// Takes over the generation that was expected, once every node that `names` has by place is
-    /// there. Gives the nodes, the ranks, and what had happened in the meantime.
-    pub fn adopt(
-        &mut self,
-        names: &[String],
-    ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
-        let generation = self.adopting?;
-        let node_of = |name: &String| {
-            self.running.keys().copied().find(|node| {
-                self.members.is_alive(*node)
-                    && self.members.info(*node).is_some_and(|info| info.name == *name)
-            })
-        };
-        let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
-        let per_node = self.plan.ranks_per_node;
-        let has_its_ranks = |(place, node): (usize, &NodeId)| {
-            let Some(running) = self.running.get(node) else { return false };
-            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
-            ranks.extend(&running.exited);
-            ranks.sort_unstable();
-            ranks.into_iter().eq(place * per_node..(place + 1) * per_node)
-        };
-        if nodes.len() != self.plan.num_nodes || !nodes.iter().enumerate().all(has_its_ranks) {
-            return None;
-        }
-        self.adopting = None;
-        self.members.place(&nodes);
-        let running = std::mem::take(&mut self.running);
-        let outcomes = std::mem::take(&mut self.stored);
-        let handles = self.handles(generation, &nodes, 0..nodes.len() * per_node);
-        for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
-            if let Some(cell) = self.ranks.pids.get(*rank) {
-                cell.set(*pid);
-            }
-        }
-        Some((nodes, handles, outcomes))
-    }
-
-    /// Ends the ranks that were expected: not all of them are there.
-    pub fn abandon(&mut self) {
-        self.adopting = None;
-        self.stored.clear();
-        for (node, running) in std::mem::take(&mut self.running) {
-            self.kill(node, &running);
-        }
-    }
-
-    fn kill(&mut self, node: NodeId, running: &Running) {
-        let generation = running.generation;
-        for (rank, _) in &running.ranks {
-            self.send(node, ToAgent::Kill { generation, rank: *rank });
-        }
     }
 
     /// Has the agents start the ranks of a generation on these nodes, in order of rank.
@@ -342,13 +327,14 @@ impl Nodes {
             self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
         }
         let outboxes = std::mem::take(&mut self.conversations).into_values();
-        for outbox in outboxes.filter_map(|conversation| conversation.outbox) {
-            let sent = async {
+        let outboxes: Vec<_> = outboxes.filter_map(|conversation| conversation.outbox).collect();
+        let sent = async {
+            for outbox in &outboxes {
                 // Once it has room for all, it is empty.
                 let _ = outbox.reserve_many(wire::NUM_QUEUED).await;
-            };
-            let _ = tokio::time::timeout(Duration::from_secs(1), sent).await;
-        }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_WAIT, sent).await;
         // What has left the queue is being written.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -357,7 +343,10 @@ impl Nodes {
     pub fn take(&mut self, happening: Happening, now: Instant) -> Vec<Outcome> {
         match happening {
             Happening::Arrived(arrival) => self.arrived(*arrival, now),
-            Happening::Said { node, connection, frame } => self.said(node, connection, *frame, now),
+            Happening::Said { node, connection, at, frame } => {
+                self.taken = at;
+                self.said(node, connection, *frame, at)
+            }
             Happening::Ended { node, connection, why } => {
                 let Some(conversation) = self.conversations.get_mut(&node) else { return vec![] };
                 if conversation.connection == connection {
@@ -378,6 +367,10 @@ impl Nodes {
             tracing::error!("node {name} ({from}) was refused: {reason}");
             spawn_local(refuse(stream, reason));
             return Vec::new();
+        }
+        if let Some(reason) = self.unwell(&join) {
+            spawn_local(answer(stream, Answer::Unhealthy { reason: reason.0 }));
+            return reason.1;
         }
         let (node, is_new) = match self.members.join(join.node, now) {
             Joined::New(node) => (node, true),
@@ -417,9 +410,13 @@ impl Nodes {
         let welcome = Answer::Welcome {
             conversation: conversation.number,
             taken: conversation.session.taken(),
+            epoch: self.epoch,
         };
         let connection = self.num_connections;
-        let said = move |frame| Happening::Said { node, connection, frame: Box::new(frame) };
+        let said = move |frame| {
+            let at = Instant::now();
+            Happening::Said { node, connection, at, frame: Box::new(frame) }
+        };
         let ended = move |why| Happening::Ended { node, connection, why };
         let happenings = self.happenings.clone();
         let first = (Some(welcome), again);
@@ -588,8 +585,12 @@ fn other_build(build: &str) -> Option<String> {
     (build != ours).then(|| format!("the agent is of build {build}, the coordinator of {ours}"))
 }
 
-async fn refuse(mut stream: TlsStream<TcpStream>, reason: String) {
-    let _ = wire::write(&mut stream, &Answer::Refused { reason }).await;
+async fn refuse(stream: TlsStream<TcpStream>, reason: String) {
+    answer(stream, Answer::Refused { reason }).await;
+}
+
+async fn answer(mut stream: TlsStream<TcpStream>, answer: Answer) {
+    let _ = wire::write(&mut stream, &answer).await;
 }
 
 /// This machine's name.

@@ -119,6 +119,9 @@ pub fn set_environment(command: &mut Command, threads: usize, library_path: Opti
     for name in env::THREADS {
         command.env(name, threads.to_string());
     }
+    for name in env::SECRETS {
+        command.env_remove(name);
+    }
     if let Some(path) = library_path {
         command.env(env::LIBRARY_PATH, path);
     }

@@ -4,6 +4,7 @@
 
 use super::cause::Cause;
 use super::ledger::{Ledger, Sums};
+use crate::cluster::store::keeper::Keeper;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
 use serde::{Deserialize, Serialize};
@@ -14,8 +15,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Time between two entries of the books in `events.jsonl`.
 const LEDGER_EVERY: Duration = Duration::from_secs(60);
-/// Time between two writes of the status while nothing but steps happens.
+/// Time between two writes of the status while nothing but steps happens, at least.
 const STATUS_EVERY: Duration = Duration::from_millis(500);
+/// And at least so many times what the last write took: with many ranks it is long.
+const STATUS_SHARE: u32 = 20;
+/// But no longer than this.
+const STATUS_LATEST: Duration = Duration::from_secs(10);
+
+/// The most nodes that are not well in the status.
+const MAX_UNHEALTHY: usize = 100;
 
 /// `status.json`: the launcher's last word on the state of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -56,6 +64,12 @@ pub struct Status {
     /// Why the last checkpoint could not be written, while none has been since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
+    /// Why the store that holds the run's state does not answer, while it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store_alarm: Option<String>,
+    /// Nodes that are not well, and why, the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unhealthy: Vec<String>,
     /// Generations that were started because the one before had failed.
     pub restarts: u64,
     /// When the launcher started.
@@ -109,8 +123,13 @@ pub struct Recorder {
     pub status: Status,
     /// What time is spent on.
     pub ledger: Ledger,
+    /// Holds the run, where its state is in a store, and keeps there what follows from events.
+    pub keeper: Option<Keeper>,
     ledger_told: Instant,
     written: Option<Instant>,
+    write_time: Duration,
+    /// Whether something has happened since that readers wait for.
+    pub is_stale: bool,
     has_told_error: bool,
     mean_step_s: Option<f64>,
     skipped: BTreeSet<u64>,
@@ -152,8 +171,11 @@ impl Recorder {
             events: events.ok(),
             status,
             ledger,
+            keeper: None,
             ledger_told: Instant::now(),
             written: None,
+            write_time: Duration::ZERO,
+            is_stale: false,
             has_told_error: false,
             mean_step_s: None,
             skipped,
@@ -168,10 +190,24 @@ impl Recorder {
         };
         let generation = self.status.generation;
         let line = EventLine { time: crate::time::now(), kind, generation, fields };
+        if let Some(keeper) = &mut self.keeper {
+            keeper.note(&json!(line));
+        }
         let result = self.events.as_mut().map(|events| events.append(&line));
         if let Some(Err(error)) = result {
             tracing::error!("an event was not written: {error}");
         }
+    }
+
+    /// Takes a node that is not well into the status.
+    pub fn unwell(&mut self, fields: &Value) {
+        let text = |name: &str| fields.get(name).and_then(Value::as_str).unwrap_or_default();
+        let (node, reason) = (text("node"), text("reason"));
+        let unhealthy = &mut self.status.unhealthy;
+        unhealthy.retain(|other| !other.starts_with(&format!("{node}: ")));
+        unhealthy.push(format!("{node}: {reason}"));
+        unhealthy.drain(..unhealthy.len().saturating_sub(MAX_UNHEALTHY));
+        self.is_stale = true;
     }
 
     /// Writes the books into `events.jsonl`, for launchers to come.
@@ -267,11 +303,21 @@ impl Recorder {
 
     /// When the status is next to be written.
     pub fn next_write(&self) -> Instant {
-        self.written.map_or_else(Instant::now, |written| written + STATUS_EVERY)
+        let share = self.write_time.saturating_mul(STATUS_SHARE);
+        let pause = share.clamp(STATUS_EVERY, STATUS_LATEST);
+        self.written.map_or_else(Instant::now, |written| written + pause)
+    }
+
+    /// When the executor must look at it although nothing happens.
+    pub fn wake(&self) -> Instant {
+        // Steps have it written as they come.
+        self.next_write() + if self.is_stale { Duration::ZERO } else { STATUS_EVERY }
     }
 
     /// Writes the status.
     pub fn write_status(&mut self) {
+        let begun = Instant::now();
+        self.is_stale = false;
         if self.ledger_told.elapsed() >= LEDGER_EVERY {
             self.tell_ledger();
         }
@@ -288,7 +334,9 @@ impl Recorder {
             tracing::warn!("cannot write {}: {error}", path.display());
         }
         self.has_told_error = written.is_err();
-        self.written = Some(Instant::now());
+        let now = Instant::now();
+        self.write_time = now.saturating_duration_since(begun);
+        self.written = Some(now);
     }
 }
 

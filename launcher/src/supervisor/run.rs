@@ -2,22 +2,20 @@
 //! one loop on one thread.
 
 use super::ledger::{Ledger, Spent};
-use super::mpirun;
-use super::rank::{Input, News, RankHandle, set_environment, start};
+use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
-use super::relay::RankLog;
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
+use crate::cluster::store::keeper::Keeper;
 use crate::view::View;
-use elsewhere::{Elsewhere, next_of};
+use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{Assignment, FailureClass, FromRank, RunDir, ToRank, env, exit_code};
+use rank_protocol::{FailureClass, FromRank, RunDir, ToRank, exit_code};
 use run_config::{ClusterKind, RunConfig};
 use serde_json::json;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -65,6 +63,8 @@ pub struct Plan {
     /// The nodes of the last generation by place, where its ranks may still run: its coordinator
     /// ended without a word.
     pub adopt: Option<Vec<String>>,
+    /// Holds the run, where its state is in a store.
+    pub keeper: Option<Keeper>,
     /// Whether the run may begin from its initial weights.
     pub may_begin: bool,
     /// Step after which it is saved and stopped.
@@ -72,6 +72,7 @@ pub struct Plan {
 }
 
 mod elsewhere;
+mod ranks;
 
 struct Executor {
     plan: Plan,
@@ -88,6 +89,10 @@ struct Executor {
     has_stepped: bool,
     is_first_search: bool,
     finish: Option<(i32, String)>,
+    /// What waits for the store to take in the next generation.
+    awaited: Option<(u64, Next)>,
+    /// Who holds the run now: this coordinator does nothing any more.
+    superseded: Option<String>,
     /// The first cause that was printed last.
     told_cause: String,
 }
@@ -95,7 +100,7 @@ struct Executor {
 /// Runs the run to its end; returns the exit code. `begun` is written to `events.jsonl` first, as
 /// `(kind, fields)`.
 pub fn supervise(
-    plan: Plan,
+    mut plan: Plan,
     view: View,
     begun: Vec<(&'static str, serde_json::Value)>,
 ) -> std::io::Result<i32> {
@@ -106,7 +111,11 @@ pub fn supervise(
         let (searches, found) = mpsc::channel(1);
         let (nodes, happened) = match &plan.cluster {
             Some(cluster) => {
-                let (nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                let (mut nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                if let Some(keeper) = &mut plan.keeper {
+                    nodes.set_epoch(keeper.standing().epoch);
+                    keeper.announce(nodes.address().clone());
+                }
                 (Some(nodes), Some(happened))
             }
             None => (None, None),
@@ -130,7 +139,7 @@ async fn received(signal: &mut Option<Signal>) -> Option<()> {
 
 impl Executor {
     fn new(
-        plan: Plan,
+        mut plan: Plan,
         mut view: View,
         inputs: mpsc::Sender<Input>,
         searches: mpsc::Sender<Result<Restored, String>>,
@@ -155,7 +164,8 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
+        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
+        recorder.keeper = plan.keeper.take();
         view.begin(plan.config.training.steps);
         Self {
             plan,
@@ -171,6 +181,8 @@ impl Executor {
             has_stepped: false,
             is_first_search: true,
             finish: None,
+            awaited: None,
+            superseded: None,
             told_cause: String::new(),
         }
     }
@@ -189,17 +201,19 @@ impl Executor {
             false => Some(signal(SignalKind::hangup())?),
             true => None,
         };
+        let mut standing = self.recorder.keeper.as_ref().map(Keeper::watch);
         self.update_status();
         if !self.expect_ranks_elsewhere() {
             self.handle(Event::Begin { committed: self.plan.committed });
         }
         let mut first_signal = None;
-        while self.finish.is_none() {
+        while self.finish.is_none() && self.superseded.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
                 Some(search) = searches.recv() => { self.take_search(search); None }
                 Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
+                () = changed(&mut standing) => { self.store_changed(); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
@@ -223,6 +237,9 @@ impl Executor {
             }
             self.look_elsewhere();
         }
+        if let Some(holder) = self.superseded.take() {
+            return Ok(self.give_way(&holder));
+        }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
         if let Some(elsewhere) = &mut self.elsewhere {
             elsewhere.nodes.over(code, &reason).await;
@@ -232,8 +249,7 @@ impl Executor {
 
     fn next_wake(&self) -> Instant {
         let times = [self.state.next_tick(), self.store.next_deadline()];
-        let next_status = self.recorder.next_write() + Duration::from_millis(500);
-        let next = times.into_iter().flatten().fold(next_status, Instant::min);
+        let next = times.into_iter().flatten().fold(self.recorder.wake(), Instant::min);
         self.elsewhere.as_ref().map_or(next, |elsewhere| next.min(elsewhere.next_wake()))
     }
 
@@ -264,7 +280,8 @@ impl Executor {
             News::Exited { exit, last_lines } => {
                 tracing::debug!("rank {rank} {}", exit.describe());
                 self.handle(Event::Exited { rank, exit, last_lines });
-                self.update_status();
+                // One status for all that end at one moment.
+                self.recorder.is_stale = true;
             }
         }
     }
@@ -379,7 +396,7 @@ impl Executor {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::FindCheckpoint => self.search(),
+            Action::FindCheckpoint => self.when_claimed(Next::Search),
             Action::Gather { step } => {
                 self.recorder.ledger.enter(Spent::Rendezvous, Instant::now());
                 if let Some(elsewhere) = &mut self.elsewhere {
@@ -406,6 +423,7 @@ impl Executor {
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
+                self.blame_node(&cause);
             }
             Action::RecordStop { by, now } => {
                 match now {
@@ -491,70 +509,6 @@ impl Executor {
         match started {
             Ok(()) => self.update_status(),
             Err((rank, error)) => self.could_not_start(rank, &error),
-        }
-    }
-
-    /// Starts every rank; an error comes with the one that it was.
-    fn start_ranks(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
-        for rank in 0..self.plan.world_size {
-            let log = RankLog::open(&self.plan.run.log(generation, rank), rank);
-            let mut command = Command::new(&self.plan.trainer);
-            command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
-            command.env(env::RANK, rank.to_string());
-            self.set_environment(&mut command);
-            let handle = start(command, generation, rank, log, self.inputs.clone());
-            self.ranks.push(handle.map_err(|error| (rank, error))?);
-        }
-        Ok(())
-    }
-
-    fn start_under_mpirun(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
-        let log = |rank| RankLog::open(&self.plan.run.log(generation, rank), rank);
-        let logs = (0..self.plan.world_size).map(log).collect();
-        let mut command = mpirun::command(&self.plan.trainer, self.plan.world_size);
-        self.set_environment(&mut command);
-        let handles = mpirun::start(command, generation, logs, self.inputs.clone());
-        self.ranks = handles.map_err(|error| (0, error))?;
-        Ok(())
-    }
-
-    /// The ranks that never were count as exited, so that the others' end ends the run.
-    fn could_not_start(&mut self, rank: usize, error: &std::io::Error) {
-        let trainer = self.plan.trainer.display();
-        let reason = format!("cannot start rank {rank} ({trainer}): {error}");
-        for absent in rank..self.plan.world_size {
-            let exit = super::cause::Exit::default();
-            let last_lines = vec![reason.clone()];
-            let input = Input {
-                generation: self.state.generation(),
-                rank: absent,
-                news: News::Exited { exit, last_lines },
-            };
-            let _ = self.inputs.try_send(input);
-        }
-        self.handle(Event::Broken { code: exit_code::CONFIG, reason });
-    }
-
-    fn set_environment(&self, command: &mut Command) {
-        set_environment(command, self.plan.threads, self.plan.library_path.as_deref());
-    }
-
-    fn assignment(&self, generation: u64, rank: usize, resume_step: Option<u64>) -> Assignment {
-        let on_node = self.plan.cluster.as_ref().map(|cluster| cluster.ranks_per_node);
-        let on_node = on_node.unwrap_or(self.plan.world_size).max(1);
-        let address = self.elsewhere.as_ref().and_then(|e| e.address_of(rank / on_node));
-        Assignment {
-            run_id: self.plan.run_id.clone(),
-            generation,
-            rank,
-            world_size: self.plan.world_size,
-            local_rank: rank % on_node,
-            local_world_size: on_node,
-            address: address.unwrap_or_else(|| LOOPBACK.to_owned()),
-            threads: self.plan.threads,
-            run_dir: self.plan.run.root().to_owned(),
-            resume_step,
-            stop_after: self.plan.stop_after,
         }
     }
 

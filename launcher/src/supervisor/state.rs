@@ -43,6 +43,7 @@ pub struct State {
     stage: Stage,
     generation: u64,
     ranks: Vec<Rank>,
+    num_exited: usize,
     causes: Vec<Cause>,
     committed: Option<u64>,
     committed_before: Option<u64>,
@@ -65,6 +66,7 @@ impl State {
             stage: Stage::Between,
             generation: last_generation,
             ranks: Vec::new(),
+            num_exited: 0,
             causes: Vec::new(),
             committed: None,
             committed_before: None,
@@ -234,6 +236,7 @@ impl State {
             position: None,
         };
         self.ranks = vec![rank; self.policy.world_size];
+        self.num_exited = 0;
         self.stage = Stage::Working;
     }
 
@@ -326,6 +329,7 @@ impl State {
             Some(exit_code::PREEMPTED) if is_stopping => RankState::Stopped,
             _ => RankState::Failed,
         };
+        self.num_exited += 1;
         let mut actions = Vec::new();
         let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed);
         // A node's death is found long after its peers have lost their links to it.
@@ -350,7 +354,7 @@ impl State {
     }
 
     fn if_all_gone(&mut self) -> Vec<Action> {
-        if self.stage == Stage::Between || !self.ranks.iter().all(|rank| rank.state.has_exited()) {
+        if self.stage == Stage::Between || self.num_exited < self.ranks.len() {
             return Vec::new();
         }
         let mut actions = Vec::new();

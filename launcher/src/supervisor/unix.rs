@@ -1,5 +1,5 @@
 //! Processes: a rank is spawned in a process group of its own, dies with this process, and its end
-//! is seen at once through a pidfd. The only unsafe code of the launcher.
+//! is seen at once through a pidfd.
 #![expect(unsafe_code, reason = "std offers no safe way to run code between fork and exec")]
 
 use super::cause::Exit;

@@ -3,7 +3,7 @@
 //!
 //! usage: mock-agents RUN-DIRECTORY NODES STEPS STEP-MILLISECONDS
 
-use launcher::cluster::agent::connect;
+use launcher::cluster::agent::connect::{Attempt, Connected, Whereabouts, attempt};
 use launcher::cluster::wire;
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Join, NodeInfo, ToAgent};
 use rank_protocol::exit::Exit;
@@ -77,7 +77,7 @@ async fn all(plan: Rc<Plan>, nodes: usize) {
     }
 }
 
-async fn join(plan: &Plan, node: usize) -> Result<connect::Connected, Box<dyn Error>> {
+async fn join(plan: &Plan, node: usize) -> Result<Connected, Box<dyn Error>> {
     let permit = plan.door.acquire().await?;
     let join = Join {
         token: String::new(),
@@ -92,9 +92,12 @@ async fn join(plan: &Plan, node: usize) -> Result<connect::Connected, Box<dyn Er
         taken: 0,
         running: None,
     };
-    let connected = connect::attempt(plan.run.clone(), None, join).await?;
+    let attempt = attempt(plan.run.clone(), Whereabouts::Folder, 0, join).await?;
     drop(permit);
-    Ok(connected?)
+    match attempt {
+        Attempt::Connected(connected) => Ok(connected),
+        Attempt::Refused(_, reason) => Err(reason.into()),
+    }
 }
 
 async fn live(plan: &Plan, node: usize) -> Result<(), Box<dyn Error>> {

@@ -22,8 +22,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Where something is absent that every rank would miss.
-    pub fn find(run: &RunDir) -> Result<Self, UserError> {
-        let config = RunConfig::load(&run.config(), &[])?.config;
+    pub fn find(config: &RunConfig) -> Result<Self, UserError> {
         let library_path = machine::library_path(config.cluster.device)?;
         let ranks = config.cluster.ranks_per_node.unwrap_or(1);
         machine::check_gpus(config.cluster.device, ranks, machine::num_gpus())?;

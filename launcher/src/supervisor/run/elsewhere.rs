@@ -4,11 +4,13 @@
 use super::{Event, Executor};
 use crate::cluster::members::{NodeId, Seek};
 use crate::cluster::nodes::{Happening, Nodes, Outcome};
-use rank_protocol::exit_code;
+use crate::cluster::store::keeper::Standing;
+use crate::supervisor::cause::Cause;
 use rank_protocol::store::Requester;
+use rank_protocol::{FailureClass, exit_code};
 use serde_json::json;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Time in which the agents of a generation that still runs find its new coordinator.
 const ADOPTION: Duration = Duration::from_secs(10);
@@ -27,6 +29,25 @@ pub struct Elsewhere {
     asked_by: Option<String>,
     /// Whether the generation is one of an earlier coordinator.
     pub has_adopted: bool,
+}
+
+/// What waits until nobody else can begin the next generation.
+#[derive(Clone, Copy, Debug)]
+pub enum Next {
+    /// The search for a checkpoint, which keeps older generations from saving.
+    Search,
+    /// The start of the ranks, from this step.
+    Spawn(Option<u64>),
+}
+
+/// The next change of how things stand with the store; never, where there is none.
+pub async fn changed(standing: &mut Option<watch::Receiver<Standing>>) {
+    if let Some(standing) = standing
+        && standing.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 /// What happens next on other machines; never, where there are none.
@@ -97,6 +118,10 @@ impl Executor {
             match outcome {
                 Outcome::Rank(input) => self.take(input),
                 Outcome::Event(kind, fields) => self.recorder.event(kind, fields),
+                Outcome::Unwell(fields) => {
+                    self.recorder.unwell(&fields);
+                    self.recorder.event("node_unhealthy", fields);
+                }
                 Outcome::Stop(by) => self.asked_to_stop(by),
                 Outcome::Store(requests) => {
                     for request in requests {
@@ -128,7 +153,7 @@ impl Executor {
                 (elsewhere.gathering, elsewhere.places) = (None, places);
                 let names = elsewhere.names();
                 self.recorder.event("nodes_placed", json!({ "nodes": names }));
-                self.handle(Event::Gathered { step });
+                self.when_claimed(Next::Spawn(step));
             }
             Seek::TooFew(found) => {
                 elsewhere.gathering = None;
@@ -137,6 +162,70 @@ impl Executor {
                 self.handle(Event::Broken { code: exit_code::FAILED, reason });
             }
         }
+    }
+
+    /// Goes on once the store has taken in that another generation follows, and nobody else holds
+    /// the run; at once, where there is no store.
+    pub(super) fn when_claimed(&mut self, next: Next) {
+        let generation = self.state.generation() + 1;
+        match &mut self.recorder.keeper {
+            Some(keeper) => self.awaited = Some((keeper.claim(generation), next)),
+            None => self.go_on(next),
+        }
+    }
+
+    fn go_on(&mut self, next: Next) {
+        match next {
+            Next::Search => self.search(),
+            Next::Spawn(step) => self.handle(Event::Gathered { step }),
+        }
+    }
+
+    /// The store answered, or did not, or somebody else holds the run.
+    pub(super) fn store_changed(&mut self) {
+        let Some(keeper) = &self.recorder.keeper else { return };
+        let (Standing { epoch, written, away, lost, .. }, is_sure) =
+            (keeper.standing(), keeper.is_sure());
+        if lost.is_some() {
+            self.superseded = lost;
+            return;
+        }
+        if let Some(elsewhere) = &mut self.elsewhere {
+            elsewhere.nodes.set_epoch(epoch);
+        }
+        let was_away = self.recorder.status.store_alarm.is_some();
+        if away.is_some() != was_away {
+            match &away {
+                Some(why) => {
+                    tracing::warn!("the store does not answer; the ranks go on: {why}");
+                    self.recorder.event("store_away", json!({ "reason": why }));
+                }
+                None => {
+                    tracing::info!("the store answers again");
+                    self.recorder.event("store_back", json!({}));
+                }
+            }
+            self.recorder.status.store_alarm = away;
+            self.update_status();
+        }
+        if let Some((_, next)) = self.awaited.take_if(|(claim, _)| written >= *claim && is_sure) {
+            self.go_on(next);
+        }
+    }
+
+    /// Somebody else is the coordinator: the run's files and agents are theirs.
+    pub(super) fn give_way(&mut self, holder: &str) -> i32 {
+        self.view.end();
+        tracing::error!("this coordinator is none any more: {holder}");
+        exit_code::FAILED
+    }
+
+    /// A node on which ranks fail again and again gives way to another.
+    pub(super) fn blame_node(&mut self, cause: &Cause) {
+        let is_its_own = matches!(cause.class, FailureClass::Process | FailureClass::Node);
+        let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| is_its_own) else { return };
+        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary());
+        self.take_outcomes(outcome.into_iter().collect());
     }
 
     /// The agents tell the ranks their places.

@@ -15,6 +15,7 @@ const UNSAFE_ALLOWED: &[(&str, &str)] = &[
         "addresses of tensors and streams, which NCCL takes",
     ),
     ("launcher/src/supervisor/unix.rs", "what a child does between fork and exec"),
+    ("launcher/src/health/nvml.rs", "NVIDIA's management library, loaded at run time"),
     ("trainer/crates/checkpoint-format/src/mapped.rs", "memory maps of read-only files"),
 ];
 
