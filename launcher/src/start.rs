@@ -230,12 +230,7 @@ fn go_on_with(
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let may_run_elsewhere = history.end.is_none() && !history.nodes.is_empty();
-    if may_run_elsewhere && listen.is_none() {
-        let name = runs::name_of(&run);
-        let error = UserError::usage(format!("the ranks of run {name} may still run on its nodes"));
-        return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
-    }
+    let may_run_elsewhere = may_run_elsewhere(&run, &history, &listen)?;
     let changes = differences(&before, config);
     refuse_another_function(&changes)?;
     if let Some(steps) = args.verify {
@@ -259,17 +254,7 @@ fn go_on_with(
         return Ok(exit_code::DONE);
     }
     let prepared = prepare(&resolved, starter)?;
-    let mut begun = vec![(
-        "run_resumed",
-        json!({
-            "step": start.committed,
-            "pid": std::process::id(),
-            "steps": config.training.steps,
-            "world_size": resolved.world_size,
-            "has_auto_threads": resolved.has_auto_threads,
-            "config_hash": config.hash(),
-        }),
-    )];
+    let mut begun = vec![("run_resumed", resumed(&resolved, start.committed))];
     if let Some(branch) = start.branch {
         let fields = json!({ "step": branch.step, "first_generation": branch.generation });
         begun.push(("went_back", fields));
@@ -293,6 +278,35 @@ fn go_on_with(
         err!("run {}: its config is as it was before this resume", before.name);
     }
     Ok(code)
+}
+
+/// What `events.jsonl` says of a run that goes on.
+fn resumed(resolved: &Resolved, step: Option<u64>) -> Value {
+    let config = &resolved.loaded.config;
+    json!({
+        "step": step,
+        "pid": std::process::id(),
+        "steps": config.training.steps,
+        "world_size": resolved.world_size,
+        "has_auto_threads": resolved.has_auto_threads,
+        "config_hash": config.hash(),
+    })
+}
+
+/// Whether ranks of the last generation may still run on nodes, for a coordinator alone to go on
+/// with.
+fn may_run_elsewhere(
+    run: &RunDir,
+    history: &History,
+    listen: &Option<Listen>,
+) -> Result<bool, UserError> {
+    let may_run = history.end.is_none() && !history.nodes.is_empty();
+    if may_run && listen.is_none() {
+        let name = runs::name_of(run);
+        let error = UserError::usage(format!("the ranks of run {name} may still run on its nodes"));
+        return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
+    }
+    Ok(may_run)
 }
 
 /// Resolves a run's config with `set`. What `threads_per_rank: auto` came to holds for as many

@@ -57,7 +57,8 @@ fn expect_all(coordinator: Running, agents: [Running; 2]) {
     agents.into_iter().for_each(|agent| drop(agent.expect(0)));
 }
 
-/// The coordinator dies, and the same command (`run`: or its run's name) on another node takes over.
+/// The coordinator dies, and the same command (or one with the run's name: `run`) on another node
+/// takes over.
 fn check_take_over(run: &str, is_history_kept: bool) {
     let (etcd, sandbox) = (Etcd::start(), sandbox().env("FAKE_STEP_MS", 150));
     let killed = coordinator(&sandbox, &etcd, "config.yaml", "127.0.0.1");

@@ -1,14 +1,14 @@
 //! The coordinator's side: who the nodes are, a conversation with each, and the ranks that they
 //! run. Every change passes through the supervisor's loop.
 
-use super::members::{Change, Joined, Limits, Members, NodeId, Seek};
+use super::members::{Change, Limits, Members, NodeId, Seek};
 use super::remote::{Commands, RemoteRank};
 use super::secrets;
 use super::server::{Arrival, serve};
 use super::wire;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
-use rank_protocol::agent::{ALIVE_EVERY_MS, Answer, FromAgent, Running, Start, ToAgent};
+use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::StoreRequest;
 use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
@@ -19,12 +19,12 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
-use tokio_rustls::server::TlsStream;
 
 mod adopt;
+mod arrival;
 mod health;
 
 /// A sign of life that is given so much too late shows that this process was not running.
@@ -360,83 +360,6 @@ impl Nodes {
         }
     }
 
-    fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
-        let Arrival { join, from, stream } = arrival;
-        let name = join.node.name.clone();
-        if let Some(reason) = other_build(&join.node.build) {
-            tracing::error!("node {name} ({from}) was refused: {reason}");
-            spawn_local(refuse(stream, reason));
-            return Vec::new();
-        }
-        if let Some(reason) = self.unwell(&join) {
-            spawn_local(answer(stream, Answer::Unhealthy { reason: reason.0 }));
-            return reason.1;
-        }
-        let (node, is_new) = match self.members.join(join.node, now) {
-            Joined::New(node) => (node, true),
-            Joined::Again(node) => (node, false),
-            Joined::Replaced => {
-                let reason = format!("another agent named {name} has taken this one's place");
-                spawn_local(refuse(stream, format!("{reason}; hint: --name")));
-                return Vec::new();
-            }
-        };
-        let conversation = self.conversations.entry(node).or_insert_with(|| Conversation {
-            number: 0,
-            session: Session::new(NUM_KEPT),
-            connection: 0,
-            outbox: None,
-        });
-        let mut taken = join.taken;
-        if join.conversation != conversation.number || conversation.number == 0 {
-            // What was said before counts from the start again, on both sides.
-            conversation.session.other_side_is_new(|_| true);
-            conversation.number = self.next_conversation;
-            self.next_conversation += 1;
-            taken = 0;
-        }
-        let again = conversation.session.resume(taken);
-        let again = match again {
-            Ok(again) => again,
-            Err(error) => {
-                // It joins once more, and begins anew.
-                self.conversations.remove(&node);
-                spawn_local(refuse(stream, error.to_string()));
-                return Vec::new();
-            }
-        };
-        self.num_connections += 1;
-        conversation.connection = self.num_connections;
-        let welcome = Answer::Welcome {
-            conversation: conversation.number,
-            taken: conversation.session.taken(),
-            epoch: self.epoch,
-        };
-        let connection = self.num_connections;
-        let said = move |frame| {
-            let at = Instant::now();
-            Happening::Said { node, connection, at, frame: Box::new(frame) }
-        };
-        let ended = move |why| Happening::Ended { node, connection, why };
-        let happenings = self.happenings.clone();
-        let first = (Some(welcome), again);
-        conversation.outbox = Some(wire::talk(stream, first, happenings, said, ended));
-        if let Some(running) = join.running.filter(|_| is_new) {
-            match self.adopting == Some(running.generation) {
-                true => drop(self.running.insert(node, running)),
-                // Ranks of a node that was given up belong to nobody.
-                false => self.kill(node, &running),
-            }
-        }
-        if !is_new {
-            tracing::info!("node {name} is connected again");
-            return Vec::new();
-        }
-        tracing::info!("node {name} ({from}) has joined: {} in all", self.members.num_alive());
-        let fields = json!({ "node": name, "address": self.address_of(node) });
-        vec![Outcome::Event("node_joined", fields)]
-    }
-
     fn said(
         &mut self,
         node: NodeId,
@@ -577,20 +500,6 @@ impl Conversation {
             self.outbox = None;
         }
     }
-}
-
-/// Why an agent of this build does not fit.
-fn other_build(build: &str) -> Option<String> {
-    let ours = env!("CARGO_PKG_VERSION");
-    (build != ours).then(|| format!("the agent is of build {build}, the coordinator of {ours}"))
-}
-
-async fn refuse(stream: TlsStream<TcpStream>, reason: String) {
-    answer(stream, Answer::Refused { reason }).await;
-}
-
-async fn answer(mut stream: TlsStream<TcpStream>, answer: Answer) {
-    let _ = wire::write(&mut stream, &answer).await;
 }
 
 /// This machine's name.

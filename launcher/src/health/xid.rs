@@ -1,7 +1,8 @@
-//! Errors of GPUs in the kernel's log: the NVIDIA driver writes a line with an *Xid* number for each.
+//! Errors of GPUs in the kernel's log: the NVIDIA driver writes a line with an *Xid* number for
+//! each.
 //!
-//! Source of the numbers: NVIDIA, "XID Errors", the list of those after which a GPU must be reset or
-//! replaced.
+//! Source of the numbers: NVIDIA, "XID Errors", the list of those after which a GPU must be reset
+//! or replaced.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

@@ -1,9 +1,9 @@
 //! A run's state in etcd (API version 3, by its JSON gateway): two keys under `PREFIX/NAME/`.
 //!
 //! `holder` hangs on the holder's lease and says who and where it is; its create revision, which
-//! grows over the whole of etcd, is the epoch. `state` is what a successor must know. Every write is
-//! a transaction that asks whether `holder` is still of the writer's epoch, so that one who has lost
-//! its lease writes nothing. No token, key or certificate of the run is in etcd.
+//! grows over the whole of etcd, is the epoch. `state` is what a successor must know. Every write
+//! is a transaction that asks whether `holder` is still of the writer's epoch, so that one who has
+//! lost its lease writes nothing. No token, key or certificate of the run is in etcd.
 
 use super::http::Http;
 use super::{Acquired, Away, Holder, Record, StateStore, TTL};

@@ -2,8 +2,9 @@
 //! thread of its own, so that no silence of the store holds up the loop.
 //!
 //! A store that does not answer says nothing: the ranks go on, and what needs the store (a new
-//! generation) waits. A lease that has ended is taken again where nobody else was at work meanwhile;
-//! where somebody was, the keeper has *lost*, and the coordinator must do nothing any more.
+//! generation) waits. A lease that has ended is taken again where nobody else was at work
+//! meanwhile; where somebody was, the keeper has *lost*, and the coordinator must do nothing any
+//! more.
 
 use super::tenure::Tenure;
 use super::{Acquired, Away, Holder, Record, StateStore, TTL};

@@ -1,8 +1,8 @@
 //! What a coordinator leaves for its successor, and what keeps two from acting at once, where
 //! `restart.store` is etcd. With `file` the run's folder is all that: its lock and its events.
 //!
-//! [`StateStore`] is the seam: whoever holds the lease writes, and is known by an *epoch* that grows
-//! with every holder. [`tenure`] is pure and says how long a holder may be sure of itself;
+//! [`StateStore`] is the seam: whoever holds the lease writes, and is known by an *epoch* that
+//! grows with every holder. [`tenure`] is pure and says how long a holder may be sure of itself;
 //! [`keeper`] renews and writes on a thread of its own; [`etcd`] speaks to etcd, over [`http`];
 //! [`held`] is a run that is held so.
 

@@ -1,8 +1,8 @@
 //! How long a coordinator may be sure that it is the only one: pure, with the time as an argument.
 //!
 //! The store ends a lease [`ttl`](Tenure::new) after it was last renewed, by its own clock, and it
-//! heard of a renewal no earlier than that was asked for. So by this process's clock the lease holds
-//! at least until `asked + ttl`, less what the clocks' speeds may differ.
+//! heard of a renewal no earlier than that was asked for. So by this process's clock the lease
+//! holds at least until `asked + ttl`, less what the clocks' speeds may differ.
 
 use std::time::{Duration, Instant};
 
@@ -56,8 +56,8 @@ mod tests {
 
     const TTL: Duration = Duration::from_secs(5);
 
-    /// A store with a clock that runs a little faster or slower, and two coordinators, each of which
-    /// pauses, is cut off or gets its answers late.
+    /// A store with a clock that runs a little faster or slower, and two coordinators, each of
+    /// which pauses, is cut off or gets its answers late.
     struct World {
         start: Instant,
         /// Milliseconds.
@@ -111,7 +111,9 @@ mod tests {
     proptest! {
         #[test]
         fn two_coordinators_are_never_sure_at_once(
-            events in prop::collection::vec((0_usize..2, 0_u64..4000, 0_u64..3000, 0_u64..9000), 1..60),
+            events in prop::collection::vec(
+                (0_usize..2, 0_u64..4000, 0_u64..3000, 0_u64..9000), 1..60,
+            ),
             speed in 0.95_f64..1.05,
         ) {
             let mut world = World {
