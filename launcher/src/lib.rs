@@ -10,6 +10,7 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; `print` does not
 
 pub mod cancel;
+pub mod changes;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;

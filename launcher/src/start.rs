@@ -1,5 +1,6 @@
 //! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
 
+use crate::changes::{differences, refuse_another_function};
 use crate::cluster::nodes::ClusterPlan;
 use crate::cluster::store::held::Held;
 use crate::error::UserError;
@@ -346,22 +347,6 @@ fn note(run: &RunDir, generation: u64, kind: &str, mut fields: Value) -> Result<
     Ok(events.append(&fields)?)
 }
 
-/// Weights of one function are of no use to another: what changes the model's mathematics and not
-/// its shapes is refused here; the shapes are compared with the checkpoint's.
-fn refuse_another_function(changes: &[Value]) -> Result<(), UserError> {
-    const FUNCTION: [&str; 2] = ["model.norm_eps", "model.rope."];
-    let keys = changes.iter().filter_map(|change| change["key"].as_str());
-    let mut keys = keys.filter(|key| FUNCTION.iter().any(|prefix| key.starts_with(prefix)));
-    let Some(key) = keys.next() else { return Ok(()) };
-    let change = changes.iter().find(|change| change["key"] == key);
-    let (old, new) = change.map_or((&Value::Null, &Value::Null), |c| (&c["old"], &c["new"]));
-    let message = format!(
-        "{key}: {new} makes another model of it: the run's weights were trained with {old}"
-    );
-    let hint = "a new run with --set model.init_from=run:NAME can begin from these weights";
-    Err(UserError::usage(message).hint(hint))
-}
-
 /// Whether nothing is left to do, which is said; refuses fewer steps than are done.
 fn has_finished(
     config: &RunConfig,
@@ -571,37 +556,4 @@ fn write_config(run: &RunDir, config: &RunConfig) -> Result<(), UserError> {
 fn new_run_id(name: &str) -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{name}-{:x}-{:x}", since.as_nanos(), std::process::id())
-}
-
-/// The keys in which two configs differ, with both values.
-fn differences(before: &RunConfig, after: &RunConfig) -> Vec<Value> {
-    let flat = |config: &RunConfig| {
-        let mut out = Vec::new();
-        flatten("", &serde_json::to_value(config).unwrap_or_default(), &mut out);
-        out
-    };
-    let (before, after) = (flat(before), flat(after));
-    let value_in = |list: &[(String, Value)], key: &str| {
-        list.iter().find(|(k, _)| k == key).map_or(Value::Null, |(_, value)| value.clone())
-    };
-    let mut keys: Vec<&String> = before.iter().chain(&after).map(|(key, _)| key).collect();
-    keys.sort();
-    keys.dedup();
-    keys.into_iter()
-        .map(|key| (key, value_in(&before, key), value_in(&after, key)))
-        .filter(|(_, old, new)| old != new)
-        .map(|(key, old, new)| json!({ "key": key, "old": old, "new": new }))
-        .collect()
-}
-
-fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, Value)>) {
-    match value {
-        Value::Object(object) => {
-            for (key, value) in object {
-                let dot = if prefix.is_empty() { "" } else { "." };
-                flatten(&format!("{prefix}{dot}{key}"), value, out);
-            }
-        }
-        other => out.push((prefix.to_owned(), other.clone())),
-    }
 }

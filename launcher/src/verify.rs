@@ -111,7 +111,8 @@ fn refuse_changed(
     }
     let (from, to) = (steps.start(), steps.end());
     let error = UserError::usage(format!(
-        "--verify: of the steps {from} to {to} some were done with another config: {} changed since",
+        "--verify: of the steps {from} to {to} some were done with another config; since then \
+         changed: {}",
         keys.join(", ")
     ));
     Err(error.hint("choose steps after the change (--step N, or fewer steps)"))

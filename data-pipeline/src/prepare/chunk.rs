@@ -108,11 +108,14 @@ mod tests {
         chunks
     }
 
+    /// One character: of one to four bytes, space or not.
+    const PIECE: &str = "[ a\u{e9}\u{3000}\u{1c}\u{65e5}\u{1f600}]";
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
         fn chunks_are_those_of_the_rule(
-            pieces in prop::collection::vec(("[ a\u{e9}\u{3000}\u{1c}\u{65e5}\u{1f600}]", 1..12_usize), 0..40),
+            pieces in prop::collection::vec((PIECE, 1..12_usize), 0..40),
             chunk_chars in 1..60_usize,
             run_chars in 1..14_usize,
         ) {
