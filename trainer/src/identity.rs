@@ -102,7 +102,7 @@ fn loaded_bytes(head: &[u8]) -> u64 {
     };
     let ends = || -> Option<Vec<u64>> {
         const ELF_64_LITTLE_ENDIAN: &[u8] = b"\x7fELF\x02\x01";
-        let _ = head.starts_with(ELF_64_LITTLE_ENDIAN).then_some(())?;
+        head.starts_with(ELF_64_LITTLE_ENDIAN).then_some(())?;
         let first = usize::try_from(number(32, 8)?).ok().filter(|first| *first < head.len())?;
         let (size, count) = (number(54, 2)? as usize, number(56, 2)? as usize);
         (0..count).map(|index| end_of_segment(first + index * size)).collect()

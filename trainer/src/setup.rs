@@ -3,11 +3,11 @@
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
 use crate::store::LauncherStore;
-use checkpoint::Target;
+use checkpoint::{CheckpointError, Target};
 use checkpoint_format::hf::HfSource;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
-use checkpoint_format::{Checkpoint, WeightSource, scan};
+use checkpoint_format::{Checkpoint, FormatError, WeightSource, scan};
 use collectives::{CommError, Communicator, GroupOptions};
 use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};

@@ -95,7 +95,7 @@ async fn join(plan: &Plan, node: usize) -> Result<Connected, Box<dyn Error>> {
     let attempt = attempt(plan.run.clone(), Whereabouts::Folder, 0, join).await?;
     drop(permit);
     match attempt {
-        Attempt::Connected(connected) => Ok(connected),
+        Attempt::Connected(connected) => Ok(*connected),
         Attempt::Refused(_, reason) => Err(reason.into()),
     }
 }

@@ -89,7 +89,7 @@ impl Whereabouts {
 /// What became of an attempt.
 pub enum Attempt {
     /// This node belongs to the run.
-    Connected(Connected),
+    Connected(Box<Connected>),
     /// It does not, for good: exit code and reason.
     Refused(i32, String),
 }
@@ -134,7 +134,7 @@ pub async fn attempt(
             return Err(Error::other(format!("{what}, and {least_epoch} was heard of")));
         }
         Answer::Welcome { conversation, taken, epoch } => {
-            Attempt::Connected(Connected { conversation, taken, epoch, stream })
+            Attempt::Connected(Box::new(Connected { conversation, taken, epoch, stream }))
         }
         // A coordinator that has just begun anew has another token than was read.
         Answer::Refused { reason } if secrets::read(&run)?.2 != join.token => {

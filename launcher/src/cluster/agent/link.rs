@@ -40,7 +40,7 @@ impl Agent {
         spawn_local(async move {
             let attempt = tokio::time::timeout(ATTEMPT_TIMEOUT, attempt).await;
             let happening = match attempt {
-                Ok(Ok(Attempt::Connected(connected))) => Happening::Connected(Box::new(connected)),
+                Ok(Ok(Attempt::Connected(connected))) => Happening::Connected(connected),
                 Ok(Ok(Attempt::Refused(code, why))) => Happening::Refused { code, why },
                 Ok(Err(error)) => Happening::Failed { why: error.to_string() },
                 Err(_) => Happening::Failed { why: "no answer".into() },
