@@ -1,5 +1,4 @@
 //! Machines that are not well get no ranks: each fault is planted in a real agent or launcher.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::sandbox::{Running, Sandbox};
 use serde_json::{Value, json};
