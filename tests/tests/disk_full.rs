@@ -83,7 +83,15 @@ impl Drop for SmallDisk {
     }
 }
 
-const RUN: [&str; 4] = ["run", "config.yaml", "--set", "metrics.tensorboard=false"];
+/// The disk is one that a look at the machine's health would refuse from the start.
+const RUN: [&str; 6] = [
+    "run",
+    "config.yaml",
+    "--set",
+    "metrics.tensorboard=false",
+    "--set",
+    "restart.health_check=false",
+];
 
 #[test]
 fn a_checkpoint_that_finds_no_space_costs_no_older_one() {
