@@ -73,6 +73,11 @@ impl Resolver<'_> {
             restart: Restart {
                 max_no_progress: self.count(&v, "restart.max_no_progress")?,
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
+                elastic: Elastic {
+                    min_replicas: self.optional_size(&v, "restart.elastic.min_replicas"),
+                    wait_s: self.integer(&v, "restart.elastic.wait_s")?,
+                    grow_pause_s: self.integer(&v, "restart.elastic.grow_pause_s")?,
+                },
             },
             cluster: Cluster {
                 kind: self.choice(&v, "cluster.kind")?,

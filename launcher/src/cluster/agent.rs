@@ -44,7 +44,7 @@ const MAX_LINE_CHARS: usize = 2000;
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Arguments of `phalanx agent`.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct AgentArgs {
     /// The run's directory or name, as all nodes see it.
     pub run: String,
@@ -61,6 +61,9 @@ pub struct AgentArgs {
     /// The coordinator, HOST:PORT; by default what it wrote into the run's directory.
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<String>,
+    /// When the launcher started whose end is no news: another is about to go on with the run.
+    #[arg(skip)]
+    pub after: Option<String>,
 }
 
 /// What happened on the connection.
@@ -219,7 +222,8 @@ impl Agent {
                 Some(happening) = happened.recv() => { self.happened(happening); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
-                _ = user.recv() => Some("SIGUSR2"),
+                // A scheduler's warning; however often it comes, the run has time to save.
+                _ = user.recv() => { self.asked_to_stop("SIGUSR2", 1); None }
                 () = tokio::time::sleep_until(wake.into()) => { self.wake(); None }
             };
             if let Some(by) = by {
@@ -361,6 +365,7 @@ impl Agent {
         self.looked = Instant::now();
         if let Ok(history) = runs::history(&self.run)
             && let Some((code, reason)) = history.end
+            && self.args.after.as_ref() != Some(&history.started)
         {
             self.end = Some((code, reason));
         }

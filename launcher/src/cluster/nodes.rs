@@ -5,24 +5,27 @@ use super::members::{Change, Joined, Limits, Members, NodeId, Seek};
 use super::remote::{Commands, RemoteRank};
 use super::secrets;
 use super::server::{Arrival, serve};
+use super::sizes::{Size, Sizes};
 use super::wire;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use rank_protocol::agent::{ALIVE_EVERY_MS, Answer, FromAgent, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::StoreRequest;
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio_rustls::server::TlsStream;
+
+mod adoption;
 
 /// A sign of life that is given so much too late shows that this process was not running.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -38,9 +41,9 @@ pub struct ClusterPlan {
     pub listen: SocketAddr,
     /// The host name or address that agents connect to; `None`: where it listens.
     pub host: Option<String>,
-    /// Nodes.
-    pub num_nodes: usize,
-    /// Ranks on each.
+    /// The nodes, and with how many fewer it may go on.
+    pub sizes: Sizes,
+    /// Ranks on each node.
     pub ranks_per_node: usize,
 }
 
@@ -116,6 +119,8 @@ pub struct Nodes {
     happenings: mpsc::Sender<Happening>,
     commands: Rc<Commands>,
     ranks: Ranks,
+    /// This machine's address, as agents on others reach it.
+    reached_at: Option<IpAddr>,
     /// The generation of an earlier coordinator that shall go on, and who runs what of it.
     adopting: Option<u64>,
     running: BTreeMap<NodeId, Running>,
@@ -145,7 +150,7 @@ impl Nodes {
         let address = Address { host, port: local.port(), pid: std::process::id() };
         tracing::info!(
             "waiting for {} agents at {}:{}",
-            plan.num_nodes,
+            plan.sizes.whole().nodes,
             address.host,
             address.port
         );
@@ -155,12 +160,13 @@ impl Nodes {
         spawn_local(serve(listener, secrets, happenings.clone()));
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let nodes = Self {
-            members: Members::new(Limits::new(plan.num_nodes)),
+            members: Members::new(Limits::new(plan.sizes.clone())),
             conversations: BTreeMap::new(),
             plan,
             happenings,
             commands: Rc::default(),
             ranks: Ranks::default(),
+            reached_at: None,
             adopting: None,
             running: BTreeMap::new(),
             stored: Vec::new(),
@@ -197,9 +203,24 @@ impl Nodes {
         changes.into_iter().flat_map(|change| self.changed(change)).collect()
     }
 
-    /// A generation needs its nodes; ask [`Nodes::found`] from now on.
-    pub fn seek(&mut self, now: Instant) {
-        self.members.seek(now);
+    /// A generation needs its nodes, as [`Members::seek`] says; ask [`Nodes::found`] from now on.
+    pub fn seek(&mut self, ranks: usize, fewer_after: Option<Duration>, now: Instant) {
+        self.members.seek(ranks, fewer_after, now);
+    }
+
+    /// The size of a run that lacks no node.
+    pub fn whole(&self) -> Size {
+        self.plan.sizes.whole()
+    }
+
+    /// The size of a generation on so many nodes.
+    pub fn size(&self, nodes: usize) -> Size {
+        self.members.size(nodes)
+    }
+
+    /// Ranks for which there is room now.
+    pub fn room(&self) -> usize {
+        self.members.room().map_or(0, |size| size.ranks)
     }
 
     /// Whether the nodes that are sought are there.
@@ -217,68 +238,14 @@ impl Nodes {
         self.ranks.nodes.get(rank).map(|node| self.name(*node))
     }
 
-    /// The address of a rank's node, for the ranks of others.
+    /// The address of a rank's node, for the ranks of others. A node that reaches this one by
+    /// loopback is this one, which others reach as they reach the coordinator.
     pub fn address_of(&self, node: NodeId) -> String {
-        self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
-    }
-
-    /// The ranks of an earlier coordinator's generation may still run: they are let alone until
-    /// [`Nodes::adopt`] or [`Nodes::abandon`].
-    pub fn await_ranks(&mut self, generation: u64) {
-        self.adopting = Some(generation);
-    }
-
-    /// Takes over the generation that was expected, once every node that `names` has by place is
-    /// there. Gives the nodes, the ranks, and what had happened in the meantime.
-    pub fn adopt(
-        &mut self,
-        names: &[String],
-    ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
-        let generation = self.adopting?;
-        let node_of = |name: &String| {
-            self.running.keys().copied().find(|node| {
-                self.members.is_alive(*node)
-                    && self.members.info(*node).is_some_and(|info| info.name == *name)
-            })
-        };
-        let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
-        let per_node = self.plan.ranks_per_node;
-        let has_its_ranks = |(place, node): (usize, &NodeId)| {
-            let Some(running) = self.running.get(node) else { return false };
-            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
-            ranks.extend(&running.exited);
-            ranks.sort_unstable();
-            ranks.into_iter().eq(place * per_node..(place + 1) * per_node)
-        };
-        if nodes.len() != self.plan.num_nodes || !nodes.iter().enumerate().all(has_its_ranks) {
-            return None;
-        }
-        self.adopting = None;
-        self.members.place(&nodes);
-        let running = std::mem::take(&mut self.running);
-        let outcomes = std::mem::take(&mut self.stored);
-        let handles = self.handles(generation, &nodes, 0..nodes.len() * per_node);
-        for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
-            if let Some(cell) = self.ranks.pids.get(*rank) {
-                cell.set(*pid);
-            }
-        }
-        Some((nodes, handles, outcomes))
-    }
-
-    /// Ends the ranks that were expected: not all of them are there.
-    pub fn abandon(&mut self) {
-        self.adopting = None;
-        self.stored.clear();
-        for (node, running) in std::mem::take(&mut self.running) {
-            self.kill(node, &running);
-        }
-    }
-
-    fn kill(&mut self, node: NodeId, running: &Running) {
-        let generation = running.generation;
-        for (rank, _) in &running.ranks {
-            self.send(node, ToAgent::Kill { generation, rank: *rank });
+        let own = self.members.info(node).map(|info| info.address.clone()).unwrap_or_default();
+        let is_loopback = own.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+        match self.reached_at.filter(|_| is_loopback) {
+            Some(address) => address.to_string(),
+            None => own,
         }
     }
 
@@ -374,6 +341,7 @@ impl Nodes {
     fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
         let Arrival { join, from, stream } = arrival;
         let name = join.node.name.clone();
+        self.is_reached(from, &stream);
         if let Some(reason) = other_build(&join.node.build) {
             tracing::error!("node {name} ({from}) was refused: {reason}");
             spawn_local(refuse(stream, reason));
@@ -440,6 +408,13 @@ impl Nodes {
         vec![Outcome::Event("node_joined", fields)]
     }
 
+    /// Notes at which address an agent elsewhere reaches this machine.
+    fn is_reached(&mut self, from: SocketAddr, stream: &TlsStream<TcpStream>) {
+        if let (false, Ok(local)) = (from.ip().is_loopback(), stream.get_ref().0.local_addr()) {
+            self.reached_at = Some(local.ip());
+        }
+    }
+
     fn said(
         &mut self,
         node: NodeId,
@@ -479,9 +454,13 @@ impl Nodes {
                 return Some(stored).filter(|_| generation == self.ranks.generation);
             }
             FromAgent::StopRequested { signal } => {
-                let is_placed = self.ranks.nodes.contains(&node);
-                let by = format!("{signal} to node {}", self.name(node));
-                return is_placed.then_some(Outcome::Stop(by));
+                let name = self.name(node);
+                if self.ranks.nodes.contains(&node) {
+                    return Some(Outcome::Stop(format!("{signal} to node {name}")));
+                }
+                let reason = format!("{signal}, and the run goes on without node {name}");
+                self.send(node, ToAgent::Over { code: exit_code::PREEMPTED, reason });
+                return None;
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
