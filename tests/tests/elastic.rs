@@ -34,15 +34,19 @@ fn generation_of(sandbox: &Sandbox, number: u64) -> Value {
 }
 
 fn layout(replicate: usize, whole: usize) -> Value {
-    json!({ "tensor": 1, "context": 1, "pipeline": 1, "shard": 1, "replicate": replicate,
+    sharded(1, replicate, whole)
+}
+
+fn sharded(shard: usize, replicate: usize, whole: usize) -> Value {
+    json!({ "tensor": 1, "context": 1, "pipeline": 1, "shard": shard, "replicate": replicate,
         "whole_replicate": whole })
 }
 
-/// Both nodes, then `a` alone, then both again, as the events have it: `replicas` of the whole.
-fn assert_shrunk_and_grown(sandbox: &Sandbox, (one, whole): (usize, usize)) {
+/// Both nodes, then `a` alone, then both again, as the events have it, with these layouts.
+fn assert_shrunk_and_grown(sandbox: &Sandbox, one: &Value, whole: &Value) {
     let started = sandbox.events_of("generation_started");
     let layouts: Vec<&Value> = started.iter().map(|event| &event["layout"]).collect();
-    assert_eq!(layouts, [&layout(whole, whole), &layout(one, whole), &layout(whole, whole)]);
+    assert_eq!(layouts, [whole, one, whole]);
     let is_restart: Vec<&Value> = started.iter().map(|event| &event["is_restart"]).collect();
     assert_eq!(is_restart, [false, true, false], "growth is no restart");
     let placed: Vec<Value> =
@@ -79,7 +83,7 @@ fn a_run_goes_on_without_a_node_and_takes_it_back_at_a_checkpoint() {
     again.expect(0);
     let steps: Vec<u64> = metrics(&sandbox, "test").iter().map(|report| report.step).collect();
     assert_eq!(steps, (1..=60).collect::<Vec<u64>>());
-    assert_shrunk_and_grown(&sandbox, (2, 4));
+    assert_shrunk_and_grown(&sandbox, &layout(2, 4), &layout(4, 4));
     let (text, _) = sandbox.expect(0, &["status", "test"]);
     assert!(text.contains("3 (1 restarts)") && !text.contains("replicas"), "{text}");
     sandbox.assert_nothing_left();
@@ -95,10 +99,11 @@ fn losses_and_tokens_are_those_of_the_whole_layout() {
         "training.global_batch=64",
         "precision.compute=fp64",
         "cluster.threads_per_rank=1",
+        // A node holds one replica, of two ranks.
+        "parallelism={shard: {ranks: 2, level: gradients}, replicate: 2}",
     ];
-    sandbox.train("straight", &[&sets[..], &["cluster.ranks_per_node=2"]].concat());
-    let one_rank = [&sets[..], &["cluster.ranks_per_node=1"]].concat();
-    let args: Vec<&str> = one_rank.iter().flat_map(|set| ["--set", set]).collect();
+    sandbox.train("straight", &[&sets[..], &["cluster.ranks_per_node=4"]].concat());
+    let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
     let coordinator = coordinator(&sandbox, &args);
     let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
     sandbox.wait_for_metrics(7, 1);
@@ -108,7 +113,7 @@ fn losses_and_tokens_are_those_of_the_whole_layout() {
     coordinator.expect(0);
     first.expect(0);
     again.expect(0);
-    assert_shrunk_and_grown(&sandbox, (1, 2));
+    assert_shrunk_and_grown(&sandbox, &sharded(2, 1, 2), &sharded(2, 2, 2));
     let largest = assert_close(&sandbox, "straight", "test", 60, 1e-10);
     eprintln!("losses and norms within {largest:e}");
     let tokens =
@@ -165,6 +170,6 @@ fn a_new_coordinator_takes_over_a_shrunk_run() {
     first.expect(0);
     again.expect(0);
     assert_eq!(sandbox.events_of("generation_adopted").len(), 1);
-    assert_shrunk_and_grown(&sandbox, (2, 4));
+    assert_shrunk_and_grown(&sandbox, &layout(2, 4), &layout(4, 4));
     sandbox.assert_nothing_left();
 }

@@ -111,7 +111,7 @@ mod tests {
         check(&[shard], &[1, 2, 3, 4, 6]);
         check(&["parallelism={tensor: 4, replicate: 6}", "training.micro_batch=4"], &[1, 2, 3, 6]);
         let ramp = "training.global_batch=[{from_tokens: 0, global_batch: 24}, \
-                    {from_tokens: 4000, global_batch: 48}]";
+                    {from_tokens: 4000, global_batch: 30}]";
         check(&[ramp, "parallelism.tensor=4", "model.kv_heads=4"], &[1, 2, 3, 6]);
         check(&["cluster.ranks_per_node=auto", "parallelism.replicate=auto"], &[]);
     }
