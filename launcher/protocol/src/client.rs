@@ -459,6 +459,7 @@ mod tests {
             run_dir: "run".into(),
             resume_step: None,
             stop_after: None,
+            roll_backs: Vec::new(),
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

@@ -185,12 +185,13 @@ impl Members {
     }
 
     /// A rank of a member failed, of the process or the node. Returns whether the member is
-    /// quarantined for it, and so is none any more; not where nobody could take its place.
-    pub fn failed(&mut self, node: NodeId) -> bool {
+    /// quarantined for it, and so is none any more; not where nobody could take its place. One
+    /// failure is enough where `is_certain` that it will not be the last.
+    pub fn failed(&mut self, node: NodeId, is_certain: bool) -> bool {
         let Some(member) = self.members.get(node) else { return false };
         let name = member.info.name.clone();
         let failures = self.failures.entry(name.clone()).or_default();
-        *failures += 1;
+        *failures += if is_certain { MAX_FAILURES } else { 1 };
         let is_free = |other: &NodeId| {
             *other != node
                 && self.members[*other].health == Health::Alive
@@ -470,15 +471,27 @@ mod tests {
             nodes.join(name, name);
         }
         assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
-        assert!(!nodes.members.failed(1));
-        assert!(!nodes.members.failed(1), "nobody else is there");
+        assert!(!nodes.members.failed(1, false));
+        assert!(!nodes.members.failed(1, false), "nobody else is there");
         nodes.join("spare", "1");
-        assert!(nodes.members.failed(1));
+        assert!(nodes.members.failed(1, false));
         assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
         nodes.after(1.0, &[0, 1, 2]);
         assert_eq!(nodes.seek(), Seek::Waiting, "its name is preferred for a second");
         nodes.after(1.0, &[0, 2]);
         assert_eq!(nodes.found(), Seek::Found(vec![0, 2]));
+    }
+
+    #[test]
+    fn a_node_that_certainly_fails_again_is_quarantined_at_once() {
+        let mut nodes = Nodes::new(2);
+        for name in ["a", "b", "spare"] {
+            nodes.join(name, name);
+        }
+        assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
+        assert!(!nodes.members.failed(0, false));
+        assert!(nodes.members.failed(1, true));
+        assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
     }
 
     #[test]

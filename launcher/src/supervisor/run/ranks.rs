@@ -78,6 +78,7 @@ impl Executor {
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
             stop_after: self.plan.stop_after,
+            roll_backs: self.plan.roll_backs.clone(),
         }
     }
 }
