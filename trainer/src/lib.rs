@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod bench;
 pub mod error;
+pub mod faults;
 pub mod generate;
 pub mod identity;
 pub mod metrics;

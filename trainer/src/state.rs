@@ -14,6 +14,8 @@ use rank_protocol::run_dir::RunDir;
 use run_config::RunConfig;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
+use torch_shim::tch::Device;
 
 pub use layout::communication::BUCKET_BYTES;
 
@@ -98,6 +100,13 @@ impl Rank {
     pub fn enter(&mut self, phase: Phase) -> Result<()> {
         self.phase = phase;
         Ok(self.client.phase(phase)?)
+    }
+
+    /// Seconds that it has waited for other ranks since it had waited for so long; none on a GPU,
+    /// where the host does not wait.
+    pub fn waited_since(&self, before: Duration) -> Option<f64> {
+        let waited = collectives::waited().saturating_sub(before);
+        (self.worker.device() == Device::Cpu).then_some(waited.as_secs_f64())
     }
 
     /// The step that it is at: the one in work while it trains, else the one just done.

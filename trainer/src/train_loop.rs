@@ -1,6 +1,7 @@
 //! The training loop.
 
 use crate::error::{Result, TrainError};
+use crate::faults;
 use crate::metrics::Metrics;
 use crate::rank::longest_sequence;
 use crate::saving::Saving;
@@ -37,9 +38,11 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             finish_save(rank, false)?;
         }
         rank.enter(Phase::Train)?;
-        let started = Instant::now();
+        faults::at_step(rank)?;
+        let (started, waited) = (Instant::now(), collectives::waited());
         let result = train_step(rank)?;
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
+        report.comm_wait_s = rank.waited_since(waited);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
         }

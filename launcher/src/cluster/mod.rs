@@ -14,5 +14,6 @@ pub mod nodes;
 pub mod remote;
 pub mod secrets;
 pub mod server;
+mod simulation;
 pub mod store;
 pub mod wire;

@@ -3,6 +3,7 @@
 
 use super::ledger::{Ledger, Spent};
 use super::rank::{Input, News, RankHandle};
+use super::pace::pace_of;
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::restore::{self, Branch, Restored};
 use super::state::{Action, Event, Policy, State};
@@ -164,7 +165,8 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
+        let pace = pace_of(&plan.config, plan.world_size);
+        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone(), pace);
         recorder.keeper = plan.keeper.take();
         view.begin(plan.config.training.steps);
         Self {
@@ -303,6 +305,7 @@ impl Executor {
                 self.handle(Event::Phase { rank, phase });
             }
             FromRank::Step(report) => {
+                self.recorder.paced(rank, &report);
                 self.handle(Event::Step { rank, step: report.step });
                 if rank == 0 {
                     self.show_step(&report);
