@@ -2,7 +2,8 @@
 //!
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
 //! resolves what depends on this machine; [`start`] begins and resumes runs, `verify` does steps
-//! again; [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines;
+//! again; [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines, [`remote`]
+//! keeps checkpoints in an object store;
 //! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`],
 //! [`data`], [`checkpoint`] and [`simulate`] need no run at all.
 
@@ -21,6 +22,7 @@ pub mod machine;
 mod pipeline;
 mod plan;
 mod print;
+pub mod remote;
 pub mod runs;
 pub mod simulate;
 pub mod start;

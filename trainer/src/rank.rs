@@ -1,6 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::backend::Backend;
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::identity;
 use crate::setup::{
@@ -124,6 +125,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         worker.groups.rank,
         worker.groups.mesh.size()
     );
+    let cadence = Cadence::new(&config, assignment, first_step - 1);
     let rank = Rank {
         config,
         client: client.clone(),
@@ -136,6 +138,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,
+        cadence,
         saving: None,
     };
     Ok((rank, backend))

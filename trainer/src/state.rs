@@ -1,5 +1,6 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::saving::Saving;
 use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
@@ -41,6 +42,8 @@ pub struct Rank {
     pub skipped_steps: u64,
     /// Steps skipped in a row, up to now.
     pub skipped_in_a_row: u32,
+    /// When to save.
+    pub cadence: Cadence,
     /// The checkpoint that is being written.
     pub saving: Option<Saving>,
 }

@@ -270,8 +270,12 @@ impl Rules<'_, '_> {
                 self.note(NoteLevel::Warning, "schedule.warmup_steps", message);
             }
         }
+        // With `auto` there is a checkpoint at each of those steps too.
         let (every, keep) = (c.checkpoint.every_steps, c.checkpoint.keep_every_steps);
-        if keep > 0 && (every == 0 || !keep.is_multiple_of(every)) {
+        if let Some(every) = every
+            && keep > 0
+            && (every == 0 || !keep.is_multiple_of(every))
+        {
             let message = format!("checkpoints come every {every} steps, so few of every {keep}");
             self.note(NoteLevel::Warning, "checkpoint.keep_every_steps", message);
         }

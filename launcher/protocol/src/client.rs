@@ -459,6 +459,8 @@ mod tests {
             run_dir: "run".into(),
             resume_step: None,
             stop_after: None,
+            failures: 0,
+            observed_s: 0,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

@@ -120,6 +120,12 @@ pub struct Assignment {
     /// Step after which to save and stop, as if it had been asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_after: Option<u64>,
+    /// Failures of the run so far.
+    #[serde(default)]
+    pub failures: u64,
+    /// Seconds that the run has been up and down so far.
+    #[serde(default)]
+    pub observed_s: u64,
 }
 
 /// Where a rank is.

@@ -6,10 +6,13 @@ use super::mpirun;
 use super::rank::{Input, News, RankHandle, set_environment, start};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::relay::RankLog;
-use super::restore::{self, Branch, Restored};
+use super::restore::{Branch, Restored};
 use super::state::{Action, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
+use crate::remote::Place;
+use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
+use checkpoints::{Copies, next_of_copies};
 use elsewhere::{Elsewhere, next_of};
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{Assignment, FailureClass, FromRank, RunDir, ToRank, env, exit_code};
@@ -65,8 +68,11 @@ pub struct Plan {
     pub may_begin: bool,
     /// Step after which it is saved and stopped.
     pub stop_after: Option<u64>,
+    /// Where checkpoints are copied to, and read from where they are missing here.
+    pub remote: Option<Place>,
 }
 
+mod checkpoints;
 mod elsewhere;
 
 struct Executor {
@@ -78,6 +84,8 @@ struct Executor {
     ranks: Vec<RankHandle>,
     /// The ranks' machines, where agents start them.
     elsewhere: Option<Elsewhere>,
+    /// The copying of checkpoints to an object store.
+    copies: Option<Copies>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
     generation_start: Instant,
@@ -109,10 +117,11 @@ pub fn supervise(
         };
         let mut executor = Executor::new(plan, view, inputs, searches);
         executor.elsewhere = nodes.map(Elsewhere::new);
+        let copied = executor.start_copies()?;
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
-        executor.run(received, found, happened).await
+        executor.run(received, found, happened, copied).await
     })
 }
 
@@ -161,6 +170,7 @@ impl Executor {
             store: Store::default(),
             ranks: Vec::new(),
             elsewhere: None,
+            copies: None,
             inputs,
             searches,
             generation_start: Instant::now(),
@@ -176,6 +186,7 @@ impl Executor {
         mut inputs: mpsc::Receiver<Input>,
         mut searches: mpsc::Receiver<Result<Restored, String>>,
         mut happened: Option<mpsc::Receiver<Happening>>,
+        mut copied: Option<mpsc::Receiver<CopyNews>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -190,12 +201,13 @@ impl Executor {
             self.handle(Event::Begin { committed: self.plan.committed });
         }
         let mut num_signals = 0;
-        while self.finish.is_none() {
+        while self.finish.is_none() || self.still_copies() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
                 Some(search) = searches.recv() => { self.take_search(search); None }
                 Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
+                news = next_of_copies(&mut copied) => { self.copied(news); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
@@ -205,6 +217,7 @@ impl Executor {
             if let Some(by) = by {
                 num_signals += 1;
                 let by = by.to_owned();
+                self.end_copies_once_over();
                 match num_signals {
                     1 => self.asked_to_stop(by),
                     _ => self.handle(Event::StopNow { by }),
@@ -280,27 +293,13 @@ impl Executor {
                     self.show_step(&report);
                 }
             }
-            FromRank::CheckpointCommitted { step } => {
-                self.recorder.status.alarm = None;
-                self.handle(Event::Committed { step });
-                self.recorder.event("checkpoint_committed", json!({ "step": step }));
-            }
+            FromRank::CheckpointCommitted { step } => self.committed(step),
             FromRank::Here(position) => {
                 let waits = position.waits.join("; ");
                 tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
                 self.handle(Event::Here { rank, position });
             }
-            FromRank::Event(event) => {
-                let mut fields = event.fields;
-                fields.insert("rank".into(), rank.into());
-                let reason = fields.get("reason").and_then(|reason| reason.as_str());
-                if event.kind == "checkpoint_failed" {
-                    let reason = reason.unwrap_or_default().to_owned();
-                    tracing::error!("rank {rank} could not save: {reason}");
-                    self.recorder.status.alarm = Some(reason);
-                }
-                self.recorder.event(&event.kind, fields.into());
-            }
+            FromRank::Event(event) => self.hear_event(rank, event),
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
@@ -342,22 +341,6 @@ impl Executor {
         if self.recorder.next_write() <= Instant::now() {
             self.update_status();
         }
-    }
-
-    fn take_search(&mut self, search: Result<Restored, String>) {
-        let restored = match search {
-            Ok(restored) => restored,
-            Err(reason) => {
-                return self.handle(Event::Broken { code: exit_code::FAILED, reason });
-            }
-        };
-        for damaged in &restored.damaged {
-            let (step, reason) = (damaged.step, &damaged.reason);
-            tracing::warn!("the checkpoint of step {step} is damaged and passed over: {reason}");
-            let fields = json!({ "step": step, "reason": reason });
-            self.recorder.event("checkpoint_damaged", fields);
-        }
-        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
     }
 
     fn handle(&mut self, event: Event) {
@@ -411,7 +394,10 @@ impl Executor {
                 self.recorder.event("stalled", json!(stall));
             }
             Action::AskWhere => self.tell_all(&ToRank::Where),
-            Action::Finish { code, reason } => self.finish = Some((code, reason)),
+            Action::Finish { code, reason } => {
+                self.finish_copies(code);
+                self.finish = Some((code, reason));
+            }
         }
     }
 
@@ -419,29 +405,6 @@ impl Executor {
         for rank in &self.ranks {
             rank.tell(message.clone());
         }
-    }
-
-    /// Reading all of a checkpoint takes long: another thread does it.
-    fn search(&mut self) {
-        // What the ranks of the last generation hold must not outlive it.
-        self.ranks.clear();
-        let only = self.plan.first_step.filter(|_| self.is_first_search);
-        self.is_first_search = false;
-        let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
-        let searches = self.searches.clone();
-        let generation = self.state.generation();
-        // Ranks on a node that was given up may still run: from here on they save nothing.
-        let fence = self.elsewhere.is_some().then_some(generation + 1);
-        tokio::task::spawn_blocking(move || {
-            if let Some(next) = fence
-                && let Err(error) = restore::raise_fence(&dir, next)
-            {
-                let _ = searches.blocking_send(Err(error));
-                return;
-            }
-            restore::remove_unfinished(&dir, generation);
-            let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
-        });
     }
 
     fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
@@ -544,6 +507,8 @@ impl Executor {
             run_dir: self.plan.run.root().to_owned(),
             resume_step,
             stop_after: self.plan.stop_after,
+            failures: self.recorder.status.restarts,
+            observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
         }
     }
 
@@ -560,7 +525,8 @@ impl Executor {
         self.recorder.status.ranks = ranks.collect();
         self.recorder.status.last_checkpoint = self.state.committed();
         if self.recorder.status.exit_code.is_none() {
-            self.recorder.status.state = self.state.name().to_owned();
+            let state = if self.finish.is_some() { "copying" } else { self.state.name() };
+            self.recorder.status.state = state.to_owned();
         }
         self.recorder.write_status();
     }
