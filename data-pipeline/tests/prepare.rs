@@ -349,6 +349,20 @@ fn long_texts_are_cut_as_llama_3_cuts_them() {
 }
 
 #[test]
+fn a_tokenizer_with_an_absurd_id_is_refused_before_room_is_made_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = train(folder.path(), 400, "tokenizer.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for id in [1_u64 << 24, u64::from(u32::MAX), u64::MAX] {
+        value["model"]["vocab"]["a"] = id.into();
+        std::fs::write(&path, value.to_string()).unwrap();
+        let error = Tokenizer::load(&path).err().unwrap().to_string();
+        assert!(error.contains("has an id of") && error.contains("16777215"), "{error}");
+    }
+}
+
+#[test]
 fn metas_format_encodes_as_the_tokenizer_it_was_made_from() {
     let folder = tempfile::tempdir().unwrap();
     let json = train(folder.path(), 400, "tokenizer.json");

@@ -44,14 +44,32 @@ fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, Value)>) {
 /// The first such key, with both values.
 pub fn refuse_another_function(changes: &[Value]) -> Result<(), UserError> {
     const FUNCTION: [&str; 2] = ["model.norm_eps", "model.rope."];
-    let keys = changes.iter().filter_map(|change| change["key"].as_str());
-    let mut keys = keys.filter(|key| FUNCTION.iter().any(|prefix| key.starts_with(prefix)));
-    let Some(key) = keys.next() else { return Ok(()) };
-    let change = changes.iter().find(|change| change["key"] == key);
-    let (old, new) = change.map_or((&Value::Null, &Value::Null), |c| (&c["old"], &c["new"]));
+    let key_of = |change: &Value| change["key"].as_str().unwrap_or_default().to_owned();
+    let is_of_function =
+        |change: &&Value| FUNCTION.iter().any(|prefix| key_of(change).starts_with(prefix));
+    let Some(change) = changes.iter().find(is_of_function) else { return Ok(()) };
+    let (key, old, new) = (key_of(change), &change["old"], &change["new"]);
     let message = format!(
         "{key}: {new} makes another model of it: the run's weights were trained with {old}"
     );
     let hint = "a new run with --set model.init_from=run:NAME can begin from these weights";
     Err(UserError::usage(message).hint(hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_changes_the_mathematics_is_refused() {
+        let change = |key: &str| json!({ "key": key, "old": 1e-5, "new": 1e-3 });
+        let harmless = [change("training.steps"), change("model.layers")];
+        assert!(refuse_another_function(&harmless).is_ok());
+        for key in ["model.norm_eps", "model.rope.theta", "model.rope.scaling.factor"] {
+            let error = refuse_another_function(&[change("training.steps"), change(key)]);
+            let message = error.unwrap_err().message;
+            assert!(message.starts_with(&format!("{key}: 0.001 makes another")), "{message}");
+            assert!(message.ends_with("trained with 0.00001"), "{message}");
+        }
+    }
 }

@@ -207,6 +207,17 @@ pub struct History {
     pub nodes: Vec<String>,
     /// The last entry of the books.
     pub ledger: Option<LedgerEntry>,
+    /// The changes of the config, but for those that were taken back.
+    pub config_changes: Vec<ConfigChange>,
+}
+
+/// A resume that changed the config.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigChange {
+    /// The last generation that had the config of before.
+    pub generation: u64,
+    /// The keys whose values changed.
+    pub keys: Vec<String>,
 }
 
 /// What the run's time had been spent on by a moment.
@@ -288,50 +299,43 @@ impl History {
                     self.branches.push(Branch { step, generation });
                 }
             }
+            Some("config_changed") => {
+                let changes = event.get("changes").and_then(Value::as_array);
+                let key = |change: &Value| change.get("key")?.as_str().map(str::to_owned);
+                self.config_changes.push(ConfigChange {
+                    generation: number("generation").unwrap_or(0),
+                    keys: changes.into_iter().flatten().filter_map(key).collect(),
+                });
+            }
+            Some("config_restored") => drop(self.config_changes.pop()),
             _ => return code.is_some(),
         }
         true
     }
 }
 
-/// A resume that changed the config.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigChange {
-    /// The last generation that had the config of before.
-    pub generation: u64,
-    /// The keys whose values changed.
-    pub keys: Vec<String>,
-}
-
-/// The changes of a run's config, but for those that were taken back.
-pub fn config_changes(run: &RunDir) -> Result<Vec<ConfigChange>, UserError> {
-    let events: Vec<Value> = jsonl::read(&run.events())?;
-    let mut changes = Vec::new();
-    for event in &events {
-        match event.get("kind").and_then(Value::as_str) {
-            Some("config_changed") => {
-                let list = event.get("changes").and_then(Value::as_array);
-                let keys = list.into_iter().flatten();
-                let keys = keys.filter_map(|change| change.get("key").and_then(Value::as_str));
-                changes.push(ConfigChange {
-                    generation: event.get("generation").and_then(Value::as_u64).unwrap_or(0),
-                    keys: keys.map(str::to_owned).collect(),
-                });
-            }
-            Some("config_restored") => drop(changes.pop()),
-            _ => {}
-        }
-    }
-    Ok(changes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn check(count: usize, expected: &str) {
         let names: Vec<String> = (1..=count).map(|n| n.to_string()).collect();
         assert_eq!(some_of(&names), expected);
+    }
+
+    #[test]
+    fn a_change_of_the_config_that_was_taken_back_is_none() {
+        let changed = |generation: u64, key: &str| {
+            let changes = [json!({ "key": key, "old": 1, "new": 2 })];
+            json!({ "kind": "config_changed", "generation": generation, "changes": changes })
+        };
+        let mut history = History::default();
+        for event in [changed(1, "a"), changed(2, "b"), json!({ "kind": "config_restored" })] {
+            assert!(history.take(&event), "a successor must know of {event}");
+        }
+        let expected = ConfigChange { generation: 1, keys: vec!["a".to_owned()] };
+        assert_eq!(history.config_changes, [expected]);
     }
 
     #[test]

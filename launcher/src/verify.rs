@@ -15,7 +15,7 @@ use checkpoint_format::diff::diff;
 use checkpoint_format::scan::{Found, scan};
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, StepReport, exit_code};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -101,11 +101,11 @@ fn refuse_changed(
     let steps = replay.from.step + 1..=replay.from.step + replay.steps;
     let generations = before.range(steps.clone()).map(|(_, report)| report.generation);
     let Some(first) = generations.min() else { return Ok(()) };
-    let changes = runs::config_changes(run)?;
+    let changes = runs::history(run)?.config_changes;
     let later = changes.iter().filter(|change| change.generation >= first);
-    let mut keys: Vec<&str> = later.flat_map(|change| &change.keys).map(String::as_str).collect();
+    let mut keys: BTreeSet<&str> =
+        later.flat_map(|change| &change.keys).map(String::as_str).collect();
     keys.retain(|key| !WITHOUT_INFLUENCE.iter().any(|prefix| key.starts_with(prefix)));
-    keys.dedup();
     if keys.is_empty() {
         return Ok(());
     }
@@ -113,7 +113,7 @@ fn refuse_changed(
     let error = UserError::usage(format!(
         "--verify: of the steps {from} to {to} some were done with another config; since then \
          changed: {}",
-        keys.join(", ")
+        keys.into_iter().collect::<Vec<_>>().join(", ")
     ));
     Err(error.hint("choose steps after the change (--step N, or fewer steps)"))
 }

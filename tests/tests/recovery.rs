@@ -266,6 +266,26 @@ fn a_damaged_newest_checkpoint_is_passed_over() {
     assert_eq!(newest_step(&sandbox), 35);
     assert_bit_equal(&sandbox, "straight", "test", 35);
     sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+    check_passed_over_by_others(&sandbox);
+}
+
+/// Whoever else takes the newest checkpoint passes over a damaged one, and says so.
+fn check_passed_over_by_others(sandbox: &Sandbox) {
+    std::fs::remove_file(sandbox.run_dir().checkpoint(35).join("COMMIT")).unwrap();
+    let (_, stderr) = sandbox.expect(0, &["generate", "test", "--prompt", "a"]);
+    assert!(stderr.contains("step 35 is damaged and passed over"), "{stderr}");
+    // Not seen but by a look at all bytes.
+    let tensors = sandbox.run_dir().checkpoint(30).join(TENSORS);
+    let mut bytes = std::fs::read(&tensors).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&tensors, bytes).unwrap();
+    let run = ["run", "config.yaml", "--set", "name=other", "--set", "training.steps=1"];
+    let from = |source| [&run[..], &["--set", source]].concat();
+    let (_, stderr) = sandbox.expect(0, &from("model.init_from=run:test"));
+    assert!(stderr.contains("step 35 is damaged, passed over"), "{stderr}");
+    assert!(stderr.contains("step 30 is damaged, passed over"), "{stderr}");
+    let config = std::fs::read_to_string(sandbox.run_dir_of("other").config()).unwrap();
+    assert!(config.contains("run:test@25"), "{config}");
 }
 
 /// A rank that dies at this point of its second save costs nothing but time.
@@ -336,4 +356,9 @@ fn steps_done_again_come_out_the_same_and_a_difference_is_found() {
     assert!(stdout.contains("step 55 differs"), "{stdout}");
     assert!(stdout.contains("1 of 10 steps differ"), "{stdout}");
     assert!(sandbox.expect(64, &["resume", "test", "--verify", "99"]).1.contains("has done 60"));
+    // On another config the same steps come out otherwise, and nothing is wrong.
+    sandbox.expect(0, &["resume", "test", "--set", "training.steps=65"]);
+    let stderr = sandbox.expect(64, &["resume", "test", "--verify", "10", "--step", "50"]).1;
+    assert!(stderr.contains("since then changed: training.steps"), "{stderr}");
+    sandbox.expect(0, &["resume", "test", "--verify", "5", "--step", "60"]);
 }

@@ -163,6 +163,10 @@ fn an_interrupt_saves_and_ends_with_75_and_resume_goes_on() {
     assert_eq!(sandbox.events_of("generation_started")[1]["resume_step"], saved);
     assert_eq!(sandbox.events_of("generation_started")[1]["is_restart"], false);
     assert_all_steps(&sandbox);
+    let other = ["resume", "test", "--set", "training.steps=30", "--set", "model.norm_eps=1e-3"];
+    let (_, stderr) = sandbox.expect(64, &other);
+    assert!(stderr.contains("model.norm_eps: 0.001 makes another model of it"), "{stderr}");
+    assert_eq!(sandbox.events_of("config_changed").len(), 0, "the run is as it was");
     let metrics = read_metrics(&sandbox.run_dir().metrics()).unwrap();
     assert!(metrics.iter().all(|r| r.generation == if r.step <= saved { 1 } else { 2 }));
 }

@@ -158,3 +158,22 @@ impl TrainError {
         lines
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Training goes on after a save that found no room; not after one whose ranks have lost each
+    /// other, since no later one would be committed.
+    #[test]
+    fn only_trouble_with_the_disk_lets_training_go_on() {
+        let is_of_storage = |error| {
+            let error = TrainError::from(CheckpointError::Format(error));
+            assert_eq!(error.class(), FailureClass::Transient);
+            error.is_of_storage()
+        };
+        let reason = || "gone".to_owned();
+        assert!(is_of_storage(FormatError::NotCommitted { step: 1, reason: reason() }));
+        assert!(!is_of_storage(FormatError::DidNotMeet { step: 1, reason: reason() }));
+    }
+}

@@ -70,11 +70,11 @@ impl Progress {
 
     /// This process did not run for a time, and so may have heard nothing, though ranks moved; or
     /// they did not run either.
-    pub fn was_away(&mut self, time: Duration) {
-        self.moved += time;
-        self.phase_since += time;
-        if let Some((_, at)) = &mut self.newest {
-            *at += time;
+    pub fn was_away(&mut self, time: Duration, now: Instant) {
+        let newest = self.newest.as_mut().map(|(_, at)| at);
+        for moment in [&mut self.moved, &mut self.phase_since].into_iter().chain(newest) {
+            // What was heard first after the pause is of now.
+            *moment = (*moment + time).min(now);
         }
     }
 

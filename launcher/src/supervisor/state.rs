@@ -147,7 +147,7 @@ impl State {
             Event::Adopted { committed } => self.adopted(committed, now),
             Event::WasAway { time } => {
                 if let Some(progress) = &mut self.progress {
-                    progress.was_away(time);
+                    progress.was_away(time, now);
                 }
                 Vec::new()
             }

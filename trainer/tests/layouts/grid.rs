@@ -205,19 +205,19 @@ fn fp32_stays_close_on_4_ranks() {
 }
 
 #[test]
-#[ignore = "takes about an hour on two cores"]
+#[ignore = "the three take about half an hour on two cores"]
 fn full_grid_in_fp32() {
     check_in_fp32(grid());
 }
 
 #[test]
-#[ignore = "takes about an hour on two cores"]
+#[ignore = "the three take about half an hour on two cores"]
 fn full_grid_up_to_4_ranks() {
     check([1, 2, 4].into_iter().flat_map(layouts));
 }
 
 #[test]
-#[ignore = "takes about an hour on two cores"]
+#[ignore = "the three take about half an hour on two cores"]
 fn full_grid_of_8_ranks() {
     check(layouts(8).into_iter());
 }

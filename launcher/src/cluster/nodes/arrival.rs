@@ -38,9 +38,9 @@ impl Nodes {
         let (welcome, again) = match self.resume(node, (join.conversation, join.taken)) {
             Ok(first) => first,
             Err(error) => {
-                // It joins once more, and begins anew.
+                // No refusal, which would be for good: it joins once more, and begins anew.
+                tracing::error!("node {name} ({from}) speaks nonsense: {error}");
                 self.conversations.remove(&node);
-                spawn_local(refuse(stream, error.to_string()));
                 return Vec::new();
             }
         };

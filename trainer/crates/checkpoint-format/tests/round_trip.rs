@@ -6,8 +6,8 @@ mod common;
 
 use checkpoint_format::diff::diff;
 use checkpoint_format::scan::{newest_committed, newest_verified, scan};
-use checkpoint_format::{Checkpoint, Dtype, FormatError, TensorBox};
-use common::{How, assert_holds, entries, save, save_all, tensors};
+use checkpoint_format::{Checkpoint, Dtype, FormatError, JointSave, Save, TensorBox, TrainState};
+use common::{How, assert_holds, entries, pieces, save, save_all, tensors};
 use proptest::prelude::*;
 
 #[test]
@@ -112,6 +112,37 @@ fn an_older_generation_never_commits() {
     ));
     assert!(matches!(results[1].as_ref().unwrap_err(), FormatError::NotCommitted { step: 6, .. }));
     assert_eq!(newest_committed(folder.path()).unwrap().found.unwrap().step, 5);
+}
+
+#[test]
+fn ranks_that_do_not_meet_to_commit_leave_the_checkpoint_before() {
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), 5, &tensors(1));
+    let (tensors, state) = (tensors(2), TrainState::at(6));
+    for meetings in 0..3 {
+        let joint = JointSave {
+            save: Save::new(folder.path(), 6, 1),
+            rank: 0,
+            world_size: 1,
+            total_bytes: 0,
+            pieces: pieces(&tensors, 0, 1),
+            state: &state,
+            keep_last: 100,
+            keep_every_steps: 0,
+        };
+        let mut left = meetings;
+        let error = joint.run(&mut || {
+            let met = left > 0;
+            left -= i32::from(met);
+            met.then_some(()).ok_or_else(|| "rank 1 is gone".to_owned())
+        });
+        let error = error.unwrap_err();
+        assert!(matches!(&error, FormatError::DidNotMeet { step: 6, .. }), "{error}");
+        assert!(error.to_string().contains("rank 1 is gone"), "{error}");
+        // Before the last meeting it is committed; that one only tells the others.
+        let newest = newest_verified(folder.path()).unwrap().found.unwrap().step;
+        assert_eq!(newest, if meetings < 2 { 5 } else { 6 });
+    }
 }
 
 #[test]
