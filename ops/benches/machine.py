@@ -104,9 +104,19 @@ def last_json(out):
     return json.loads(lines[-1])
 
 
+def fact(name):
+    """What /proc/cpuinfo says of the first processor."""
+    with open("/proc/cpuinfo") as f:
+        return next((line.split(":", 1)[1].strip() for line in f if line.split(":", 1)[0].strip() == name), "unknown")
+
+
+def processor():
+    """Family and model: processors of one name can differ twofold in speed."""
+    return fact("cpu family"), fact("model")
+
+
 def description():
     """What the figures depend on, in a few lines."""
-    with open("/proc/cpuinfo") as f:
-        model = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "unknown processor")
+    family, model = processor()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    return f"{model}, {len(os.sched_getaffinity(0))} cores used; commit {commit}"
+    return f"{fact('model name')} (family {family}, model {model}), {len(os.sched_getaffinity(0))} cores used; commit {commit}"

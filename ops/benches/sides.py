@@ -60,6 +60,11 @@ class Peers:
         out, foreign = machine.run([self.python, HERE / "peers" / "loader.py", loader, "--data", self.data], {"OMP_NUM_THREADS": "1"})
         return dict(machine.last_json(out), foreign_cores=foreign)
 
+    def peak(self):
+        """GFLOP/s of matrix products by precision."""
+        out, _ = machine.run([self.python, HERE / "peers" / "peak.py"])
+        return machine.last_json(out)
+
     def tokenize(self, tokenizer, text):
         out, foreign = machine.run([self.tokenizers, HERE / "peers" / "tokenizing.py", tokenizer, text])
         return dict(machine.last_json(out), foreign_cores=foreign)

@@ -17,6 +17,12 @@ def n_params(m):
     return m["layers"] * layer + m["dim"] + m["vocab"] * m["dim"] * 2
 
 
+def matrix_flops(m):
+    """Operations of a step's matrix products but attention's: 2 a weight and token forward, 4 backward."""
+    weights = n_params(m) - m["vocab"] * m["dim"]  # the embedding is looked up
+    return 6 * weights * m["seq"] * m["global_batch"]
+
+
 def t0():
     """The time at which the driver started the command."""
     return float(os.environ["BENCH_T0"])
