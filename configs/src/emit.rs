@@ -41,6 +41,13 @@ impl RunConfig {
             y.key("hang_timeout_s", self.restart.hang_timeout_s);
             y.key("store", quote(&self.restart.store.to_string()));
             y.key("health_check", self.restart.health_check);
+            let elastic = &self.restart.elastic;
+            y.section("elastic", |y| {
+                let least = elastic.min_replicas.map_or("null".to_owned(), |n| n.to_string());
+                y.key("min_replicas", least);
+                y.key("wait_s", elastic.wait_s);
+                y.key("grow_pause_s", elastic.grow_pause_s);
+            });
         });
         y.section("cluster", |y| {
             y.key("kind", word(&self.cluster.kind));

@@ -75,6 +75,11 @@ impl Resolver<'_> {
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
                 store: self.store(&v)?,
                 health_check: self.boolean(&v, "restart.health_check")?,
+                elastic: Elastic {
+                    min_replicas: self.optional_size(&v, "restart.elastic.min_replicas"),
+                    wait_s: self.integer(&v, "restart.elastic.wait_s")?,
+                    grow_pause_s: self.integer(&v, "restart.elastic.grow_pause_s")?,
+                },
             },
             cluster: Cluster {
                 kind: self.choice(&v, "cluster.kind")?,

@@ -402,6 +402,19 @@ pub struct Restart {
     pub store: RestartStore,
     /// Whether a node is looked at before ranks are started on it.
     pub health_check: bool,
+    /// Going on with fewer replicas while nodes are missing.
+    pub elastic: Elastic,
+}
+
+/// Going on with fewer data-parallel replicas while nodes are missing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Elastic {
+    /// Least number of replicas; `None`: all, a missing node is waited for.
+    pub min_replicas: Option<usize>,
+    /// Wait for a spare before the run goes on with fewer replicas, in seconds.
+    pub wait_s: u64,
+    /// Least time between two returns to more replicas, in seconds.
+    pub grow_pause_s: u64,
 }
 
 /// Where the run runs.

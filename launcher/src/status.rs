@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
 use crate::supervisor::ledger::Sums;
-use crate::supervisor::record::{Status, ended};
+use crate::supervisor::record::{Layout, Status, ended};
 use crate::view::thousands;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
@@ -148,6 +148,9 @@ fn describe(status: &Status) -> String {
     }
     for node in &status.unhealthy {
         lines.push(("unhealthy", format!("node {node}")));
+    }
+    if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
+        lines.push(("ALARM", format!("the run has {missing}")));
     }
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
     if let Some(ledger) = &status.ledger {

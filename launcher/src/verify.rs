@@ -157,6 +157,7 @@ fn replay_steps(
         restarts: 0,
         ledger: Ledger::new(&Sums::default(), Instant::now()),
         cluster: None,
+        has_lost_coordinator: false,
         adopt: None,
         may_begin: false,
         stop_after: Some(last),

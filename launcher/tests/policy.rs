@@ -65,7 +65,10 @@ fn report(class: FailureClass, line: &str) -> FailureReport {
 fn short(action: &Action) -> String {
     match action {
         Action::FindCheckpoint => "find".into(),
-        Action::Gather { step } => format!("gather for {step:?}"),
+        Action::Gather { step, num_ranks, fewer_after } => {
+            format!("gather for {step:?}: {num_ranks}, fewer after {fewer_after:?}")
+        }
+        Action::RecordGrowth { from, to } => format!("grow from {from} to {to}"),
         Action::Spawn { generation, resume_step } => {
             format!("spawn {generation} from {resume_step:?}")
         }

@@ -16,7 +16,7 @@ use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::{STORAGE_TIMEOUT, env, libtorch};
-use run_config::{DeviceKind, InitFrom, RunConfig};
+use run_config::{DeviceKind, InitFrom, Parallelism, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -184,7 +184,9 @@ pub fn connect(
     backend: &Backend,
 ) -> Result<Connections> {
     let place = client.assignment();
-    let mesh = Mesh::new(&config.parallelism, place.world_size)
+    let replicate = place.replicas.or(config.parallelism.replicate);
+    let parallelism = Parallelism { replicate, ..config.parallelism.clone() };
+    let mesh = Mesh::new(&parallelism, place.world_size)
         .map_err(|error| TrainError::Config(error.to_string()))?;
     let all: Vec<usize> = (0..place.world_size).collect();
     let timeout = Duration::from_secs(config.cluster.timeout_s);

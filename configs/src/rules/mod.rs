@@ -2,6 +2,7 @@
 //! to be wrong stays silent.
 
 mod degrees;
+mod elastic;
 mod sizes;
 
 use crate::batch_plan::first_steps;
@@ -47,6 +48,7 @@ impl Rules<'_, '_> {
         self.pipeline();
         self.unused();
         self.times();
+        self.elastic();
         crate::support::check(self);
     }
 

@@ -458,6 +458,7 @@ mod tests {
             threads: 1,
             run_dir: "run".into(),
             resume_step: None,
+            replicas: None,
             stop_after: None,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();

@@ -117,6 +117,10 @@ pub struct Assignment {
     pub run_dir: PathBuf,
     /// Step of the checkpoint to continue from; `None`: start from the initial weights.
     pub resume_step: Option<u64>,
+    /// Data-parallel replicas of the generation, where they may be fewer than the config's: nodes
+    /// are missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<usize>,
     /// Step after which to save and stop, as if it had been asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_after: Option<u64>,

@@ -50,7 +50,7 @@ const MAX_LINE_CHARS: usize = 2000;
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Arguments of `phalanx agent`.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct AgentArgs {
     /// The run's directory or name, as all nodes see it.
     pub run: String,
@@ -67,6 +67,9 @@ pub struct AgentArgs {
     /// The coordinator, HOST:PORT; by default what it wrote into the run's directory.
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<String>,
+    /// When the launcher started whose end is no news: another is about to go on with the run.
+    #[arg(skip)]
+    pub after: Option<String>,
 }
 
 /// What happened on the connection.
@@ -97,6 +100,8 @@ struct Agent {
     run: RunDir,
     info: NodeInfo,
     whereabouts: Whereabouts,
+    /// As in [`AgentArgs`].
+    after: Option<String>,
     /// The latest coordinator's that was heard of.
     epoch: u64,
     next_look: Instant,
@@ -210,6 +215,7 @@ impl Agent {
             run,
             info,
             whereabouts,
+            after: args.after,
             epoch: 0,
             next_look: now,
             session: Session::new(NUM_KEPT),
@@ -254,7 +260,8 @@ impl Agent {
                 Some(happening) = happened.recv() => { self.happened(happening); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
-                _ = user.recv() => Some("SIGUSR2"),
+                // A scheduler's warning; however often it comes, the run has time to save.
+                _ = user.recv() => { self.asked_to_stop("SIGUSR2", 1); None }
                 () = tokio::time::sleep_until(wake.into()) => { self.wake(); None }
             };
             if let Some(by) = by {

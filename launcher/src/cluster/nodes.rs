@@ -5,27 +5,29 @@ use super::members::{Change, Limits, Members, NodeId, Seek};
 use super::remote::{Commands, RemoteRank};
 use super::secrets;
 use super::server::{Arrival, serve};
+use super::sizes::{Size, Sizes};
 use super::wire;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::StoreRequest;
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 
-mod adopt;
 mod arrival;
 mod health;
+
+mod adoption;
 
 /// A sign of life that is given so much too late shows that this process was not running.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -44,9 +46,9 @@ pub struct ClusterPlan {
     pub listen: SocketAddr,
     /// The host name or address that agents connect to; `None`: where it listens.
     pub host: Option<String>,
-    /// Nodes.
-    pub num_nodes: usize,
-    /// Ranks on each.
+    /// The nodes, and with how many fewer it may go on.
+    pub sizes: Sizes,
+    /// Ranks on each node.
     pub ranks_per_node: usize,
 }
 
@@ -126,6 +128,8 @@ pub struct Nodes {
     happenings: mpsc::Sender<Happening>,
     commands: Rc<Commands>,
     ranks: Ranks,
+    /// This machine's address, as agents on others reach it.
+    reached_at: Option<IpAddr>,
     /// The generation of an earlier coordinator that shall go on, and who runs what of it.
     adopting: Option<u64>,
     running: BTreeMap<NodeId, Running>,
@@ -160,7 +164,7 @@ impl Nodes {
         let address = Address { host, port: local.port(), pid: std::process::id() };
         tracing::info!(
             "waiting for {} agents at {}:{}",
-            plan.num_nodes,
+            plan.sizes.whole().nodes,
             address.host,
             address.port
         );
@@ -171,12 +175,13 @@ impl Nodes {
         spawn_local(serve(listener, secrets, happenings.clone()));
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let nodes = Self {
-            members: Members::new(Limits::new(plan.num_nodes)),
+            members: Members::new(Limits::new(plan.sizes.clone())),
             conversations: BTreeMap::new(),
             plan,
             happenings,
             commands: Rc::default(),
             ranks: Ranks::default(),
+            reached_at: None,
             adopting: None,
             running: BTreeMap::new(),
             stored: Vec::new(),
@@ -242,9 +247,24 @@ impl Nodes {
         changes.into_iter().flat_map(|change| self.changed(change)).collect()
     }
 
-    /// A generation needs its nodes; ask [`Nodes::found`] from now on.
-    pub fn seek(&mut self, now: Instant) {
-        self.members.seek(now);
+    /// A generation needs its nodes, as [`Members::seek`] says; ask [`Nodes::found`] from now on.
+    pub fn seek(&mut self, ranks: usize, fewer_after: Option<Duration>, now: Instant) {
+        self.members.seek(ranks, fewer_after, now);
+    }
+
+    /// The size of a run that lacks no node.
+    pub fn whole(&self) -> Size {
+        self.plan.sizes.whole()
+    }
+
+    /// The size of a generation on so many nodes.
+    pub fn size(&self, nodes: usize) -> Size {
+        self.members.size(nodes)
+    }
+
+    /// Ranks for which there is room now.
+    pub fn room(&self) -> usize {
+        self.members.room().map_or(0, |size| size.ranks)
     }
 
     /// Whether the nodes that are sought are there.
@@ -262,9 +282,15 @@ impl Nodes {
         self.ranks.nodes.get(rank).map(|node| self.name(*node))
     }
 
-    /// The address of a rank's node, for the ranks of others.
+    /// The address of a rank's node, for the ranks of others. A node that reaches this one by
+    /// loopback is this one, which others reach as they reach the coordinator.
     pub fn address_of(&self, node: NodeId) -> String {
-        self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
+        let own = self.members.info(node).map(|info| info.address.clone()).unwrap_or_default();
+        let is_loopback = own.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+        match self.reached_at.filter(|_| is_loopback) {
+            Some(address) => address.to_string(),
+            None => own,
+        }
     }
 
     /// Has the agents start the ranks of a generation on these nodes, in order of rank.
@@ -399,9 +425,13 @@ impl Nodes {
                 return Some(stored).filter(|_| generation == self.ranks.generation);
             }
             FromAgent::StopRequested { signal } => {
-                let is_placed = self.ranks.nodes.contains(&node);
-                let by = format!("{signal} to node {}", self.name(node));
-                return is_placed.then_some(Outcome::Stop(by));
+                let name = self.name(node);
+                if self.ranks.nodes.contains(&node) {
+                    return Some(Outcome::Stop(format!("{signal} to node {name}")));
+                }
+                let reason = format!("{signal}, and the run goes on without node {name}");
+                self.send(node, ToAgent::Over { code: exit_code::PREEMPTED, reason });
+                return None;
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);

@@ -7,6 +7,7 @@ use super::ledger::{Ledger, Sums};
 use crate::cluster::store::keeper::Keeper;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
+use run_config::RunConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -83,8 +84,54 @@ pub struct Status {
     /// What the run's time was spent on.
     #[serde(default)]
     pub ledger: Option<Sums>,
+    /// The degrees of parallelism of the current generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
+}
+
+/// The degrees of parallelism of a generation, in `status.json` and `events.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Tensor-parallel degree.
+    pub tensor: usize,
+    /// Context-parallel degree.
+    pub context: usize,
+    /// Pipeline stages.
+    pub pipeline: usize,
+    /// Ranks that share one copy.
+    pub shard: usize,
+    /// Data-parallel replicas.
+    pub replicate: usize,
+    /// Replicas where no node is missing: the config's.
+    pub whole_replicate: usize,
+}
+
+impl Layout {
+    /// A config's layout with so many replicas.
+    pub fn of(config: &RunConfig, replicate: usize) -> Self {
+        let p = &config.parallelism;
+        Self {
+            tensor: p.tensor,
+            context: p.context,
+            pipeline: p.pipeline.stages,
+            shard: p.shard.ranks,
+            replicate,
+            whole_replicate: config.replicas().unwrap_or(replicate),
+        }
+    }
+
+    /// What is missing of the config's layout, in words.
+    pub fn missing(&self) -> Option<String> {
+        let Self { replicate, whole_replicate, .. } = self;
+        (replicate < whole_replicate).then(|| {
+            format!(
+                "{replicate} of {whole_replicate} data-parallel replicas, on which the whole \
+                 global batch is: nodes are missing"
+            )
+        })
+    }
 }
 
 /// One rank in `status.json`.

@@ -5,14 +5,14 @@ use super::ledger::{Ledger, Spent};
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::restore::{self, Branch, Restored};
-use super::state::{Action, Event, Policy, State};
+use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
 use crate::view::View;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{FailureClass, FromRank, RunDir, ToRank, exit_code};
-use run_config::{ClusterKind, RunConfig};
+use run_config::RunConfig;
 use serde_json::json;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -60,9 +60,11 @@ pub struct Plan {
     pub ledger: Ledger,
     /// Set where agents start the ranks.
     pub cluster: Option<ClusterPlan>,
-    /// The nodes of the last generation by place, where its ranks may still run: its coordinator
-    /// ended without a word.
-    pub adopt: Option<Vec<String>>,
+    /// Whether nodes of the last generation may be there without having been told of its end: its
+    /// coordinator ended without a word.
+    pub has_lost_coordinator: bool,
+    /// The nodes of that generation by place, where its ranks may still run.
+    pub adopt: Option<Adopt>,
     /// Holds the run, where its state is in a store.
     pub keeper: Option<Keeper>,
     /// Whether the run may begin from its initial weights.
@@ -71,8 +73,16 @@ pub struct Plan {
     pub stop_after: Option<u64>,
 }
 
+/// The generation of an earlier coordinator.
+pub struct Adopt {
+    /// Its nodes, by place.
+    pub nodes: Vec<String>,
+    /// Its ranks.
+    pub num_ranks: usize,
+}
+
 mod elsewhere;
-mod ranks;
+mod spawning;
 
 struct Executor {
     plan: Plan,
@@ -88,6 +98,8 @@ struct Executor {
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
+    /// Whether the generation was ended so that the next one has more ranks.
+    is_growing: bool,
     finish: Option<(i32, String)>,
     /// What waits for the store to take in the next generation.
     awaited: Option<(u64, Next)>,
@@ -144,11 +156,20 @@ impl Executor {
         inputs: mpsc::Sender<Input>,
         searches: mpsc::Sender<Result<Restored, String>>,
     ) -> Self {
+        let restart = &plan.config.restart;
+        let elastic = restart.elastic.min_replicas.filter(|_| plan.cluster.is_some());
+        let elastic = elastic.map(|_| Elastic {
+            wait: Duration::from_secs(restart.elastic.wait_s),
+            pause: Duration::from_secs(restart.elastic.grow_pause_s),
+            last_step: plan.config.training.steps,
+            has_begun: plan.has_lost_coordinator,
+        });
         let policy = Policy {
+            elastic,
             has_agents: plan.cluster.is_some(),
             has_last_step: plan.stop_after.is_some(),
-            hang: Duration::from_secs(plan.config.restart.hang_timeout_s),
-            ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
+            hang: Duration::from_secs(restart.hang_timeout_s),
+            ..Policy::new(plan.world_size, restart.max_no_progress)
         };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
         let state = State::new(policy, plan.last_generation);
@@ -180,6 +201,7 @@ impl Executor {
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
+            is_growing: false,
             finish: None,
             awaited: None,
             superseded: None,
@@ -196,6 +218,7 @@ impl Executor {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut quit = signal(SignalKind::quit())?;
+        let mut user = signal(SignalKind::user_defined2())?;
         // A terminal that goes away stops the run, but for `nohup`.
         let mut hangup = match rank_protocol::signals::ignores_hangup() {
             false => Some(signal(SignalKind::hangup())?),
@@ -218,6 +241,8 @@ impl Executor {
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
                 _ = quit.recv() => Some("SIGQUIT"),
+                // A scheduler's warning that time is nearly up; never a wish to stop at once.
+                _ = user.recv() => { self.asked_to_stop("SIGUSR2".to_owned()); None }
                 () = tokio::time::sleep_until(wake) => None,
             };
             let now = Instant::now();
@@ -310,8 +335,12 @@ impl Executor {
             }
             FromRank::CheckpointCommitted { step } => {
                 self.recorder.status.alarm = None;
-                self.handle(Event::Committed { step });
                 self.recorder.event("checkpoint_committed", json!({ "step": step }));
+                if let Some(elsewhere) = &self.elsewhere {
+                    let num_ranks = elsewhere.nodes.room();
+                    self.handle(Event::Room { num_ranks });
+                }
+                self.handle(Event::Committed { step });
             }
             FromRank::Here(position) => {
                 let waits = position.waits.join("; ");
@@ -397,10 +426,10 @@ impl Executor {
     fn act(&mut self, action: Action) {
         match action {
             Action::FindCheckpoint => self.when_claimed(Next::Search),
-            Action::Gather { step } => {
+            Action::Gather { step, num_ranks, fewer_after } => {
                 self.recorder.ledger.enter(Spent::Rendezvous, Instant::now());
                 if let Some(elsewhere) = &mut self.elsewhere {
-                    elsewhere.gather(step);
+                    elsewhere.gather(step, num_ranks, fewer_after);
                 }
             }
             Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
@@ -419,7 +448,14 @@ impl Executor {
                 self.recorder.ledger.failed(is_hang, Instant::now());
                 self.recorder.failure(&cause);
             }
+            Action::RecordGrowth { from, to } => {
+                self.is_growing = true;
+                // The step under way is done again.
+                self.recorder.ledger.failed(false, Instant::now());
+                self.recorder.event("growing", json!({ "from_ranks": from, "to_ranks": to }));
+            }
             Action::RecordFirstCause(cause) => {
+                self.is_growing = false;
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
@@ -471,45 +507,6 @@ impl Executor {
             restore::remove_unfinished(&dir, generation);
             let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
         });
-    }
-
-    fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
-        let has_adopted =
-            self.elsewhere.as_mut().is_some_and(|e| std::mem::take(&mut e.has_adopted));
-        let is_restart = has_adopted || self.recorder.status.generation > self.plan.last_generation;
-        self.recorder.status.restarts += u64::from(is_restart);
-        self.recorder.status.generation = generation;
-        self.recorder.forget_speed();
-        self.store = Store::default();
-        self.generation_start = Instant::now();
-        self.has_stepped = false;
-        self.recorder.ledger.enter(Spent::Start, self.generation_start);
-        self.recorder.tell_ledger();
-        let fields = json!({
-            "world_size": self.plan.world_size,
-            "resume_step": resume_step,
-            "is_restart": is_restart,
-        });
-        self.recorder.event("generation_started", fields);
-        if let Some(step) = resume_step {
-            tracing::info!("generation {generation} continues from step {step}");
-        }
-        self.ranks.clear();
-        if self.elsewhere.is_some() {
-            self.start_elsewhere(generation, resume_step);
-            return self.update_status();
-        }
-        let started = match self.plan.config.cluster.kind {
-            ClusterKind::Mpi => self.start_under_mpirun(generation),
-            _ => self.start_ranks(generation),
-        };
-        for (rank, handle) in self.ranks.iter().enumerate() {
-            handle.tell(ToRank::Assignment(self.assignment(generation, rank, resume_step)));
-        }
-        match started {
-            Ok(()) => self.update_status(),
-            Err((rank, error)) => self.could_not_start(rank, &error),
-        }
     }
 
     fn update_status(&mut self) {

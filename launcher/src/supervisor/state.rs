@@ -4,10 +4,13 @@
 //! Every decision carries its reason in words.
 
 use super::cause::{Cause, Exit, Signature};
-pub use super::policy::{Action, Event, Policy, RankState};
+pub use super::policy::{Action, Elastic, Event, Policy, RankState};
 use super::stall::{ASKING, Progress, suspects};
+use growth::Growth;
 use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
 use std::time::Instant;
+
+pub mod growth;
 
 #[derive(Clone, Debug)]
 struct Rank {
@@ -44,6 +47,15 @@ pub struct State {
     generation: u64,
     ranks: Vec<Rank>,
     num_exited: usize,
+    /// Ranks of this generation, or of the last one.
+    num_ranks: usize,
+    /// Ranks for which there is room.
+    room: usize,
+    growth: Option<Growth>,
+    /// Whether the generation ends so that the next one has more ranks.
+    is_growing: bool,
+    /// Whether a node that is absent was there before.
+    has_begun: bool,
     causes: Vec<Cause>,
     committed: Option<u64>,
     committed_before: Option<u64>,
@@ -61,7 +73,13 @@ pub struct State {
 impl State {
     /// Before [`Event::Begin`]; the first generation will be `last_generation + 1`.
     pub fn new(policy: Policy, last_generation: u64) -> Self {
+        let elastic = policy.elastic.as_ref();
         Self {
+            num_ranks: policy.world_size,
+            room: 0,
+            growth: elastic.map(|elastic| Growth::new(elastic.pause)),
+            is_growing: false,
+            has_begun: elastic.is_some_and(|elastic| elastic.has_begun),
             policy,
             stage: Stage::Between,
             generation: last_generation,
@@ -144,7 +162,7 @@ impl State {
                 self.committed = committed;
                 vec![Action::FindCheckpoint]
             }
-            Event::Adopted { committed } => self.adopted(committed, now),
+            Event::Adopted { committed, num_ranks } => self.adopted(committed, num_ranks, now),
             Event::WasAway { time } => {
                 if let Some(progress) = &mut self.progress {
                     progress.was_away(time, now);
@@ -152,14 +170,15 @@ impl State {
                 Vec::new()
             }
             Event::Found { step } => self.found(step, now),
-            Event::Gathered { step } => self.gathered(step, now),
+            Event::Gathered { step, num_ranks } => self.gathered(step, num_ranks, now),
+            Event::Room { num_ranks } => {
+                self.room = num_ranks;
+                Vec::new()
+            }
             Event::Broken { code, reason } => self.broken(code, reason),
             Event::Step { rank, step } => self.stepped(rank, step, now),
             Event::Phase { rank, phase } => self.entered(rank, phase, now),
-            Event::Committed { step } => {
-                self.committed = self.committed.max(Some(step));
-                Vec::new()
-            }
+            Event::Committed { step } => self.has_committed(step, now),
             Event::Here { rank, position } => self.is_here(rank, position, now),
             Event::Reported { rank, report } => self.reported(rank, report),
             Event::Finished { rank } => self.finished(rank, now),
@@ -195,31 +214,40 @@ impl State {
         if step > self.committed {
             (self.committed, self.no_progress) = (step, 0);
         }
-        match self.policy.has_agents {
-            true => vec![Action::Gather { step }],
-            false => self.gathered(step, now),
+        if !self.policy.has_agents {
+            return self.gathered(step, self.num_ranks, now);
         }
+        // Nodes that never were there are waited for as long as any.
+        let elastic = self.policy.elastic.as_ref().filter(|_| self.has_begun);
+        let fewer_after = elastic.map(|elastic| elastic.wait);
+        vec![Action::Gather { step, num_ranks: self.num_ranks, fewer_after }]
     }
 
-    fn gathered(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
+    fn gathered(&mut self, step: Option<u64>, num_ranks: usize, now: Instant) -> Vec<Action> {
         if self.stage != Stage::Between {
             return Vec::new();
         }
+        if num_ranks < self.num_ranks
+            && let Some(growth) = &mut self.growth
+        {
+            growth.shrunk(now);
+        }
         self.generation += 1;
-        self.work(now);
+        self.work(num_ranks, now);
         vec![Action::Spawn { generation: self.generation, resume_step: step }]
     }
 
-    fn adopted(&mut self, committed: Option<u64>, now: Instant) -> Vec<Action> {
+    fn adopted(&mut self, committed: Option<u64>, num_ranks: usize, now: Instant) -> Vec<Action> {
         if self.stage == Stage::Between {
             self.committed = committed;
-            self.work(now);
+            self.work(num_ranks, now);
             self.has_adopted = true;
         }
         Vec::new()
     }
 
-    fn work(&mut self, now: Instant) {
+    fn work(&mut self, num_ranks: usize, now: Instant) {
+        (self.num_ranks, self.has_begun) = (num_ranks, true);
         self.committed_before = self.committed;
         self.has_adopted = false;
         self.causes.clear();
@@ -235,7 +263,7 @@ impl State {
             report: None,
             position: None,
         };
-        self.ranks = vec![rank; self.policy.world_size];
+        self.ranks = vec![rank; num_ranks];
         self.num_exited = 0;
         self.stage = Stage::Working;
     }
@@ -358,6 +386,7 @@ impl State {
             return Vec::new();
         }
         let mut actions = Vec::new();
+        let is_growing = std::mem::take(&mut self.is_growing);
         let first = Cause::first(&self.causes).cloned();
         if let Some(cause) = &first {
             actions.push(Action::RecordFirstCause(cause.clone()));
@@ -365,6 +394,11 @@ impl State {
         actions.extend(match (self.verdict.clone(), first) {
             (Some((code, reason)), _) => self.over(code, reason),
             (None, Some(cause)) => self.judge(&cause),
+            // No failure: it counts for nothing.
+            (None, None) if is_growing => {
+                self.no_progress = 0;
+                self.next_generation()
+            }
             (None, None) => self.ended_well(),
         });
         actions
@@ -426,6 +460,10 @@ impl State {
             );
             return self.over(exit_code::FAILED, reason);
         }
+        self.next_generation()
+    }
+
+    fn next_generation(&mut self) -> Vec<Action> {
         self.stage = Stage::Between;
         vec![Action::FindCheckpoint]
     }

@@ -76,6 +76,7 @@ impl Agent {
         self.looked = Instant::now();
         if let Ok(history) = runs::history(&self.run)
             && let Some((code, reason)) = history.end
+            && self.after.as_ref() != Some(&history.started)
         {
             self.end = Some((code, reason));
         }

@@ -7,6 +7,7 @@ use crate::cluster::wire;
 use rank_protocol::agent::{Answer, ToAgent};
 use rank_protocol::session::{Numbered, Session, SessionError};
 use serde_json::json;
+use std::net::SocketAddr;
 use std::time::Instant;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
@@ -17,6 +18,7 @@ impl Nodes {
     pub(super) fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
         let Arrival { join, from, stream } = arrival;
         let name = join.node.name.clone();
+        self.is_reached(from, &stream);
         if let Some(reason) = other_build(&join.node.build) {
             tracing::error!("node {name} ({from}) was refused: {reason}");
             spawn_local(refuse(stream, reason));
@@ -71,6 +73,13 @@ impl Nodes {
         tracing::info!("node {name} ({from}) has joined: {} in all", self.members.num_alive());
         let fields = json!({ "node": name, "address": self.address_of(node) });
         vec![Outcome::Event("node_joined", fields)]
+    }
+
+    /// Notes at which address an agent elsewhere reaches this machine.
+    fn is_reached(&mut self, from: SocketAddr, stream: &TlsStream<TcpStream>) {
+        if let (false, Ok(local)) = (from.ip().is_loopback(), stream.get_ref().0.local_addr()) {
+            self.reached_at = Some(local.ip());
+        }
     }
 
     /// The answer to an agent that has had this conversation and taken in so much, and what is sent
