@@ -276,7 +276,7 @@ fn a_stop_saves_and_exits_with_75() {
 #[test]
 fn ranks_that_an_earlier_coordinator_told_to_stop_have_stopped() {
     let mut run = Run { state: State::new(Policy::new(2, 3), 4), now: Instant::now() };
-    assert!(run.event(Event::Adopted { committed: Some(6) }).is_empty());
+    assert!(run.event(Event::Adopted { committed: Some(6), num_ranks: 2 }).is_empty());
     run.event(Event::Committed { step: 9 });
     assert!(run.exit(0, 75).is_empty());
     assert_eq!(run.exit(1, 75), ["finish 75"]);
