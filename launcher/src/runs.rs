@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
-use rank_protocol::{RunDir, env, exit_code, jsonl};
+use rank_protocol::{RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -193,6 +193,8 @@ pub struct History {
     pub committed: Option<u64>,
     /// Resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// Steps that the run went back behind, without their samples.
+    pub roll_backs: Vec<RollBack>,
     /// Restarts after a failure.
     pub restarts: u64,
     /// Whether `cluster.threads_per_rank` was `auto`, for the number of ranks it has now.
@@ -298,6 +300,10 @@ impl History {
                 self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
                 self.restarts += u64::from(is_restart == Some(true));
+            }
+            Some("rolled_back") => {
+                let roll_back = serde_json::from_value::<RollBack>(event.clone());
+                self.roll_backs.extend(roll_back.ok());
             }
             Some("went_back") => {
                 if let (Some(step), Some(generation)) = (number("step"), number("first_generation"))

@@ -502,6 +502,7 @@ fn go(
         last_generation: history.last_generation,
         committed: start.committed,
         branches,
+        roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,
         ledger,

@@ -125,7 +125,7 @@ fn describe(status: &Status) -> String {
         lines.push(("loss", format!("{loss}{}", validation.unwrap_or_default())));
     }
     if status.skipped > 0 {
-        let why = "an update with a loss or gradient that is not finite";
+        let why = "an update with a loss or gradient that is not finite, or jumps";
         lines.push(("skipped", format!("{} steps: {why}", status.skipped)));
     }
     lines.push(("tokens", thousands(status.tokens as f64)));

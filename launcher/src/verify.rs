@@ -153,6 +153,7 @@ fn replay_steps(
         last_generation: replay.from.generation,
         committed: Some(replay.from.step),
         branches: Vec::new(),
+        roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),
         restarts: 0,
         ledger: Ledger::new(&Sums::default(), Instant::now()),

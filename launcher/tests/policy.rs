@@ -3,7 +3,8 @@
 use launcher::supervisor::cause::{Cause, Exit};
 use launcher::supervisor::state::{Action, Event, Policy, State};
 use proptest::prelude::*;
-use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
+use rank_protocol::{FailureClass, FailureReport, Phase, Position, RollBack, exit_code};
+use run_config::SampleRange;
 use std::time::{Duration, Instant};
 
 /// A run under test: its state, its clock and what it was told to do.
@@ -59,6 +60,7 @@ fn report(class: FailureClass, line: &str) -> FailureReport {
         step: Some(7),
         collective: None,
         lines: vec![line.to_owned()],
+        roll_back: None,
     }
 }
 
@@ -77,6 +79,10 @@ fn short(action: &Action) -> String {
         Action::Kill { .. } => "kill".into(),
         Action::RecordFailure(cause) => format!("rank {} failed", cause.rank),
         Action::RecordFirstCause(cause) => format!("first cause: rank {}", cause.rank),
+        Action::RecordRollBack(roll_back) => {
+            let RollBack { step, samples } = roll_back;
+            format!("back behind step {step}, without {} to {}", samples.first, samples.last)
+        }
         Action::RecordStop { by, now: false } => format!("stop by {by}"),
         Action::RecordStop { by, now: true } => format!("stop at once by {by}"),
         Action::RecordStall(stall) => stall.describe(),
@@ -253,6 +259,44 @@ fn what_trying_again_does_not_mend_is_not_tried_again() {
     check_verdict(Some(FailureClass::Config), 1, exit_code::CONFIG);
     check_verdict(None, exit_code::NODE_UNHEALTHY, exit_code::NODE_UNHEALTHY);
     check_verdict(Some(FailureClass::Numeric), 1, exit_code::FAILED);
+}
+
+/// One generation of two ranks: both find the same trouble at a step.
+fn roll_back_at(run: &mut Run, step: u64) -> Vec<String> {
+    let samples = SampleRange { first: 8 * step, last: 8 * step + 7 };
+    let roll_back = Some(RollBack { step, samples });
+    for rank in 0..2 {
+        let report = FailureReport { roll_back, ..report(FailureClass::Numeric, "loss jumped") };
+        run.event(Event::Reported { rank, report });
+    }
+    assert_eq!(run.exit(0, 1), ["rank 0 failed"]);
+    run.exit(1, 1)
+}
+
+#[test]
+fn numeric_trouble_goes_back_without_the_samples_and_not_for_ever() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Committed { step: 5 });
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[1..], ["first cause: rank 0", "back behind step 7, without 56 to 63", "find"]);
+    assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+    // The step before a checkpoint was reached is in trouble again and again, with other samples.
+    for generation in 3..=4 {
+        assert_eq!(roll_back_at(&mut run, 7)[3], "find");
+        let started = run.event(Event::Found { step: Some(5) });
+        assert_eq!(started, [format!("spawn {generation} from Some(5)")]);
+    }
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[2..], ["back behind step 7, without 56 to 63", "finish 1"]);
+}
+
+#[test]
+fn a_run_that_is_to_stop_goes_back_and_stops() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Committed { step: 5 });
+    run.event(Event::Stop { by: "SIGTERM".into() });
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[2..], ["back behind step 7, without 56 to 63", "finish 75"]);
 }
 
 #[test]

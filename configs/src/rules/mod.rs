@@ -119,6 +119,13 @@ impl Rules<'_, '_> {
                 self.conflict(&[&key], message, "unique names", "metrics are kept by name");
             }
         }
+        for (index, samples) in self.config.data.skip_samples.iter().enumerate() {
+            if samples.last < samples.first {
+                let key = format!("data.skip_samples[{index}].last");
+                let message = format!("{} is before the first, {}", samples.last, samples.first);
+                self.conflict(&[&key, "data.skip_samples"], message, "at least first", "");
+            }
+        }
         let held_out = self.config.data.validation_fraction;
         if self.config.validation.every_steps > 0 && held_out == 0.0 {
             let keys = ["validation.every_steps", "data.validation_fraction"];
@@ -243,6 +250,13 @@ impl Rules<'_, '_> {
                 "has no effect while stages is 1",
             ),
             (
+                c.numeric.on_spike != OnSpike::Report
+                    && c.numeric.loss_zscore.is_none()
+                    && c.numeric.grad_norm_zscore.is_none(),
+                "numeric.on_spike",
+                "has no effect while loss_zscore and grad_norm_zscore are null",
+            ),
+            (
                 p.shard.reshard_after_forward && p.shard.level != ShardLevel::Parameters,
                 "parallelism.shard.reshard_after_forward",
                 "belongs to level: parameters and has no effect",
@@ -270,6 +284,17 @@ impl Rules<'_, '_> {
                     "the warm-up of {warmup} and the decay of {decay} steps overlap in {steps}"
                 );
                 self.note(NoteLevel::Warning, "schedule.warmup_steps", message);
+            }
+        }
+        let n = &c.numeric;
+        let goes_back = [
+            (n.on_spike == OnSpike::Rollback, "numeric.on_spike"),
+            (n.on_non_finite == OnNonFinite::Rollback, "numeric.on_non_finite"),
+        ];
+        for (_, key) in goes_back.into_iter().filter(|(asked, _)| *asked) {
+            if c.checkpoint.every_steps == 0 {
+                let message = "rollback begins from the start: checkpoint.every_steps is 0";
+                self.note(NoteLevel::Warning, key, message.to_owned());
             }
         }
         let (every, keep) = (c.checkpoint.every_steps, c.checkpoint.keep_every_steps);

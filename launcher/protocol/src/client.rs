@@ -460,6 +460,7 @@ mod tests {
             resume_step: None,
             replicas: None,
             stop_after: None,
+            roll_backs: Vec::new(),
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

@@ -454,6 +454,7 @@ impl Agent {
             step: None,
             collective: None,
             lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
+            roll_back: None,
         };
         let message = FromRank::Failure(Box::new(report));
         self.pass_on(rank, FromAgent::Said { generation, rank, message });

@@ -197,12 +197,13 @@ impl Members {
     }
 
     /// A rank of a member failed, of the process or the node. Returns whether the member is
-    /// quarantined for it, and so is none any more; not where nobody could take its place.
-    pub fn failed(&mut self, node: NodeId) -> bool {
+    /// quarantined for it, and so is none any more; not where nobody could take its place. One
+    /// failure is enough where `is_certain` that it will not be the last.
+    pub fn failed(&mut self, node: NodeId, is_certain: bool) -> bool {
         let Some(member) = self.members.get(node) else { return false };
         let name = member.info.name.clone();
         let failures = self.failures.entry(name.clone()).or_default();
-        *failures += 1;
+        *failures += if is_certain { MAX_FAILURES } else { 1 };
         let is_free = |other: &NodeId| {
             *other != node
                 && self.members[*other].health == Health::Alive

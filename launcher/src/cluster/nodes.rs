@@ -500,6 +500,7 @@ impl Nodes {
                 step: None,
                 collective: None,
                 lines: vec![format!("its node {name} is lost: {why}")],
+                roll_back: None,
             };
             let report = News::Message(FromRank::Failure(Box::new(report)));
             let exited = News::Exited { exit: Exit::default(), last_lines: Vec::new() };

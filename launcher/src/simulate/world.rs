@@ -310,6 +310,7 @@ impl World<'_> {
             step: Some(self.step + 1),
             collective: None,
             lines: vec![format!("simulated: {} of place {place}", kind.name())],
+            roll_back: None,
         };
         self.handle(Event::Reported { rank: place, report });
         self.handle(Event::Exited { rank: place, exit: Exit::default(), last_lines: vec![] });
@@ -381,6 +382,7 @@ impl World<'_> {
             Action::AskToStop
             | Action::AskWhere
             | Action::RecordFirstCause(_)
+            | Action::RecordRollBack(_)
             | Action::RecordStop { .. }
             | Action::RecordStall(_) => {}
         }

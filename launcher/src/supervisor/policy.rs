@@ -2,7 +2,7 @@
 
 use super::cause::{Cause, Exit};
 use super::stall::Stall;
-use rank_protocol::{FailureReport, Phase, Position, STORAGE_TIMEOUT};
+use rank_protocol::{FailureReport, Phase, Position, RollBack, STORAGE_TIMEOUT};
 use std::time::Duration;
 
 /// The limits that the policy goes by.
@@ -234,6 +234,8 @@ pub enum Action {
     },
     /// This was the first cause of the generation's end.
     RecordFirstCause(Cause),
+    /// The run goes back behind a step, whose samples are left out from now on.
+    RecordRollBack(RollBack),
     /// Someone asked to stop.
     RecordStop {
         /// Who, in words.

@@ -45,7 +45,7 @@ pub struct Status {
     /// When it was done; `None`: this launcher has done none yet.
     #[serde(default)]
     pub last_step_at: Option<String>,
-    /// Steps whose update was skipped, because the loss or a gradient was not finite.
+    /// Steps whose update was skipped: the loss or a gradient was not finite, or jumped.
     #[serde(default)]
     pub skipped: usize,
     /// Steps of the whole run.

@@ -11,7 +11,7 @@ use crate::cluster::store::keeper::Keeper;
 use crate::view::View;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, RunDir, ToRank, exit_code};
+use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
 use std::ffi::OsString;
@@ -52,6 +52,8 @@ pub struct Plan {
     pub committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// Steps that the run went back behind: their samples are left out.
+    pub roll_backs: Vec<RollBack>,
     /// Step that the first generation must continue from.
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
@@ -82,6 +84,7 @@ pub struct Adopt {
 }
 
 mod elsewhere;
+mod roll_backs;
 mod spawning;
 
 struct Executor {
@@ -414,6 +417,7 @@ impl Executor {
             let fields = json!({ "step": step, "reason": reason });
             self.recorder.event("checkpoint_damaged", fields);
         }
+        self.leave_out(&restored.roll_backs);
         self.handle(Event::Found { step: restored.found.map(|found| found.step) });
     }
 
@@ -461,6 +465,7 @@ impl Executor {
                 self.recorder.first_cause(&cause);
                 self.blame_node(&cause);
             }
+            Action::RecordRollBack(roll_back) => self.record_roll_back(roll_back),
             Action::RecordStop { by, now } => {
                 match now {
                     true => tracing::info!("{by}: stopping at once; the step is not saved"),

@@ -7,7 +7,7 @@ use super::cause::{Cause, Exit, Signature};
 pub use super::policy::{Action, Elastic, Event, Policy, RankState};
 use super::stall::{ASKING, Progress, suspects};
 use growth::Growth;
-use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
+use rank_protocol::{FailureClass, FailureReport, Phase, Position, RollBack, exit_code};
 use std::time::Instant;
 
 pub mod growth;
@@ -425,6 +425,9 @@ impl State {
     fn judge(&mut self, cause: &Cause) -> Vec<Action> {
         let has_progressed = self.committed > self.committed_before;
         self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
+        if let Some(roll_back) = cause.roll_back {
+            return self.roll_back(roll_back, &cause.summary());
+        }
         let signature = cause.signature();
         self.failures.retain(|earlier| *earlier == signature);
         self.failures.push(signature);
@@ -453,6 +456,11 @@ impl State {
             let reason = format!("{what}; the same failure at the same step, {same} times");
             return self.over(exit_code::DO_NOT_REQUEUE, reason);
         }
+        self.try_again(&what)
+    }
+
+    /// The next generation, if those before got anywhere.
+    fn try_again(&mut self, what: &str) -> Vec<Action> {
         if self.no_progress >= self.policy.max_no_progress {
             let reason = format!(
                 "{what}; {} generations in a row committed no new step (restart.max_no_progress)",
@@ -466,6 +474,18 @@ impl State {
     fn next_generation(&mut self) -> Vec<Action> {
         self.stage = Stage::Between;
         vec![Action::FindCheckpoint]
+    }
+
+    /// Numeric trouble, out of which the run comes without the samples that brought it. Of the next
+    /// ones at the same step it is no repetition.
+    fn roll_back(&mut self, roll_back: RollBack, what: &str) -> Vec<Action> {
+        self.failures.clear();
+        let mut actions = vec![Action::RecordRollBack(roll_back)];
+        actions.extend(match self.stop.clone() {
+            Some((by, _)) => self.over_between(&by),
+            None => self.try_again(what),
+        });
+        actions
     }
 
     fn asked_to_stop(&mut self, by: String, now: Instant) -> Vec<Action> {

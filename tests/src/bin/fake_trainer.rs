@@ -172,6 +172,7 @@ impl Fake {
                     step: Some(step),
                     collective: Some("all_reduce #3 of data".into()),
                     lines: vec![format!("CUDA error at 0x{:x}", getpid().as_raw_nonzero())],
+                    roll_back: None,
                 })?;
                 return Ok(Some(exit_code::FAILED));
             }

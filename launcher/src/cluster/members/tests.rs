@@ -144,6 +144,45 @@ fn a_spare_that_is_not_connected_gets_no_place() {
 }
 
 #[test]
+fn a_node_that_fails_twice_is_quarantined_where_another_can_take_its_place() {
+    let mut nodes = Nodes::new(2);
+    for name in ["a", "b"] {
+        nodes.join(name, name);
+    }
+    assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
+    assert!(!nodes.members.failed(1, false));
+    assert!(!nodes.members.failed(1, false), "nobody else is there");
+    nodes.join("spare", "1");
+    assert!(nodes.members.failed(1, false));
+    assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
+    nodes.after(1.0, &[0, 1, 2]);
+    assert_eq!(nodes.seek(), Seek::Waiting, "its name is preferred for a second");
+    nodes.after(1.0, &[0, 2]);
+    assert_eq!(nodes.found(), Seek::Found(vec![0, 2]));
+}
+
+#[test]
+fn a_node_that_certainly_fails_again_is_quarantined_at_once() {
+    let mut nodes = Nodes::new(2);
+    for name in ["a", "b", "spare"] {
+        nodes.join(name, name);
+    }
+    assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
+    assert!(!nodes.members.failed(0, false));
+    assert!(nodes.members.failed(1, true));
+    assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
+}
+
+#[test]
+fn a_node_that_was_found_unwell_twice_is_quarantined() {
+    let mut nodes = Nodes::new(1);
+    assert!(!nodes.members.is_unwell("a"));
+    assert!(!nodes.members.is_unwell("b"));
+    assert!(nodes.members.is_unwell("a"));
+    assert!(nodes.members.is_quarantined("a"));
+}
+
+#[test]
 fn too_few_nodes_are_waited_for_ten_minutes() {
     let mut nodes = Nodes::new(2);
     nodes.join("a", "1");

@@ -9,7 +9,7 @@ use crate::cluster::store::keeper::Standing;
 use crate::supervisor::cause::Cause;
 use crate::supervisor::record::Layout;
 use rank_protocol::store::Requester;
-use rank_protocol::{FailureClass, exit_code};
+use rank_protocol::{FailureClass, Phase, exit_code};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -231,11 +231,15 @@ impl Executor {
         exit_code::FAILED
     }
 
-    /// A node on which ranks fail again and again gives way to another.
+    /// A node on which ranks fail again and again gives way to another; at once, where a rank found
+    /// its device bad while it trained.
     pub(super) fn blame_node(&mut self, cause: &Cause) {
         let is_its_own = matches!(cause.class, FailureClass::Process | FailureClass::Node);
         let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| is_its_own) else { return };
-        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary());
+        let is_its_device = cause.class == FailureClass::Node
+            && cause.phase == Phase::Train
+            && cause.exit.code.is_some();
+        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary(), is_its_device);
         self.take_outcomes(outcome.into_iter().collect());
     }
 

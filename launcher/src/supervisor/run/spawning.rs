@@ -143,6 +143,7 @@ impl Executor {
             resume_step,
             replicas: self.elsewhere.is_some().then_some(size.replicas),
             stop_after: self.plan.stop_after,
+            roll_backs: self.plan.roll_backs.clone(),
         }
     }
 }
