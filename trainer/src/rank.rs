@@ -2,9 +2,9 @@
 
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
-use crate::faults::Faults;
 use crate::identity;
 use crate::numeric::Watch;
+use crate::numeric::faults::Faults;
 use crate::setup::{
     Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
 };

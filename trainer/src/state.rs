@@ -1,8 +1,8 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
 use crate::error::{Result, TrainError};
-use crate::faults::Faults;
 use crate::numeric::Watch;
+use crate::numeric::faults::Faults;
 use crate::saving::Saving;
 use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
 use collectives::Communicator;
@@ -17,6 +17,8 @@ use rank_protocol::run_dir::RunDir;
 use run_config::{RunConfig, SampleRange};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
+use torch_shim::tch::Device;
 
 pub use layout::communication::BUCKET_BYTES;
 
@@ -129,6 +131,13 @@ impl Rank {
     pub fn enter(&mut self, phase: Phase) -> Result<()> {
         self.phase = phase;
         Ok(self.client.phase(phase)?)
+    }
+
+    /// Seconds that it has waited for other ranks since it had waited for so long; none on a GPU,
+    /// where the host does not wait.
+    pub fn waited_since(&self, before: Duration) -> Option<f64> {
+        let waited = collectives::waited().saturating_sub(before);
+        (self.worker.device() == Device::Cpu).then_some(waited.as_secs_f64())
     }
 
     /// The step that it is at: the one in work while it trains, else the one just done.

@@ -1,6 +1,7 @@
 //! The training loop.
 
 use crate::error::{Result, TrainError};
+use crate::faults;
 use crate::metrics::Metrics;
 use crate::numeric::too_many;
 use crate::saving::Saving;
@@ -36,7 +37,8 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             finish_save(rank, false)?;
         }
         rank.enter(Phase::Train)?;
-        let started = Instant::now();
+        faults::at_step(rank)?;
+        let (started, waited) = (Instant::now(), collectives::waited());
         let result = match train_step(rank) {
             Err(error) if error.roll_back().is_some() => {
                 // What is being written is the newest checkpoint before the trouble.
@@ -46,6 +48,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             result => result?,
         };
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
+        report.comm_wait_s = rank.waited_since(waited);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
         }

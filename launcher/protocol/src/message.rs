@@ -213,6 +213,10 @@ pub struct StepReport {
     /// Part of it spent waiting for data, in seconds.
     #[serde(with = "null_is_nan")]
     pub data_wait_s: f64,
+    /// Part of it spent waiting for other ranks, in seconds; absent on a GPU, where the host does
+    /// not wait. Each rank has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comm_wait_s: Option<f64>,
     /// Generation that did the step.
     pub generation: u64,
     /// Whether the update was skipped: the loss or a gradient was not finite, or jumped.

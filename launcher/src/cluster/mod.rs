@@ -18,6 +18,7 @@ pub mod remote;
 pub mod role;
 pub mod secrets;
 pub mod server;
+mod simulation;
 pub mod sizes;
 pub mod store;
 pub mod wire;

@@ -174,7 +174,19 @@ impl Nodes {
         let (happenings, received) = mpsc::channel(NUM_HAPPENINGS);
         spawn_local(serve(listener, secrets, happenings.clone()));
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let nodes = Self {
+        let conversation = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
+        Ok((Self::new(plan, address, happenings, (conversation, now)), received))
+    }
+
+    /// Nobody has joined. Conversations are numbered from this one on: another coordinator of the
+    /// same run has others.
+    pub fn new(
+        plan: ClusterPlan,
+        address: Address,
+        happenings: mpsc::Sender<Happening>,
+        (conversation, now): (u64, Instant),
+    ) -> Self {
+        Self {
             members: Members::new(Limits::new(plan.sizes.clone())),
             conversations: BTreeMap::new(),
             plan,
@@ -185,15 +197,13 @@ impl Nodes {
             adopting: None,
             running: BTreeMap::new(),
             stored: Vec::new(),
-            // Another coordinator of the same run has others.
-            next_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
+            next_conversation: conversation,
             num_connections: 0,
             next_alive: now,
             taken: now,
             epoch: 0,
             address,
-        };
-        Ok((nodes, received))
+        }
     }
 
     /// Where agents reach this coordinator.
@@ -348,10 +358,7 @@ impl Nodes {
     /// Tells every agent that the run is over, and waits until they have heard it, but not for
     /// long.
     pub async fn over(&mut self, code: i32, reason: &str) {
-        let nodes: Vec<NodeId> = self.conversations.keys().copied().collect();
-        for node in nodes {
-            self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
-        }
+        self.tell_over(code, reason);
         let outboxes = std::mem::take(&mut self.conversations).into_values();
         let outboxes: Vec<_> = outboxes.filter_map(|conversation| conversation.outbox).collect();
         let sent = async {
@@ -363,6 +370,14 @@ impl Nodes {
         let _ = tokio::time::timeout(LAST_WAIT, sent).await;
         // What has left the queue is being written.
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Tells every agent that the run is over.
+    pub fn tell_over(&mut self, code: i32, reason: &str) {
+        let nodes: Vec<NodeId> = self.conversations.keys().copied().collect();
+        for node in nodes {
+            self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
+        }
     }
 
     /// Takes in what happened.

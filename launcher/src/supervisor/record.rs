@@ -4,6 +4,7 @@
 
 use super::cause::Cause;
 use super::ledger::{Ledger, Sums};
+use super::pace::{Pace, Slow};
 use crate::cluster::store::keeper::Keeper;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
@@ -179,6 +180,7 @@ pub struct Recorder {
     pub is_stale: bool,
     has_told_error: bool,
     mean_step_s: Option<f64>,
+    pace: Pace,
     skipped: BTreeSet<u64>,
 }
 
@@ -202,8 +204,8 @@ struct ErrorFile {
 }
 
 impl Recorder {
-    /// For a run whose directory is there.
-    pub fn open(run: RunDir, status: Status, ledger: Ledger) -> Self {
+    /// For a run whose directory is there, of ranks whose times are kept by `pace`.
+    pub fn open(run: RunDir, status: Status, ledger: Ledger, pace: Pace) -> Self {
         let events = Appender::open(&run.events());
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
@@ -225,6 +227,7 @@ impl Recorder {
             is_stale: false,
             has_told_error: false,
             mean_step_s: None,
+            pace,
             skipped,
         }
     }
@@ -345,7 +348,19 @@ impl Recorder {
     /// A new generation's first step is slow and does not count for the time left.
     pub fn forget_speed(&mut self) {
         self.mean_step_s = None;
+        self.pace.forget();
         self.status.eta_s = None;
+    }
+
+    /// A rank did a step: tells of ranks that show to be slow.
+    pub fn paced(&mut self, rank: usize, report: &StepReport) {
+        for slow in self.pace.reported(rank, report) {
+            let Slow { rank, own_s, usual_s, .. } = slow;
+            tracing::warn!(
+                "rank {rank} is slow: {own_s:.3} s of its own a step, others {usual_s:.3} s"
+            );
+            self.event("slow_rank", json!(slow));
+        }
     }
 
     /// When the status is next to be written.

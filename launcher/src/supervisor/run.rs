@@ -2,6 +2,7 @@
 //! one loop on one thread.
 
 use super::ledger::{Ledger, Spent};
+use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::restore::{self, Branch, Restored};
@@ -188,7 +189,8 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
+        let pace = pace_of(&plan.config, plan.world_size);
+        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone(), pace);
         recorder.keeper = plan.keeper.take();
         view.begin(plan.config.training.steps);
         Self {
@@ -331,6 +333,7 @@ impl Executor {
                 self.handle(Event::Phase { rank, phase });
             }
             FromRank::Step(report) => {
+                self.recorder.paced(rank, &report);
                 self.handle(Event::Step { rank, step: report.step });
                 if rank == 0 {
                     self.show_step(&report);

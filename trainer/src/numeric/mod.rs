@@ -2,6 +2,7 @@
 //! and what follows, is the same on every rank, and a function of the training state.
 
 mod attend;
+pub mod faults;
 mod finding;
 mod replay;
 mod watch;
