@@ -152,6 +152,7 @@ impl World {
                 step: None,
                 collective: None,
                 lines: vec!["its node is lost".into()],
+                roll_back: None,
             };
             self.handle(Event::Reported { rank, report });
             self.exit(rank);

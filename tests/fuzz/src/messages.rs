@@ -40,7 +40,9 @@ fn assignment() -> Assignment {
         threads: 1,
         run_dir: "/runs/x".into(),
         resume_step: Some(5),
+        replicas: Some(2),
         stop_after: None,
+        roll_backs: Vec::new(),
     }
 }
 
@@ -51,6 +53,7 @@ fn failure() -> FailureReport {
         step: Some(7),
         collective: Some("all_reduce #3 of data".into()),
         lines: vec!["lost".into()],
+        roll_back: None,
     }
 }
 
@@ -135,7 +138,7 @@ pub fn join_seeds() -> Vec<Vec<u8>> {
     let running = Running { generation: 3, ranks: vec![(0, 17)], exited: vec![1] };
     let token = "0123456789abcdef".repeat(4);
     let join = Join { token, node, conversation: 5, taken: 7, running: Some(running) };
-    let welcome = Answer::Welcome { conversation: 6, taken: 0 };
+    let welcome = Answer::Welcome { conversation: 6, taken: 0, epoch: 1 };
     vec![body(&join), body(&welcome), body(&Answer::Refused { reason: "no".into() })]
 }
 

@@ -91,5 +91,6 @@ pub fn failure(class: FailureClass, step: u64, line: &str) -> FromRank {
         step: Some(step + 1),
         collective: None,
         lines: vec![line.to_owned()],
+        roll_back: None,
     }))
 }
