@@ -1,5 +1,6 @@
 //! Nodes that are lost without a spare, and that come back: the run goes on with fewer
-//! data-parallel replicas and returns to all of them at a checkpoint, with the same batches and losses.
+//! data-parallel replicas and returns to all of them at a checkpoint, with the same batches and
+//! losses.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::losses::{assert_close, metrics};

@@ -169,7 +169,7 @@ impl World {
         if let Some(world) = self.generations.get_mut(&generation) {
             world.step = step;
         }
-        for (_, id) in &world.processes {
+        for id in world.processes.values() {
             if let Some(process) = self.processes.get_mut(id) {
                 process.step = step;
             }
