@@ -185,12 +185,19 @@ fn base64(bytes: &[u8]) -> String {
     out
 }
 
+/// What stands for each byte in a byte-level vocabulary: itself where it can be seen, else the next
+/// character after all bytes.
+fn byte_characters() -> impl Iterator<Item = char> {
+    let is_seen = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let num_unseen = (0..256).filter(|byte| !is_seen(byte)).count() as u32;
+    (0..256).filter(is_seen).chain(256..256 + num_unseen).filter_map(char::from_u32)
+}
+
 pub fn tokenizer_seeds() -> Vec<Vec<u8>> {
-    let vocab: serde_json::Map<String, Value> = ["<|endoftext|>", "a", "b", "c", "ab", "abc"]
-        .into_iter()
-        .zip(0..)
-        .map(|(token, id): (&str, u32)| (token.to_owned(), id.into()))
-        .collect();
+    let bytes = byte_characters().map(String::from);
+    let tokens = ["<|endoftext|>", "ab", "abc"].map(str::to_owned).into_iter().chain(bytes);
+    let vocab: serde_json::Map<String, Value> =
+        tokens.zip(0_u32..).map(|(token, id)| (token, id.into())).collect();
     let special = json!({
         "id": 0, "content": "<|endoftext|>", "single_word": false, "lstrip": false, "rstrip": false,
         "normalized": false, "special": true,
