@@ -2,7 +2,7 @@
 
 use crate::error::{Result, TrainError};
 use crate::faults;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Written};
 use crate::numeric::too_many;
 use crate::saving::Saving;
 use crate::state::Rank;
@@ -53,7 +53,8 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             report.validation_loss = validated(rank)?;
         }
         if let Some(metrics) = &mut metrics {
-            metrics.write(&report)?;
+            let written = metrics.write(&report)?;
+            tell_of_metrics(rank, written)?;
         }
         rank.client.report_step(report)?;
         count_skips(rank, &result)?;
@@ -63,11 +64,43 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             save(rank, result.learning_rate, at_end)?;
         }
         if stop && rank.step < last {
+            finish_metrics(rank, metrics)?;
             return Ok(Outcome::Preempted);
         }
     }
+    finish_metrics(rank, metrics)?;
     rank.enter(Phase::Exit)?;
     Ok(Outcome::Finished)
+}
+
+/// Says once that the metrics cannot be written, and once that they are again.
+fn tell_of_metrics(rank: &Rank, written: Written) -> Result<()> {
+    let (kind, reason) = match written {
+        Written::All | Written::StillNotAll => return Ok(()),
+        Written::NotAll(error) => ("metrics_failed", error.to_string()),
+        Written::AllAgain => ("metrics_recovered", "all steps are written".to_owned()),
+    };
+    let fields = [("step".to_owned(), rank.step.into()), ("reason".to_owned(), reason.into())];
+    rank.client.event(Event { kind: kind.into(), fields: fields.into_iter().collect() })?;
+    Ok(())
+}
+
+/// The last chance for what was not written.
+fn finish_metrics(rank: &Rank, metrics: Option<Metrics>) -> Result<()> {
+    let Some(mut metrics) = metrics.filter(|metrics| metrics.num_waiting() > 0) else {
+        return Ok(());
+    };
+    let written = metrics.write_waiting()?;
+    tell_of_metrics(rank, written)?;
+    if metrics.num_waiting() > 0 {
+        let path = rank.run_dir.metrics();
+        tracing::error!(
+            "the metrics of the last {} steps are lost: {} cannot be written",
+            metrics.num_waiting(),
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 fn is_due(step: u64, every: u64) -> bool {

@@ -353,17 +353,7 @@ impl Executor {
                 tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
                 self.handle(Event::Here { rank, position });
             }
-            FromRank::Event(event) => {
-                let mut fields = event.fields;
-                fields.insert("rank".into(), rank.into());
-                let reason = fields.get("reason").and_then(|reason| reason.as_str());
-                if event.kind == "checkpoint_failed" {
-                    let reason = reason.unwrap_or_default().to_owned();
-                    tracing::error!("rank {rank} could not save: {reason}");
-                    self.recorder.status.alarm = Some(reason);
-                }
-                self.recorder.event(&event.kind, fields.into());
-            }
+            FromRank::Event(event) => self.hear_event(rank, event),
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
@@ -379,6 +369,29 @@ impl Executor {
                 self.reply(replies);
             }
         }
+    }
+
+    fn hear_event(&mut self, rank: usize, event: rank_protocol::message::Event) {
+        let mut fields = event.fields;
+        fields.insert("rank".into(), rank.into());
+        let reason = fields.get("reason").and_then(|reason| reason.as_str());
+        let reason = reason.unwrap_or_default().to_owned();
+        match event.kind.as_str() {
+            "checkpoint_failed" => {
+                tracing::error!("rank {rank} could not save: {reason}");
+                self.recorder.status.alarm = Some(reason);
+            }
+            "metrics_failed" => {
+                tracing::error!("training goes on without metrics: {reason}");
+                self.recorder.status.alarm = Some(reason);
+            }
+            "metrics_recovered" => {
+                tracing::info!("the metrics are written again, and those that waited");
+                self.recorder.status.alarm = None;
+            }
+            _ => {}
+        }
+        self.recorder.event(&event.kind, fields.into());
     }
 
     fn reply(&self, replies: Vec<(Requester, rank_protocol::store::StoreReply)>) {
