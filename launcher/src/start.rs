@@ -44,6 +44,11 @@ pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
     let listen = Some(Listen { at: listen, node: None });
     let path = PathBuf::from(&run);
     let is_config = path.is_file() || path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    if is_config && (step.is_some() || from_start) {
+        let option = if from_start { "--from-start" } else { "--step" };
+        let message = format!("{option} goes on with a run, and {run} is the config of a new one");
+        return Err(UserError::usage(message).hint("name the run in place of the config"));
+    }
     match is_config {
         true => begin(RunArgs { config: path, node, options }, listen),
         false => go_on(ResumeArgs { run, step, from_start, verify: None, node, options }, listen),

@@ -55,6 +55,8 @@ pub enum Joined {
     Again(NodeId),
     /// Another agent of its name has taken its place.
     Replaced,
+    /// Another machine of its name is there, and is heard of.
+    Taken,
 }
 
 /// What became of a node.
@@ -168,6 +170,12 @@ impl Members {
                 member.heard = now;
                 member.info = info;
                 return Joined::Again(node);
+            }
+            // A node that was started anew is silent for longer than that.
+            let is_heard_of = member.health == Health::Alive
+                && now.saturating_duration_since(member.heard) < self.limits.suspect;
+            if is_heard_of && member.info.boot_id != info.boot_id {
+                return Joined::Taken;
             }
             // Its ranks went with the agent before.
             (member.health, member.is_replaced) = (Health::Dead, true);

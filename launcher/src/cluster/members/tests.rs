@@ -113,6 +113,22 @@ fn a_node_of_the_same_name_has_its_place_back() {
 }
 
 #[test]
+fn a_machine_of_a_name_that_is_taken_is_refused_until_the_other_is_silent() {
+    let mut nodes = Nodes::new(1);
+    let info = |boot: &str| NodeInfo {
+        name: "a".into(),
+        agent: boot.into(),
+        boot_id: boot.into(),
+        ..NodeInfo::default()
+    };
+    assert_eq!(nodes.members.join(info("1"), nodes.now), Joined::New(0));
+    assert_eq!(nodes.after(2.9, &[]), []);
+    assert_eq!(nodes.members.join(info("2"), nodes.now), Joined::Taken);
+    assert_eq!(nodes.after(0.1, &[]), [Change::Suspected(0)]);
+    assert_eq!(nodes.members.join(info("2"), nodes.now), Joined::New(1));
+}
+
+#[test]
 fn a_connection_that_comes_back_is_the_same_member() {
     let mut nodes = Nodes::new(1);
     assert_eq!(nodes.join("a", "1"), Joined::New(0));

@@ -27,6 +27,12 @@ impl Nodes {
         let (node, is_new) = match self.members.join(join.node, now) {
             Joined::New(node) => (node, true),
             Joined::Again(node) => (node, false),
+            Joined::Taken => {
+                let reason = format!("another machine named {name} belongs to the run");
+                tracing::error!("node {name} ({from}) was refused: {reason}");
+                door.close(Answer::Refused { reason: format!("{reason}; hint: --name") });
+                return Vec::new();
+            }
             Joined::Replaced => {
                 let why = format!("another agent named {name} has taken this one's place");
                 door.close(Answer::Refused { reason: format!("{why}; hint: --name") });
