@@ -422,10 +422,19 @@ impl Nodes {
             Ok(None) => {}
             Err(error) => {
                 tracing::error!("node {} speaks nonsense: {error}", self.name(node));
-                self.conversations.remove(&node);
+                self.begin_anew(node);
             }
         }
         outcomes
+    }
+
+    /// The agent connects once more, and is told again whatever it has not taken in for sure.
+    fn begin_anew(&mut self, node: NodeId) {
+        if let Some(conversation) = self.conversations.get_mut(&node) {
+            (conversation.number, conversation.connection) = (0, 0);
+            conversation.outbox = None;
+        }
+        self.members.disconnected(node);
     }
 
     /// What an agent says about one of its ranks.

@@ -44,7 +44,7 @@ impl Nodes {
             Err(error) => {
                 // No refusal, which would be for good: it joins once more, and begins anew.
                 tracing::error!("node {name} ({from}) speaks nonsense: {error}");
-                self.conversations.remove(&node);
+                self.begin_anew(node);
                 return Vec::new();
             }
         };
