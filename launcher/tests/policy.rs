@@ -86,6 +86,7 @@ fn short(action: &Action) -> String {
         Action::RecordStop { by, now: false } => format!("stop by {by}"),
         Action::RecordStop { by, now: true } => format!("stop at once by {by}"),
         Action::RecordStall(stall) => stall.describe(),
+        Action::RecordLingering { ranks, time } => format!("linger {ranks:?} {time:?}"),
         Action::AskWhere => "where".into(),
         Action::Finish { code, .. } => format!("finish {code}"),
     }
@@ -114,6 +115,19 @@ fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
     assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
     assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
     assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+}
+
+#[test]
+fn a_killed_rank_that_does_not_go_is_told_of_again_and_again() {
+    let mut run = Run::begin(2, None);
+    run.killed(1);
+    run.after(0.02);
+    assert_eq!(run.after(5.0), ["kill"]);
+    assert!(run.after(9.9).is_empty());
+    assert_eq!(run.after(0.1), ["linger [0] 10s"]);
+    assert_eq!(run.after(10.0), ["linger [0] 20s"]);
+    assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
+    assert!(run.after(60.0).is_empty());
 }
 
 /// A run of two ranks that have done two steps, and then stand still until they are asked.

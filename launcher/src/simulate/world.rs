@@ -384,7 +384,8 @@ impl World<'_> {
             | Action::RecordFirstCause(_)
             | Action::RecordRollBack(_)
             | Action::RecordStop { .. }
-            | Action::RecordStall(_) => {}
+            | Action::RecordStall(_)
+            | Action::RecordLingering { .. } => {}
         }
     }
 

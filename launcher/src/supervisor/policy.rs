@@ -245,6 +245,13 @@ pub enum Action {
     },
     /// Nothing has moved for long.
     RecordStall(Stall),
+    /// These ranks were killed so long ago and are not gone.
+    RecordLingering {
+        /// The ranks.
+        ranks: Vec<usize>,
+        /// Since when.
+        time: Duration,
+    },
     /// Ask every rank where it is.
     AskWhere,
     /// All is over and every process is gone.

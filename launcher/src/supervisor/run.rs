@@ -496,9 +496,24 @@ impl Executor {
                 tracing::warn!("{}", stall.describe());
                 self.recorder.event("stalled", json!(stall));
             }
+            Action::RecordLingering { ranks, time } => self.record_lingering(&ranks, time),
             Action::AskWhere => self.tell_all(&ToRank::Where),
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
+    }
+
+    fn record_lingering(&mut self, ranks: &[usize], time: Duration) {
+        let pids: Vec<_> =
+            ranks.iter().filter_map(|rank| self.ranks.get(*rank)).map(RankHandle::pid).collect();
+        let seconds = time.as_secs();
+        let reason = format!(
+            "ranks {ranks:?} (processes {pids:?}) were killed {seconds} s ago and are not gone: the \
+             system ends none that waits for a device or a file system which does not answer"
+        );
+        tracing::warn!("{reason}");
+        let fields = json!({ "ranks": ranks, "pids": pids, "seconds": seconds });
+        self.recorder.event("ranks_linger", fields);
+        self.recorder.status.alarm = Some(reason);
     }
 
     fn tell_all(&self, message: &ToRank) {

@@ -8,7 +8,7 @@ pub use super::policy::{Action, Elastic, Event, Policy, RankState};
 use super::stall::{ASKING, Progress, suspects};
 use growth::Growth;
 use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub mod growth;
 mod verdict;
@@ -34,10 +34,18 @@ enum Stage {
     Settling { until: Instant },
     /// Ranks were told to end.
     Ending { kill_at: Instant },
-    /// Ranks were killed.
-    Killed,
+    /// Ranks were killed; those that are still there then are told of.
+    Killed { since: Instant, tell_at: Instant },
     /// Over.
     Over,
+}
+
+/// Killed ranks that are not gone are told of that often: one that waits for a device or a file
+/// system cannot be ended before that answers.
+const LINGER: Duration = Duration::from_secs(10);
+
+fn killed(now: Instant) -> Stage {
+    Stage::Killed { since: now, tell_at: now + LINGER }
 }
 
 /// The state of one run under one launcher.
@@ -130,7 +138,7 @@ impl State {
                 "starting"
             }
             Stage::Working | Stage::Asking { .. } => "running",
-            Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed => "restarting",
+            Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed { .. } => "restarting",
         }
     }
 
@@ -139,11 +147,12 @@ impl State {
         match self.stage {
             Stage::Settling { until } | Stage::Asking { until } => Some(until),
             Stage::Ending { kill_at } => Some(kill_at),
+            Stage::Killed { tell_at, .. } => Some(tell_at),
             Stage::Working => {
                 let stalled = self.progress.as_ref().map(Progress::deadline);
                 [self.late_at(), stalled].into_iter().flatten().min()
             }
-            Stage::Between | Stage::Killed | Stage::Over => None,
+            Stage::Between | Stage::Over => None,
         }
     }
 
@@ -176,7 +185,7 @@ impl State {
                 self.room = num_ranks;
                 Vec::new()
             }
-            Event::Broken { code, reason } => self.broken(code, reason),
+            Event::Broken { code, reason } => self.broken(code, reason, now),
             Event::Step { rank, step } => self.stepped(rank, step, now),
             Event::Phase { rank, phase } => self.entered(rank, phase, now),
             Event::Committed { step } => self.has_committed(step, now),
@@ -191,7 +200,7 @@ impl State {
                 }
                 _ => Vec::new(),
             },
-            Event::StopNow { by } => self.stopped_now(by),
+            Event::StopNow { by } => self.stopped_now(by, now),
             Event::Tick => self.tick(now),
         }
     }
@@ -270,12 +279,12 @@ impl State {
     }
 
     /// Ranks that were not started count as gone; those that were are killed.
-    fn broken(&mut self, code: i32, reason: String) -> Vec<Action> {
+    fn broken(&mut self, code: i32, reason: String, now: Instant) -> Vec<Action> {
         if self.stage == Stage::Between {
             return self.over(code, reason);
         }
         self.verdict.get_or_insert((code, reason.clone()));
-        self.stage = Stage::Killed;
+        self.stage = killed(now);
         let mut actions = vec![Action::Kill { reason }];
         actions.extend(self.if_all_gone());
         actions
@@ -360,7 +369,7 @@ impl State {
         };
         self.num_exited += 1;
         let mut actions = Vec::new();
-        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed);
+        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed { .. });
         // A node's death is found long after its peers have lost their links to it.
         let is_lost = rank.report.as_ref().is_some_and(|report| report.class == FailureClass::Node);
         if rank.state == RankState::Failed && (!was_told_to_end || is_lost) {
@@ -373,7 +382,7 @@ impl State {
             };
             self.causes.push(cause);
             self.stage = match self.stage {
-                Stage::Ending { .. } | Stage::Killed => self.stage.clone(),
+                Stage::Ending { .. } | Stage::Killed { .. } => self.stage.clone(),
                 Stage::Settling { until } => Stage::Settling { until: until.min(now + wait) },
                 _ => Stage::Settling { until: now + wait },
             };
@@ -452,7 +461,7 @@ impl State {
         }
     }
 
-    fn stopped_now(&mut self, by: String) -> Vec<Action> {
+    fn stopped_now(&mut self, by: String, now: Instant) -> Vec<Action> {
         if self.is_stopped_now {
             return Vec::new();
         }
@@ -464,7 +473,7 @@ impl State {
             actions.extend(self.over(exit_code::INTERRUPTED, reason));
             return actions;
         }
-        self.stage = Stage::Killed;
+        self.stage = killed(now);
         actions.push(Action::Kill { reason });
         actions
     }
@@ -479,7 +488,7 @@ impl State {
                 self.end(reason, now)
             }
             Stage::Ending { .. } => {
-                self.stage = Stage::Killed;
+                self.stage = killed(now);
                 let seconds = self.policy.grace.as_secs_f64();
                 let reason = format!("still there {seconds} s after SIGTERM");
                 vec![Action::Kill { reason }]
@@ -498,7 +507,13 @@ impl State {
                 }));
                 self.end(format!("rank {rank} {what}"), now)
             }
-            Stage::Between | Stage::Killed | Stage::Over => Vec::new(),
+            Stage::Killed { since, .. } => {
+                self.stage = Stage::Killed { since, tell_at: now + LINGER };
+                let is_there = |rank: &usize| !self.ranks[*rank].state.has_exited();
+                let ranks = (0..self.ranks.len()).filter(is_there).collect();
+                vec![Action::RecordLingering { ranks, time: now.saturating_duration_since(since) }]
+            }
+            Stage::Between | Stage::Over => Vec::new(),
         }
     }
 

@@ -271,7 +271,8 @@ impl Head {
                 | Action::RecordGrowth { .. }
                 | Action::RecordRollBack(_)
                 | Action::RecordStop { .. }
-                | Action::RecordStall(_) => {}
+                | Action::RecordStall(_)
+                | Action::RecordLingering { .. } => {}
             }
         }
     }
