@@ -478,7 +478,7 @@ fn notes() {
          {from_tokens: 1e9, global_batch: 8192}]",
         "checkpoint={every_steps: 20, keep_every_steps: 30}",
         "parallelism.pipeline.schedule=zero-bubble",
-        "parallelism.shard.reshard_after_forward=true",
+        "parallelism.shard={level: gradients, reshard_after_forward: true}",
     ];
     let notes: Vec<String> =
         load(GOOD, &sets).unwrap().notes.iter().map(ToString::to_string).collect();

@@ -33,10 +33,8 @@ impl RunConfig {
 
     /// Whether every global batch is a multiple of what so many replicas read in a pass.
     fn batch_divides_over(&self, replicas: usize) -> bool {
-        let t = &self.training;
-        let per_pass =
-            replicas as u128 * self.parallelism.shard.ranks as u128 * t.micro_batch as u128;
-        t.batch_stages.iter().all(|stage| (stage.global_batch as u128).is_multiple_of(per_pass))
+        let data_ranks = replicas * self.parallelism.shard.ranks;
+        self.batch_divides(data_ranks, self.training.micro_batch)
     }
 
     /// The same config with so many replicas, on as many ranks as they have.

@@ -3,6 +3,7 @@
 
 mod degrees;
 mod elastic;
+mod ranks;
 mod sizes;
 
 use crate::batch_plan::first_steps;
@@ -41,11 +42,13 @@ impl Rules<'_, '_> {
     pub fn check(&mut self) {
         self.model();
         self.data();
-        self.ranks();
+        self.cores();
         self.batches();
         self.sizes();
         self.splits();
         self.pipeline();
+        // After the rules of each degree by itself.
+        self.ranks();
         self.unused();
         self.times();
         self.elastic();
@@ -170,28 +173,6 @@ impl Rules<'_, '_> {
         }
     }
 
-    fn divides_over_ranks(&mut self, stage: &BatchStage, key: &str) {
-        let (p, t) = (&self.config.parallelism, &self.config.training);
-        let least = p.shard.ranks * p.replicate.unwrap_or(1);
-        let data_ranks = self.config.num_ranks().map_or(least, |ranks| p.data_ranks(ranks)).max(1);
-        let per_pass = data_ranks as u128 * t.micro_batch as u128;
-        if !(stage.global_batch as u128).is_multiple_of(per_pass) {
-            let message = format!(
-                "{} sequences are not a multiple of {data_ranks} data-parallel ranks x \
-                 micro_batch {} = {per_pass}",
-                stage.global_batch, t.micro_batch
-            );
-            let keys = [key, "training.global_batch", "training.micro_batch"];
-            let named: &[&str] = if t.batch_stages.len() > 1 { &keys } else { &keys[1..] };
-            let limit = format!("a multiple of {per_pass}");
-            let near = usize::try_from(per_pass).map_or(String::new(), |per_pass| {
-                format!("{} would do, or ", multiples(stage.global_batch, per_pass))
-            });
-            let hint = format!("{near}change training.micro_batch or the ranks");
-            self.conflict(named, message, &limit, &hint);
-        }
-    }
-
     fn stage_starts(&mut self) {
         let t = &self.config.training;
         for (index, first) in first_steps(&t.batch_stages).into_iter().enumerate() {
@@ -260,6 +241,11 @@ impl Rules<'_, '_> {
                 p.shard.reshard_after_forward && p.shard.level != ShardLevel::Parameters,
                 "parallelism.shard.reshard_after_forward",
                 "belongs to level: parameters and has no effect",
+            ),
+            (
+                p.shard.ranks == 1 && p.shard.level != ShardLevel::None,
+                "parallelism.shard.level",
+                "has no effect while shard.ranks is 1",
             ),
         ];
         for (applies, key, message) in idle {
