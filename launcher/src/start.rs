@@ -11,6 +11,7 @@ use crate::error::UserError;
 use crate::health;
 use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
+use crate::room;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
@@ -19,6 +20,7 @@ use crate::supervisor::run::{Adopt, Plan, supervise};
 use crate::verify::verify;
 use crate::view::View;
 use checkpoint_format::scan::scan;
+use layout::Mesh;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
 use run_config::{ClusterKind, RestartStore, RunConfig};
@@ -445,6 +447,10 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
     if starter.is_here() {
         let ranks = resolved.world_size / config.cluster.nodes;
         machine::check_gpus(config.cluster.device, ranks, machine::num_gpus())?;
+        // A layout that cannot be is told of by the ranks.
+        let mesh = Mesh::new(&config.parallelism, resolved.world_size).ok();
+        let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
+        room.iter().for_each(|note| err!("{note}"));
     }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
