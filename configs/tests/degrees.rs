@@ -1,4 +1,5 @@
 //! Hints about degrees, ranks and batches: each value that they name is one that works.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use run_config::{ConfigErrors, Loaded, RunConfig};
 use std::path::Path;
@@ -22,7 +23,7 @@ fn load(sets: &[&str]) -> Result<Loaded, ConfigErrors> {
 /// The only problem of the config with sets: its message and its hint.
 #[track_caller]
 fn check_only(sets: &[&str], message: &str, hint: &str) {
-    let problems = load(sets).expect_err("must be refused").problems;
+    let problems = load(sets).unwrap_err().problems;
     let found: Vec<(&str, Option<&str>)> =
         problems.iter().map(|p| (p.message.as_str(), p.hint.as_deref())).collect();
     assert_eq!(found, [(message, Some(hint))]);
@@ -97,7 +98,7 @@ fn a_degree_with_a_problem_of_its_own_has_no_other() {
         "parallelism.pipeline.stages=16",
         "parallelism.shard={ranks: 3, level: gradients}",
     ]);
-    let both = both.expect_err("must be refused").to_string();
+    let both = both.unwrap_err().to_string();
     assert!(both.contains("has 2 problems") && both.contains("16 x 3 = 48 do not"), "{both}");
     assert!(both.ends_with("hint: parallelism.shard.ranks=2 or 4 would do"), "{both}");
 }
@@ -122,7 +123,7 @@ fn batches_micro_batches_and_ranks_are_named() {
 #[test]
 fn what_would_do_does() {
     let check = |sets: &[&str], mended: &[&str]| {
-        load(sets).expect_err("must be refused");
+        load(sets).unwrap_err();
         for set in mended {
             let loaded = load(&[sets, &[set]].concat());
             loaded.unwrap_or_else(|errors| panic!("{set}: {errors}"));

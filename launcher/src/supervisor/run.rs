@@ -507,8 +507,8 @@ impl Executor {
             ranks.iter().filter_map(|rank| self.ranks.get(*rank)).map(RankHandle::pid).collect();
         let seconds = time.as_secs();
         let reason = format!(
-            "ranks {ranks:?} (processes {pids:?}) were killed {seconds} s ago and are not gone: the \
-             system ends none that waits for a device or a file system which does not answer"
+            "ranks {ranks:?} (processes {pids:?}) were killed {seconds} s ago and are not gone: \
+             the system ends none that waits for a device or a file system that is silent"
         );
         tracing::warn!("{reason}");
         let fields = json!({ "ranks": ranks, "pids": pids, "seconds": seconds });
