@@ -20,6 +20,7 @@ impl RunConfig {
             y.key("matmul", word(&self.precision.matmul));
         });
         y.section("training", |y| training(y, &self.training));
+        y.section("numeric", |y| numeric(y, &self.numeric));
         y.section("optimizer", |y| optimizer(y, &self.optimizer));
         y.section("schedule", |y| {
             y.key("kind", word(&self.schedule.kind));
@@ -41,6 +42,13 @@ impl RunConfig {
             y.key("hang_timeout_s", self.restart.hang_timeout_s);
             y.key("store", quote(&self.restart.store.to_string()));
             y.key("health_check", self.restart.health_check);
+            let elastic = &self.restart.elastic;
+            y.section("elastic", |y| {
+                let least = elastic.min_replicas.map_or("null".to_owned(), |n| n.to_string());
+                y.key("min_replicas", least);
+                y.key("wait_s", elastic.wait_s);
+                y.key("grow_pause_s", elastic.grow_pause_s);
+            });
         });
         y.section("cluster", |y| {
             y.key("kind", word(&self.cluster.kind));
@@ -161,6 +169,13 @@ fn data(y: &mut Yaml, config: &RunConfig) {
     y.key("shuffle", d.shuffle);
     y.key("validation_fraction", float(d.validation_fraction));
     y.key("buffer_mib", d.buffer_mib);
+    if d.skip_samples.is_empty() {
+        return y.key("skip_samples", "null");
+    }
+    y.line("skip_samples:");
+    for samples in &d.skip_samples {
+        y.line(&format!("  - {{first: {}, last: {}}}", samples.first, samples.last));
+    }
 }
 
 fn parallelism(y: &mut Yaml, p: &Parallelism) {
@@ -198,6 +213,18 @@ fn training(y: &mut Yaml, t: &Training) {
     y.key("micro_batch", t.micro_batch);
     y.key("clip_norm", t.clip_norm.map_or("null".to_owned(), float));
     y.key("max_skipped_steps", t.max_skipped_steps);
+}
+
+fn numeric(y: &mut Yaml, n: &Numeric) {
+    let or_null = |limit: Option<f64>| limit.map_or("null".to_owned(), float);
+    y.key("window", n.window);
+    y.key("loss_zscore", or_null(n.loss_zscore));
+    y.key("grad_norm_zscore", or_null(n.grad_norm_zscore));
+    y.key("on_spike", word(&n.on_spike));
+    y.key("on_non_finite", word(&n.on_non_finite));
+    y.key("replay", n.replay);
+    y.key("max_interventions", n.max_interventions);
+    y.key("interventions_within_steps", n.interventions_within_steps);
 }
 
 fn optimizer(y: &mut Yaml, o: &Optimizer) {

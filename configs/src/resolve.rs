@@ -47,6 +47,7 @@ impl Resolver<'_> {
                 matmul: self.choice(&v, "precision.matmul")?,
             },
             training: self.training(&v, longest)?,
+            numeric: self.numeric(&v)?,
             optimizer: Optimizer {
                 kind: self.choice(&v, "optimizer.kind")?,
                 learning_rate: self.number(&v, "optimizer.learning_rate")?,
@@ -75,6 +76,11 @@ impl Resolver<'_> {
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
                 store: self.store(&v)?,
                 health_check: self.boolean(&v, "restart.health_check")?,
+                elastic: Elastic {
+                    min_replicas: self.optional_size(&v, "restart.elastic.min_replicas"),
+                    wait_s: self.integer(&v, "restart.elastic.wait_s")?,
+                    grow_pause_s: self.integer(&v, "restart.elastic.grow_pause_s")?,
+                },
             },
             cluster: Cluster {
                 kind: self.choice(&v, "cluster.kind")?,
@@ -187,6 +193,7 @@ impl Resolver<'_> {
             shuffle: self.boolean(v, "data.shuffle")?,
             validation_fraction: self.number(v, "data.validation_fraction")?,
             buffer_mib: self.size(v, "data.buffer_mib")?,
+            skip_samples: self.skip_samples(v)?,
         })
     }
 
@@ -206,6 +213,35 @@ impl Resolver<'_> {
             });
         }
         Some(sources)
+    }
+
+    fn skip_samples(&mut self, v: &View) -> Option<Vec<SampleRange>> {
+        let list = "data.skip_samples";
+        let Some(Given { leaf: Leaf::Items(items), .. }) = v.layer.get(list) else {
+            return Some(Vec::new());
+        };
+        let mut ranges = Vec::new();
+        for (index, given) in items.iter().enumerate() {
+            let layer = self.item_layer(list, given);
+            let path = format!("{list}[{index}]");
+            let v = View { layer: &layer, table: keys::item_path(list), path };
+            let (first, last) = (self.integer(&v, "first")?, self.integer(&v, "last")?);
+            ranges.push(SampleRange { first, last });
+        }
+        Some(ranges)
+    }
+
+    fn numeric(&mut self, v: &View) -> Option<Numeric> {
+        Some(Numeric {
+            window: self.size(v, "numeric.window")?,
+            loss_zscore: self.optional_number(v, "numeric.loss_zscore"),
+            grad_norm_zscore: self.optional_number(v, "numeric.grad_norm_zscore"),
+            on_spike: self.choice(v, "numeric.on_spike")?,
+            on_non_finite: self.choice(v, "numeric.on_non_finite")?,
+            replay: self.boolean(v, "numeric.replay")?,
+            max_interventions: self.size(v, "numeric.max_interventions")?,
+            interventions_within_steps: self.integer(v, "numeric.interventions_within_steps")?,
+        })
     }
 
     fn parallelism(&mut self, v: &View) -> Option<Parallelism> {

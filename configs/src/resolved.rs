@@ -22,6 +22,8 @@ pub struct RunConfig {
     pub precision: Precision,
     /// Length, batches, clipping.
     pub training: Training,
+    /// What happens after numeric trouble.
+    pub numeric: Numeric,
     /// The optimizer.
     pub optimizer: Optimizer,
     /// The learning rate over the steps.
@@ -152,6 +154,17 @@ pub struct DataConfig {
     pub validation_fraction: f64,
     /// Bound of the reader's memory in MiB, over all sources of one rank.
     pub buffer_mib: usize,
+    /// Samples of the order that are left out.
+    pub skip_samples: Vec<SampleRange>,
+}
+
+/// A run of samples of the data order, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SampleRange {
+    /// The first, from 0.
+    pub first: u64,
+    /// The last.
+    pub last: u64,
 }
 
 /// One source of tokenized parquet shards.
@@ -304,8 +317,53 @@ pub struct Training {
     pub micro_batch: usize,
     /// Global gradient norm is clipped to this; `None`: off.
     pub clip_norm: Option<f64>,
-    /// Consecutive steps skipped for a non-finite loss or gradient after which the run stops.
+    /// Consecutive skipped steps after which the run stops.
     pub max_skipped_steps: u32,
+}
+
+/// Numeric trouble: steps whose loss or gradient norm is not finite, or jumps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Numeric {
+    /// Applied steps with whose mean and standard deviation a step is compared.
+    pub window: usize,
+    /// Standard deviations above the mean from which on a loss is a spike; `None`: none is.
+    pub loss_zscore: Option<f64>,
+    /// The same for the logarithm of the gradient norm.
+    pub grad_norm_zscore: Option<f64>,
+    /// What follows a spike.
+    pub on_spike: OnSpike,
+    /// What follows a loss or gradient that is not finite.
+    pub on_non_finite: OnNonFinite,
+    /// Whether such a step is done again on another rank.
+    pub replay: bool,
+    /// Steps skipped or gone back behind after which the run stops.
+    pub max_interventions: usize,
+    /// Steps over which they are counted.
+    pub interventions_within_steps: u64,
+}
+
+/// What follows a spike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnSpike {
+    /// It is told of; the step counts.
+    Report,
+    /// The step changes no weight.
+    Skip,
+    /// Back to the newest checkpoint, and on without the step's samples.
+    Rollback,
+}
+
+/// What follows a loss or gradient that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// The step changes no weight.
+    Skip,
+    /// Back to the newest checkpoint, and on without the step's samples.
+    Rollback,
+    /// The run stops.
+    Stop,
 }
 
 /// One stage of the batch ramp.
@@ -402,6 +460,19 @@ pub struct Restart {
     pub store: RestartStore,
     /// Whether a node is looked at before ranks are started on it.
     pub health_check: bool,
+    /// Going on with fewer replicas while nodes are missing.
+    pub elastic: Elastic,
+}
+
+/// Going on with fewer data-parallel replicas while nodes are missing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Elastic {
+    /// Least number of replicas; `None`: all, a missing node is waited for.
+    pub min_replicas: Option<usize>,
+    /// Wait for a spare before the run goes on with fewer replicas, in seconds.
+    pub wait_s: u64,
+    /// Least time between two returns to more replicas, in seconds.
+    pub grow_pause_s: u64,
 }
 
 /// Where the run runs.

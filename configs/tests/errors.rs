@@ -139,6 +139,34 @@ fn conflicts_of_the_model() {
 }
 
 #[test]
+fn samples_to_leave_out() {
+    let backwards = errors(GOOD, &["data.skip_samples=[{first: 8, last: 7}]"]);
+    assert!(
+        backwards.contains("data.skip_samples[0].last: 7 is before the first, 8"),
+        "{backwards}"
+    );
+    let partial = errors(GOOD, &["data.skip_samples=[{first: 8}]"]);
+    assert!(partial.contains("data.skip_samples[0].last: the key is required"), "{partial}");
+    let ranges = load(GOOD, &["data.skip_samples=[{first: 8, last: 8}]"]).unwrap().config.data;
+    assert_eq!(ranges.skip_samples, [run_config::SampleRange { first: 8, last: 8 }]);
+}
+
+#[test]
+fn numeric_trouble() {
+    let word = errors(GOOD, &["numeric.on_spike=stop"]);
+    assert!(word.contains("numeric.on_spike"), "{word}");
+    let notes = |sets: &[&str]| {
+        let notes: Vec<String> =
+            load(GOOD, sets).unwrap().notes.iter().map(ToString::to_string).collect();
+        notes.join("\n")
+    };
+    let off = ["numeric={on_spike: skip, loss_zscore: null, grad_norm_zscore: null}"];
+    assert!(notes(&off).contains("has no effect while loss_zscore"), "{}", notes(&off));
+    let far = ["numeric.on_non_finite=rollback", "checkpoint.every_steps=0"];
+    assert!(notes(&far).contains("begins from the start"), "{}", notes(&far));
+}
+
+#[test]
 fn degrees_against_the_ranks() {
     insta::assert_snapshot!(errors(
         GOOD,
@@ -450,7 +478,7 @@ fn notes() {
          {from_tokens: 1e9, global_batch: 8192}]",
         "checkpoint={every_steps: 20, keep_every_steps: 30}",
         "parallelism.pipeline.schedule=zero-bubble",
-        "parallelism.shard.reshard_after_forward=true",
+        "parallelism.shard={level: gradients, reshard_after_forward: true}",
     ];
     let notes: Vec<String> =
         load(GOOD, &sets).unwrap().notes.iter().map(ToString::to_string).collect();

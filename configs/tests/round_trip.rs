@@ -117,19 +117,31 @@ prop_compose! {
         flag in any::<bool>(),
         timeout in 1u64..=3600,
         contiguous in prop::sample::select(vec!["auto", "1", "2"]),
+        zscore in proptest::option::of(1e-3f64..1e6),
+        left_out in proptest::collection::vec((any::<u16>(), any::<u16>()), 0..4),
     ) -> Vec<String> {
         let stages: Vec<String> = stages.iter().enumerate().map(|(i, (batch, shift))| format!(
             "{{from_tokens: {}, global_batch: {}, sequence_length: {}}}",
             i * 100_000, batch * 8, 64usize << shift,
         )).collect();
         let quoted = serde_json::Value::from(path).to_string();
+        let or_null = |number: Option<f64>| number.map_or("null".to_owned(), |n| format!("{n:?}"));
+        let left_out: Vec<String> = left_out.iter().map(|(first, more)| format!(
+            "{{first: {first}, last: {}}}", u32::from(*first) + u32::from(*more),
+        )).collect();
+        let left_out = match left_out.is_empty() {
+            true => "null".to_owned(),
+            false => format!("[{}]", left_out.join(", ")),
+        };
         let scaling = scaling.map_or("null".to_owned(), |f| format!("{{factor: {f:?}}}"));
         vec![
             format!("name={name}"), format!("seed={seed}"),
             format!("data.sources=[{{name: s, path: {quoted}, weight: {weight:?}}}]"),
             format!("data.tokenizer={quoted}"), format!("data.shuffle={flag}"),
             format!("optimizer={{learning_rate: {rate:?}, eps: {eps:?}, betas: [{beta:?}, 0.95]}}"),
-            format!("training.clip_norm={}", clip.map_or("null".to_owned(), |c| format!("{c:?}"))),
+            format!("training.clip_norm={}", or_null(clip)),
+            format!("numeric={{loss_zscore: {}, on_spike: rollback}}", or_null(zscore)),
+            format!("data.skip_samples={left_out}"),
             format!("training.global_batch=[{}]", stages.join(", ")),
             format!("schedule.kind={kind}"), format!("precision.compute={compute}"),
             format!("cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}}}"),

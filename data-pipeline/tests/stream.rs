@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::{Corpus, config, corpus, corpus_from, options, read, rows};
+use common::{Corpus, Row, config, corpus, corpus_from, options, read, read_all, rows};
 use data_pipeline::order::{EpochOrder, GroupSize, OrderParams, SampleUnit};
 use data_pipeline::packing::NO_TARGET;
 use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
-use run_config::BatchStage;
+use run_config::{BatchStage, SampleRange};
 use std::collections::HashSet;
 use std::time::Instant;
 
@@ -154,6 +154,59 @@ fn a_resume_in_another_order_is_refused() {
     let other = Loader::open(&more.config(&[]), options(1, 1)).unwrap().cursor_after(4);
     let error = saved.verify_resumes(&other).unwrap_err().to_string();
     assert!(error.contains("the hash of the shards"), "{error}");
+}
+
+#[test]
+fn samples_that_are_left_out_are_read_by_nobody_and_those_behind_move_up() {
+    let corpus = corpus(2, 400, 60, 0.1);
+    let config = corpus.config(&["data.skip_samples=[{first: 4, last: 5}]"]);
+    let later = [SampleRange { first: 24, last: 31 }];
+    let all = rows(&read(&corpus.config(&[]), options(1, 8)));
+    let left: Vec<&Row> = all.iter().filter(|r| !matches!(r.sample, 4 | 5 | 24..=31)).collect();
+    for dp_size in [1, 2, 4] {
+        let shares: Vec<Vec<Row>> = (0..dp_size)
+            .map(|dp_rank| {
+                let options = LoaderOptions { dp_rank, dp_size, ..options(1, 6) };
+                let mut loader = Loader::open_without(&config, options, &later).unwrap();
+                let step_3 = loader.samples_of(3);
+                assert_eq!(step_3, SampleRange { first: 18, last: 33 }, "across those left out");
+                rows(&read_all(&mut loader))
+            })
+            .collect();
+        let per_rank = 8 / dp_size;
+        for (at, expected) in left.iter().take(48).enumerate() {
+            let (step, row) = (at / 8, at % 8);
+            let got = &shares[row / per_rank][step * per_rank + row % per_rank];
+            assert_eq!((got.sample, &got.tokens), (expected.sample, &expected.tokens));
+        }
+    }
+    // Held-out documents have an order of their own.
+    let validation = LoaderOptions { split: Split::Validation, ..options(1, 4) };
+    assert!(read(&config, validation) == read(&corpus.config(&[]), validation));
+}
+
+#[test]
+fn only_samples_still_to_come_can_be_left_out() {
+    let corpus = corpus(1, 400, 60, 0.1);
+    let without = |pairs: &[(u64, u64)], step| {
+        let ranges: Vec<SampleRange> =
+            pairs.iter().map(|&(first, last)| SampleRange { first, last }).collect();
+        let loader = Loader::open_without(&corpus.config(&[]), options(1, 1), &ranges).unwrap();
+        loader.cursor_after(step)
+    };
+    // After four steps of eight, samples 0 to 33 but for two are read.
+    let saved = without(&[(4, 5)], 4);
+    let saved: DataCursor = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
+    assert_eq!((saved.consumed_tokens, saved.consumed_samples), (4 * 8 * 64, 32));
+    saved.verify_resumes(&without(&[(4, 5)], 4)).unwrap();
+    saved.verify_resumes(&without(&[(34, 40), (4, 5)], 4)).unwrap();
+    let check = |pairs: &[(u64, u64)], expected: &str| {
+        let error = saved.verify_resumes(&without(pairs, 4)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        assert!(error.contains("`data.skip_samples`"), "{error}");
+    };
+    check(&[], "the samples left out so far was 4-5 when the checkpoint was saved and is none");
+    check(&[(4, 5), (33, 40)], "is 4-5, 33-40");
 }
 
 #[test]

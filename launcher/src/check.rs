@@ -4,6 +4,7 @@ use crate::error::UserError;
 use crate::pipeline::PipelinePlan;
 use crate::plan::LayoutPlan;
 use crate::print::err;
+use crate::room;
 use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
 use rank_protocol::exit_code;
@@ -82,6 +83,8 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
     let mesh = Mesh::new(&config.parallelism, ranks)
         .map_err(|error| conflict("parallelism", error.to_string()))?;
     notes.extend(missing_data(&config));
+    let room = room::notes(&config, &mesh);
+    notes.extend(room.map_err(|error| conflict("parallelism", error.to_string()))?);
     let stages = &config.training.batch_stages;
     let first_steps: Vec<u64> = first_steps(stages).into_iter().flatten().collect();
     let pipeline = PipelinePlan::new(&config, &mesh, &first_steps)
@@ -291,6 +294,7 @@ impl Plan {
             ("optimizer", m.optimizer),
             ("activations ~", m.activations),
             ("logits ~", m.logits),
+            ("checkpoint", m.checkpoint),
             ("total ~", m.total()),
         ];
         for (index, (kind, bytes)) in kinds.into_iter().enumerate() {
@@ -436,6 +440,18 @@ mod tests {
         let error = plan.write_svg(Path::new("/nonexistent/a.svg")).unwrap_err();
         assert_eq!(error.code, 64);
         assert!(error.to_string().contains("the model is one stage"), "{error}");
+    }
+
+    /// A machine of thousands of GiB would have room.
+    #[test]
+    fn ranks_that_do_not_fit_this_machine_are_told_of() {
+        let preset = "model={preset: llama3-405b}";
+        let cluster = "cluster={ranks_per_node: 2, device: cpu}";
+        let table = planned(&[preset, cluster]).table();
+        let warning = "\nwarning: cluster.ranks_per_node: 2 ranks x ";
+        assert!(table.contains(warning) && table.contains(" and this "), "{table}");
+        let gpus = planned(&[preset, "cluster={ranks_per_node: 2, device: cuda}"]).table();
+        assert!(!gpus.contains(warning), "no GPU is here: {gpus}");
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod machine;
 mod pipeline;
 mod plan;
 mod print;
+mod room;
 pub mod runs;
 pub mod simulate;
 pub mod start;

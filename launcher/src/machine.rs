@@ -21,8 +21,17 @@ const FIND_TORCH: &str = "import importlib.util as u; s = u.find_spec('torch'); 
 pub enum Starter {
     /// This process.
     Launcher,
-    /// An agent on each node.
+    /// An agent on each node, of which this machine may be none.
     Agents,
+    /// An agent on each node, the first of which is this machine.
+    FirstNode,
+}
+
+impl Starter {
+    /// Whether ranks are started on this machine.
+    pub fn is_here(self) -> bool {
+        self != Starter::Agents
+    }
 }
 
 /// A config with every `auto` of this machine resolved.
@@ -104,7 +113,7 @@ fn refuse_other_clusters(
 ) -> Result<(), UserError> {
     let is_supported = match starter {
         Starter::Launcher => matches!(kind, ClusterKind::Local | ClusterKind::Mpi),
-        Starter::Agents => kind == ClusterKind::Local,
+        Starter::Agents | Starter::FirstNode => kind == ClusterKind::Local,
     };
     if !is_supported {
         let message = format!("cluster.kind: {kind:?} is not supported here yet");
@@ -112,7 +121,7 @@ fn refuse_other_clusters(
     }
     if nodes != 1 && starter == Starter::Launcher {
         let message = format!("cluster.nodes: {nodes}, and this machine is one");
-        let hint = "`phalanx coordinator` here, and `phalanx agent` on each node";
+        let hint = "--set cluster.nodes=1 and all ranks here, if this machine can run them";
         return Err(UserError::usage(message).hint(hint));
     }
     Ok(())

@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
-use rank_protocol::{RunDir, env, exit_code, jsonl};
+use rank_protocol::{RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -193,10 +193,14 @@ pub struct History {
     pub committed: Option<u64>,
     /// Resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// Steps that the run went back behind, without their samples.
+    pub roll_backs: Vec<RollBack>,
     /// Restarts after a failure.
     pub restarts: u64,
     /// Whether `cluster.threads_per_rank` was `auto`, for the number of ranks it has now.
     pub has_auto_threads: bool,
+    /// Whether the last launcher was the coordinator and a node too.
+    pub was_first_node: bool,
     /// Steps of the whole run, as the last launcher knew them.
     pub steps: u64,
     /// When the last launcher started.
@@ -205,6 +209,8 @@ pub struct History {
     pub end: Option<(i32, String)>,
     /// The nodes of the last generation by place, where agents started it.
     pub nodes: Vec<String>,
+    /// Ranks of the last generation.
+    pub num_ranks: Option<usize>,
     /// The last entry of the books.
     pub ledger: Option<LedgerEntry>,
     /// The changes of the config, but for those that were taken back.
@@ -270,8 +276,9 @@ impl History {
                 self.end = None;
                 self.steps = number("steps").unwrap_or(0);
                 self.started = text("time").unwrap_or_default();
-                self.has_auto_threads =
-                    event.get("has_auto_threads").and_then(Value::as_bool) == Some(true);
+                let is_true = |name: &str| event.get(name).and_then(Value::as_bool) == Some(true);
+                self.has_auto_threads = is_true("has_auto_threads");
+                self.was_first_node = is_true("is_first_node");
             }
             Some("checkpoint_committed") => {
                 self.committed = self.committed.max(number("step"));
@@ -290,8 +297,13 @@ impl History {
                 self.nodes = serde_json::from_value(nodes).unwrap_or_default();
             }
             Some("generation_started") => {
+                self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
                 self.restarts += u64::from(is_restart == Some(true));
+            }
+            Some("rolled_back") => {
+                let roll_back = serde_json::from_value::<RollBack>(event.clone());
+                self.roll_backs.extend(roll_back.ok());
             }
             Some("went_back") => {
                 if let (Some(step), Some(generation)) = (number("step"), number("first_generation"))

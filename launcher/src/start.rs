@@ -1,126 +1,112 @@
 //! `phalanx run` and `phalanx resume`: from what a user typed to a supervised run.
 
 use crate::changes::{differences, refuse_another_function};
+use crate::cluster::agent::{self, AgentArgs};
+use crate::cluster::companion::Companion;
 use crate::cluster::nodes::ClusterPlan;
+use crate::cluster::role::{Node, Role};
+use crate::cluster::sizes::Sizes;
 use crate::cluster::store::held::Held;
 use crate::error::UserError;
 use crate::health;
 use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
+use crate::room;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
 use crate::supervisor::restore::{Branch, is_current};
-use crate::supervisor::run::{Plan, supervise};
+use crate::supervisor::run::{Adopt, Plan, supervise};
 use crate::verify::verify;
 use crate::view::View;
 use checkpoint_format::scan::scan;
+use layout::Mesh;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
 use run_config::{ClusterKind, RestartStore, RunConfig};
 use serde_json::{Value, json};
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-/// What `run` and `resume` share.
-#[derive(Clone, Debug, Default, clap::Args)]
-pub struct Options {
-    /// Override a key of the config; the value is YAML. Repeatable.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
-    /// Print each step's report as a JSON line on standard output, and nothing else there.
-    #[arg(long)]
-    pub json: bool,
-}
+mod args;
 
-/// Arguments of `phalanx run`.
-#[derive(Clone, Debug, clap::Args)]
-pub struct RunArgs {
-    /// The run config, a YAML file.
-    pub config: PathBuf,
-    /// Shared options.
-    #[command(flatten)]
-    pub options: Options,
-}
+pub use args::{CoordinatorArgs, ListenArgs, NodeArgs, Options, ResumeArgs, RunArgs};
 
-/// Arguments of `phalanx resume`.
-#[derive(Clone, Debug, clap::Args)]
-pub struct ResumeArgs {
-    /// The run's directory or name.
-    pub run: String,
-    /// Continue from this step's checkpoint instead of the newest.
-    #[arg(long)]
-    pub step: Option<u64>,
-    /// Begin again from the initial weights, where the run has no good checkpoint.
-    #[arg(long, conflicts_with = "step")]
-    pub from_start: bool,
-    /// Continue nothing: do so many steps again, from an earlier checkpoint, and compare them with
-    /// what they were, bit by bit.
-    #[arg(long, value_name = "STEPS", conflicts_with = "from_start",
-          value_parser = clap::value_parser!(u64).range(1..))]
-    pub verify: Option<u64>,
-    /// Shared options.
-    #[command(flatten)]
-    pub options: Options,
+/// Where a coordinator listens, and the node of the run that it is on.
+#[derive(Clone, Debug)]
+struct Listen {
+    at: ListenArgs,
+    node: Option<Node>,
 }
-
-/// Arguments of `phalanx coordinator`.
-#[derive(Clone, Debug, clap::Args)]
-pub struct CoordinatorArgs {
-    /// The run config of a new run, a YAML file; or the directory or name of a run to go on with.
-    pub run: String,
-    /// Where to listen for agents; port 0: any that is free.
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:0")]
-    pub listen: SocketAddr,
-    /// Continue from this step's checkpoint instead of the newest.
-    #[arg(long)]
-    pub step: Option<u64>,
-    /// Begin again from the initial weights, where the run has no good checkpoint.
-    #[arg(long, conflicts_with = "step")]
-    pub from_start: bool,
-    /// Host name or address at which agents reach this machine; by default its name, or the address
-    /// that it listens on.
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Shared options.
-    #[command(flatten)]
-    pub options: Options,
-}
-
-/// Where a coordinator listens.
-type Listen = (SocketAddr, Option<String>);
 
 /// Begins a run, or goes on with one, whose ranks agents start; returns the exit code.
 pub fn coordinator(args: CoordinatorArgs) -> Result<i32, UserError> {
-    let listen = Some((args.listen, args.host.clone()));
-    let path = PathBuf::from(&args.run);
+    let CoordinatorArgs { run, listen, step, from_start, options } = args;
+    let node = NodeArgs { node: None, listen: listen.clone() };
+    let listen = Some(Listen { at: listen, node: None });
+    let path = PathBuf::from(&run);
     let is_config = path.is_file() || path.extension().is_some_and(|e| e == "yaml" || e == "yml");
+    if is_config && (step.is_some() || from_start) {
+        let option = if from_start { "--from-start" } else { "--step" };
+        let message = format!("{option} goes on with a run, and {run} is the config of a new one");
+        return Err(UserError::usage(message).hint("name the run in place of the config"));
+    }
     match is_config {
-        true => begin(RunArgs { config: path, options: args.options }, listen),
-        false => {
-            let CoordinatorArgs { run, step, from_start, options, .. } = args;
-            go_on(ResumeArgs { run, step, from_start, verify: None, options }, listen)
+        true => begin(RunArgs { config: path, node, options }, listen),
+        false => go_on(ResumeArgs { run, step, from_start, verify: None, node, options }, listen),
+    }
+}
+
+/// Begins a new run, or this node's part of one; returns the exit code.
+pub fn run(args: RunArgs) -> Result<i32, UserError> {
+    let config = RunConfig::load(&args.config, &args.options.set)?.config;
+    match role(&config, &args.node)? {
+        None => begin(args, None),
+        Some(Role::First(node)) => {
+            let at = args.node.listen.clone();
+            begin(args, Some(Listen { at, node: Some(node) }))
+        }
+        Some(Role::Other(node)) => agent::run(node.agent(config.name)),
+    }
+}
+
+/// Continues a run, or this node's part of one; returns the exit code.
+pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
+    let run = runs::find(&args.run)?;
+    let config = RunConfig::load(&run.config(), &args.options.set)?.config;
+    match role(&config, &args.node)?.filter(|_| args.verify.is_none()) {
+        None => go_on(args, None),
+        Some(Role::First(node)) => {
+            let at = args.node.listen.clone();
+            go_on(args, Some(Listen { at, node: Some(node) }))
+        }
+        Some(Role::Other(node)) => {
+            // The end of the launcher before says nothing of the one that goes on.
+            let history = runs::history(&run)?;
+            let after = history.end.map(|_| history.started);
+            agent::run(AgentArgs { after, ..node.agent(args.run) })
         }
     }
 }
 
-/// Begins a new run; returns the exit code.
-pub fn run(args: RunArgs) -> Result<i32, UserError> {
-    begin(args, None)
-}
-
-/// Continues a run; returns the exit code.
-pub fn resume(args: ResumeArgs) -> Result<i32, UserError> {
-    go_on(args, None)
+/// The part of this machine in a run on several nodes.
+fn role(config: &RunConfig, args: &NodeArgs) -> Result<Option<Role>, UserError> {
+    match config.cluster.nodes {
+        1 => Ok(None),
+        nodes => Role::here(nodes, args.node.clone()).map(Some),
+    }
 }
 
 fn host_of(listen: &Option<Listen>) -> Option<&str> {
-    listen.as_ref().and_then(|(_, host)| host.as_deref())
+    listen.as_ref().and_then(|listen| listen.at.host.as_deref())
 }
 
 fn starter_of(listen: &Option<Listen>) -> Starter {
-    if listen.is_some() { Starter::Agents } else { Starter::Launcher }
+    match listen {
+        None => Starter::Launcher,
+        Some(Listen { node: None, .. }) => Starter::Agents,
+        Some(Listen { node: Some(_), .. }) => Starter::FirstNode,
+    }
 }
 
 fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
@@ -148,6 +134,7 @@ fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
             "steps": config.training.steps,
             "world_size": resolved.world_size,
             "has_auto_threads": resolved.has_auto_threads,
+            "is_first_node": starter == Starter::FirstNode,
             "config_hash": config.hash(),
         }),
     )];
@@ -182,7 +169,9 @@ fn take_over(
     }
     let options = Options { set: Vec::new(), ..args.options };
     let root = run.root().to_string_lossy().into_owned();
-    let args = ResumeArgs { run: root, step: None, from_start: false, verify: None, options };
+    let node = args.node;
+    let (step, from_start, verify) = (None, false, None);
+    let args = ResumeArgs { run: root, step, from_start, verify, node, options };
     go_on_with(run, args, listen, Some(held))
 }
 
@@ -231,7 +220,7 @@ fn go_on_with(
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
-    let may_run_elsewhere = may_run_elsewhere(&run, &history, &listen)?;
+    let may_run_elsewhere = may_run_elsewhere(&run, &history, starter)?;
     let changes = differences(&before, config);
     refuse_another_function(&changes)?;
     if let Some(steps) = args.verify {
@@ -241,13 +230,14 @@ fn go_on_with(
         return result;
     }
     // Ranks that run know nothing of a change.
-    let may_adopt = may_run_elsewhere && changes.is_empty() && args.step.is_none();
+    let is_same = changes.is_empty() && args.step.is_none();
+    let may_adopt = may_run_elsewhere && is_same && starter == Starter::Agents;
     let start = match choose_start(&run, &history, &args) {
         // Only the ranks themselves can save it.
         Err(_) if may_adopt && history.committed.is_none() => Start::default(),
         chosen => chosen?,
     };
-    let start = Start { listen, may_adopt, ..start };
+    let start = Start { listen, may_adopt, has_lost_coordinator: may_run_elsewhere, ..start };
     if has_finished(config, &start, &args, !changes.is_empty())? {
         if may_run_elsewhere {
             tell_finished(&run, &history)?;
@@ -255,7 +245,7 @@ fn go_on_with(
         return Ok(exit_code::DONE);
     }
     let prepared = prepare(&resolved, starter)?;
-    let mut begun = vec![("run_resumed", resumed(&resolved, start.committed))];
+    let mut begun = vec![("run_resumed", resumed(&resolved, start.committed, starter))];
     if let Some(branch) = start.branch {
         let fields = json!({ "step": branch.step, "first_generation": branch.generation });
         begun.push(("went_back", fields));
@@ -282,7 +272,7 @@ fn go_on_with(
 }
 
 /// What `events.jsonl` says of a run that goes on.
-fn resumed(resolved: &Resolved, step: Option<u64>) -> Value {
+fn resumed(resolved: &Resolved, step: Option<u64>, starter: Starter) -> Value {
     let config = &resolved.loaded.config;
     json!({
         "step": step,
@@ -290,19 +280,18 @@ fn resumed(resolved: &Resolved, step: Option<u64>) -> Value {
         "steps": config.training.steps,
         "world_size": resolved.world_size,
         "has_auto_threads": resolved.has_auto_threads,
+        "is_first_node": starter == Starter::FirstNode,
         "config_hash": config.hash(),
     })
 }
 
-/// Whether ranks of the last generation may still run on nodes, for a coordinator alone to go on
-/// with.
-fn may_run_elsewhere(
-    run: &RunDir,
-    history: &History,
-    listen: &Option<Listen>,
-) -> Result<bool, UserError> {
+/// Whether agents may not know that the last coordinator has ended. Only another goes on with ranks
+/// that still run.
+fn may_run_elsewhere(run: &RunDir, history: &History, starter: Starter) -> Result<bool, UserError> {
     let may_run = history.end.is_none() && !history.nodes.is_empty();
-    if may_run && listen.is_none() {
+    // A first node's ranks, and its agent, go with its coordinator.
+    let has_lost_ranks = starter == Starter::FirstNode && history.was_first_node;
+    if may_run && starter != Starter::Agents && !has_lost_ranks {
         let name = runs::name_of(run);
         let error = UserError::usage(format!("the ranks of run {name} may still run on its nodes"));
         return Err(error.hint(format!("`phalanx coordinator {name}` goes on with them")));
@@ -388,7 +377,9 @@ struct Start {
     branch: Option<Branch>,
     /// Where to listen for agents.
     listen: Option<Listen>,
-    /// Whether ranks of the last generation may still run.
+    /// Whether nodes of the last generation may not know of its end.
+    has_lost_coordinator: bool,
+    /// Whether its ranks may still run.
     may_adopt: bool,
     /// Whether the run may begin from its initial weights.
     may_begin: bool,
@@ -453,8 +444,13 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         err!("{note}");
     }
     let config = &resolved.loaded.config;
-    if starter == Starter::Launcher {
-        machine::check_gpus(config.cluster.device, resolved.world_size, machine::num_gpus())?;
+    if starter.is_here() {
+        let ranks = resolved.world_size / config.cluster.nodes;
+        machine::check_gpus(config.cluster.device, ranks, machine::num_gpus())?;
+        // A layout that cannot be is told of by the ranks.
+        let mesh = Mesh::new(&config.parallelism, resolved.world_size).ok();
+        let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
+        room.iter().for_each(|note| err!("{note}"));
     }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
@@ -495,12 +491,18 @@ fn go(
     }
     let mut branches = history.branches;
     branches.extend(start.branch);
-    let cluster = start.listen.map(|(listen, host)| ClusterPlan {
-        listen,
-        host,
-        num_nodes: config.cluster.nodes,
+    let node = start.listen.as_ref().and_then(|listen| listen.node.clone());
+    let cluster = start.listen.map(|Listen { at, .. }| ClusterPlan {
+        listen: at.listen,
+        host: at.host,
+        sizes: Sizes::of(&config),
         ranks_per_node: config.cluster.ranks_per_node.unwrap_or(1),
     });
+    let adopt = start.may_adopt.then(|| Adopt {
+        nodes: history.nodes,
+        num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
+    });
+    let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
     let plan = Plan {
         run,
         run_id,
@@ -511,11 +513,13 @@ fn go(
         last_generation: history.last_generation,
         committed: start.committed,
         branches,
+        roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,
         ledger,
         cluster,
-        adopt: start.may_adopt.then_some(history.nodes),
+        has_lost_coordinator: start.has_lost_coordinator,
+        adopt,
         stop_after: None,
         keeper: held.map(|held| held.keeper),
         may_begin: start.may_begin,
@@ -524,7 +528,22 @@ fn go(
     let code = supervise(plan, View::start(options.json), begun)
         .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
     drop(lock);
+    if let Some(companion) = companion {
+        companion.end();
+    }
     Ok(code)
+}
+
+/// Starts the agent of this node, and says what is to be typed on the others.
+fn first_node(run: &RunDir, config: &RunConfig, node: Node) -> Result<Companion, UserError> {
+    let path = run.root().display();
+    if !Role::is_scheduled() {
+        let (name, others) = (&config.name, config.cluster.nodes - 1);
+        err!("run {name}: this machine is the first node; on each of the {others} other(s), and");
+        err!("on spares, type: phalanx agent {path}");
+    }
+    Companion::start(&node.agent(path.to_string()))
+        .map_err(|error| UserError::failed(format!("the agent of this node: {error}")))
 }
 
 /// The books of earlier launchers. Where the last one ended without a word, the time since its last

@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
 use crate::supervisor::ledger::Sums;
-use crate::supervisor::record::{Status, ended};
+use crate::supervisor::record::{Layout, Status, ended};
 use crate::view::thousands;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
@@ -125,7 +125,7 @@ fn describe(status: &Status) -> String {
         lines.push(("loss", format!("{loss}{}", validation.unwrap_or_default())));
     }
     if status.skipped > 0 {
-        let why = "an update with a loss or gradient that is not finite";
+        let why = "an update with a loss or gradient that is not finite, or jumps";
         lines.push(("skipped", format!("{} steps: {why}", status.skipped)));
     }
     lines.push(("tokens", thousands(status.tokens as f64)));
@@ -148,6 +148,9 @@ fn describe(status: &Status) -> String {
     }
     for node in &status.unhealthy {
         lines.push(("unhealthy", format!("node {node}")));
+    }
+    if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
+        lines.push(("ALARM", format!("the run has {missing}")));
     }
     lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
     if let Some(ledger) = &status.ledger {

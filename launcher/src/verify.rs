@@ -53,8 +53,11 @@ pub fn verify(
         _ => Ok(()),
     };
     cleared()?;
-    let result = replay_steps(run, &again, resolved, (trainer, library_path), &replay)
-        .and_then(|()| compare(run, &again, &before, &replay));
+    if let Err(error) = replay_steps(run, &again, resolved, (trainer, library_path), &replay) {
+        let kept = format!("its logs are in {}", again.root().display());
+        return Err(if error.hint.is_none() { error.hint(kept) } else { error });
+    }
+    let result = compare(run, &again, &before, &replay);
     cleared()?;
     result
 }
@@ -153,10 +156,12 @@ fn replay_steps(
         last_generation: replay.from.generation,
         committed: Some(replay.from.step),
         branches: Vec::new(),
+        roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),
         restarts: 0,
         ledger: Ledger::new(&Sums::default(), Instant::now()),
         cluster: None,
+        has_lost_coordinator: false,
         adopt: None,
         may_begin: false,
         stop_after: Some(last),
@@ -174,12 +179,16 @@ fn replay_steps(
     }
 }
 
-/// Files of a folder under a second name: they are read, and never written.
+/// Files of a folder under a second name, where the file system has such, else copies: they are
+/// read, and never written.
 fn link_all(from: &Path, to: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {
         let entry = entry?;
-        std::fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+        let (file, second) = (entry.path(), to.join(entry.file_name()));
+        if std::fs::hard_link(&file, &second).is_err() {
+            std::fs::copy(&file, &second)?;
+        }
     }
     Ok(())
 }

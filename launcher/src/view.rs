@@ -86,7 +86,8 @@ fn describe(report: &StepReport, eta_s: Option<f64>) -> String {
         text.push_str(&format!(" validation {loss:.4}"));
     }
     if report.skipped {
-        text.push_str(" (skipped: not finite)");
+        let is_finite = report.loss.is_finite() && report.grad_norm.is_finite();
+        text.push_str(if is_finite { " (skipped: spike)" } else { " (skipped: not finite)" });
     }
     text.push_str(&format!(" {} tokens/s", thousands(report.tokens_per_second)));
     if let Some(eta) = eta_s.and_then(|eta| Duration::try_from_secs_f64(eta).ok()) {

@@ -3,7 +3,8 @@
 use launcher::supervisor::cause::{Cause, Exit};
 use launcher::supervisor::state::{Action, Event, Policy, State};
 use proptest::prelude::*;
-use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
+use rank_protocol::{FailureClass, FailureReport, Phase, Position, RollBack, exit_code};
+use run_config::SampleRange;
 use std::time::{Duration, Instant};
 
 /// A run under test: its state, its clock and what it was told to do.
@@ -59,13 +60,17 @@ fn report(class: FailureClass, line: &str) -> FailureReport {
         step: Some(7),
         collective: None,
         lines: vec![line.to_owned()],
+        roll_back: None,
     }
 }
 
 fn short(action: &Action) -> String {
     match action {
         Action::FindCheckpoint => "find".into(),
-        Action::Gather { step } => format!("gather for {step:?}"),
+        Action::Gather { step, num_ranks, fewer_after } => {
+            format!("gather for {step:?}: {num_ranks}, fewer after {fewer_after:?}")
+        }
+        Action::RecordGrowth { from, to } => format!("grow from {from} to {to}"),
         Action::Spawn { generation, resume_step } => {
             format!("spawn {generation} from {resume_step:?}")
         }
@@ -74,9 +79,14 @@ fn short(action: &Action) -> String {
         Action::Kill { .. } => "kill".into(),
         Action::RecordFailure(cause) => format!("rank {} failed", cause.rank),
         Action::RecordFirstCause(cause) => format!("first cause: rank {}", cause.rank),
+        Action::RecordRollBack(roll_back) => {
+            let RollBack { step, samples } = roll_back;
+            format!("back behind step {step}, without {} to {}", samples.first, samples.last)
+        }
         Action::RecordStop { by, now: false } => format!("stop by {by}"),
         Action::RecordStop { by, now: true } => format!("stop at once by {by}"),
         Action::RecordStall(stall) => stall.describe(),
+        Action::RecordLingering { ranks, time } => format!("linger {ranks:?} {time:?}"),
         Action::AskWhere => "where".into(),
         Action::Finish { code, .. } => format!("finish {code}"),
     }
@@ -105,6 +115,19 @@ fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
     assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
     assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
     assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+}
+
+#[test]
+fn a_killed_rank_that_does_not_go_is_told_of_again_and_again() {
+    let mut run = Run::begin(2, None);
+    run.killed(1);
+    run.after(0.02);
+    assert_eq!(run.after(5.0), ["kill"]);
+    assert!(run.after(9.9).is_empty());
+    assert_eq!(run.after(0.1), ["linger [0] 10s"]);
+    assert_eq!(run.after(10.0), ["linger [0] 20s"]);
+    assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
+    assert!(run.after(60.0).is_empty());
 }
 
 /// A run of two ranks that have done two steps, and then stand still until they are asked.
@@ -252,6 +275,44 @@ fn what_trying_again_does_not_mend_is_not_tried_again() {
     check_verdict(Some(FailureClass::Numeric), 1, exit_code::FAILED);
 }
 
+/// One generation of two ranks: both find the same trouble at a step.
+fn roll_back_at(run: &mut Run, step: u64) -> Vec<String> {
+    let samples = SampleRange { first: 8 * step, last: 8 * step + 7 };
+    let roll_back = Some(RollBack { step, samples });
+    for rank in 0..2 {
+        let report = FailureReport { roll_back, ..report(FailureClass::Numeric, "loss jumped") };
+        run.event(Event::Reported { rank, report });
+    }
+    assert_eq!(run.exit(0, 1), ["rank 0 failed"]);
+    run.exit(1, 1)
+}
+
+#[test]
+fn numeric_trouble_goes_back_without_the_samples_and_not_for_ever() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Committed { step: 5 });
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[1..], ["first cause: rank 0", "back behind step 7, without 56 to 63", "find"]);
+    assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+    // The step before a checkpoint was reached is in trouble again and again, with other samples.
+    for generation in 3..=4 {
+        assert_eq!(roll_back_at(&mut run, 7)[3], "find");
+        let started = run.event(Event::Found { step: Some(5) });
+        assert_eq!(started, [format!("spawn {generation} from Some(5)")]);
+    }
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[2..], ["back behind step 7, without 56 to 63", "finish 1"]);
+}
+
+#[test]
+fn a_run_that_is_to_stop_goes_back_and_stops() {
+    let mut run = Run::begin(2, None);
+    run.event(Event::Committed { step: 5 });
+    run.event(Event::Stop { by: "SIGTERM".into() });
+    let told = roll_back_at(&mut run, 7);
+    assert_eq!(told[2..], ["back behind step 7, without 56 to 63", "finish 75"]);
+}
+
 #[test]
 fn an_exit_with_0_before_the_end_is_a_failure() {
     let mut run = Run::begin(1, None);
@@ -273,7 +334,7 @@ fn a_stop_saves_and_exits_with_75() {
 #[test]
 fn ranks_that_an_earlier_coordinator_told_to_stop_have_stopped() {
     let mut run = Run { state: State::new(Policy::new(2, 3), 4), now: Instant::now() };
-    assert!(run.event(Event::Adopted { committed: Some(6) }).is_empty());
+    assert!(run.event(Event::Adopted { committed: Some(6), num_ranks: 2 }).is_empty());
     run.event(Event::Committed { step: 9 });
     assert!(run.exit(0, 75).is_empty());
     assert_eq!(run.exit(1, 75), ["finish 75"]);

@@ -259,17 +259,25 @@ impl Running {
     ///
     /// # Panics
     /// Where it does not end in time.
-    pub fn wait(mut self) -> Output {
+    pub fn wait(self) -> Output {
+        self.wait_within(PATIENCE)
+    }
+
+    /// Waits so long for its end.
+    ///
+    /// # Panics
+    /// Where it does not end in time.
+    pub fn wait_within(mut self, patience: Duration) -> Output {
         let Some(child) = self.child.take() else { panic!("already waited for") };
         let pid = child.id();
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::spawn(move || sender.send(child.wait_with_output()));
-        match receiver.recv_timeout(PATIENCE) {
+        match receiver.recv_timeout(patience) {
             Ok(Ok(output)) => output,
             Ok(Err(error)) => panic!("{error}"),
             Err(_) => {
                 signal(pid, Signal::KILL);
-                panic!("process {pid} did not end within {PATIENCE:?}");
+                panic!("process {pid} did not end within {patience:?}");
             }
         }
     }
@@ -279,7 +287,15 @@ impl Running {
     /// # Panics
     /// Where it ends otherwise.
     pub fn expect(self, code: i32) -> (String, String) {
-        let output = self.wait();
+        self.expect_within(PATIENCE, code)
+    }
+
+    /// Waits so long for its end, which must be with this exit code; returns both outputs.
+    ///
+    /// # Panics
+    /// Where it ends otherwise.
+    pub fn expect_within(self, patience: Duration, code: i32) -> (String, String) {
+        let output = self.wait_within(patience);
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{:?}\n{stdout}\n{stderr}", output.status);

@@ -80,6 +80,29 @@ fn a_lost_node_is_the_first_cause_although_its_peers_fail_first() {
     assert_as_straight(&sandbox);
 }
 
+/// A rank whose results are wrong twice: its node is not used again, although it is there.
+#[test]
+fn a_node_with_a_bad_device_is_quarantined() {
+    let sandbox = real().env("PHALANX_NUMERIC_FAULT", "once:3:18:1e3;once:3:24:1e3");
+    let args = ["coordinator", "config.yaml", "--listen", "127.0.0.1:0"];
+    let watch = ["--set", "numeric={window: 4, loss_zscore: 100, grad_norm_zscore: 50}"];
+    let nodes = ["--set", "cluster.nodes=2"];
+    let coordinator = sandbox.start(&[&args[..], &nodes, &watch, &REAL].concat());
+    let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_metrics(1, 1);
+    let spare = agent(&sandbox, "spare");
+    coordinator.expect(0);
+    first.expect(0);
+    spare.expect(0);
+    let (_, stderr) = second.expect(76);
+    assert!(stderr.contains("its device is bad"), "{stderr}");
+    assert_eq!(sandbox.events_of("fault_injected").len(), 2);
+    let unwell = sandbox.events_of("node_unhealthy");
+    assert!(unwell.len() == 1 && unwell[0]["node"] == "b", "{unwell:?}");
+    assert_eq!(names(&sandbox.events_of("nodes_placed")[1]), ["a", "spare"]);
+    assert_as_straight(&sandbox);
+}
+
 fn agent(sandbox: &Sandbox, name: &str) -> Running {
     sandbox.start(&["agent", "test", "--name", name])
 }

@@ -7,8 +7,10 @@ use arrow::datatypes::Int32Type;
 use arrow::record_batch::RecordBatch;
 use end_to_end::sandbox::Sandbox;
 use parquet::arrow::ArrowWriter;
+use run_config::RunConfig;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,31 +69,85 @@ fn a_gpu_where_there_is_none() {
     check_refused(&sandbox(), &["cluster.device=cuda"], &expected);
 }
 
+/// The real trainer.
+fn trainer() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_phalanx-under-test")).with_file_name("phalanx-trainer")
+}
+
+/// Writes a trainer that is `real`, but on rank 1 what `of_rank_1` starts.
+fn write_chooser(path: &Path, of_rank_1: &str) {
+    let real = trainer();
+    let real = real.display();
+    let script =
+        format!("#!/bin/sh\n[ \"$PHALANX_RANK\" = 1 ] && {of_rank_1} \"$@\"\nexec {real} \"$@\"\n");
+    std::fs::write(path, script).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 /// A node that was forgotten when Phalanx was updated.
 #[test]
 fn a_rank_of_another_build() {
-    let real =
-        Path::new(env!("CARGO_BIN_EXE_phalanx-under-test")).with_file_name("phalanx-trainer");
     let own = sandbox();
     let (other, chooser) = (own.path().join("other"), own.path().join("chooser"));
     // It differs in a text that it holds, and not in what it does.
-    let (mut program, text) = (std::fs::read(&real).unwrap(), b"hint: give every node the same");
+    let (mut program, text) =
+        (std::fs::read(trainer()).unwrap(), b"hint: give every node the same");
     let at = program.windows(text.len()).position(|window| window == text).unwrap();
     program[at + 6] = b'G';
     std::fs::write(&other, program).unwrap();
     std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let script = format!(
-        "#!/bin/sh\n[ \"$PHALANX_RANK\" = 1 ] && exec {} \"$@\"\nexec {} \"$@\"\n",
-        other.display(),
-        real.display()
-    );
-    std::fs::write(&chooser, script).unwrap();
-    std::fs::set_permissions(&chooser, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_chooser(&chooser, &format!("exec {}", other.display()));
     let trainer = chooser.to_string_lossy();
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_phalanx-under-test"), &trainer);
     let expected =
         ["rank 1 has another build of phalanx-trainer than rank 0", "hint: Give every node"];
     check_ends(&sandbox, 64, &["run", "config.yaml"], &expected);
+    assert!(!sandbox.run_dir().metrics().exists(), "no step was made");
+}
+
+/// Opens another file where a program asks for a run's config, as on a node whose copy of the run's
+/// directory is not that of the others.
+const OTHER_CONFIG: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+int open64(const char *path, int flags, int mode) {
+  int (*next)(const char *, int, int) = (int (*)(const char *, int, int))dlsym(RTLD_NEXT, "open64");
+  const char *name = strrchr(path, '/');
+  return next(name && !strcmp(name, "/config.yaml") ? getenv("OTHER_CONFIG") : path, flags, mode);
+}
+"#;
+
+/// A node that sees another copy of the run's directory, in which one value is another.
+#[test]
+fn a_rank_of_another_config() {
+    let own = sandbox();
+    let at = |name: &str| own.path().join(name);
+    std::fs::write(at("other.c"), OTHER_CONFIG).unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).arg(at("other.so")).arg(at("other.c")).arg("-ldl");
+    assert!(cc.status().unwrap().success());
+    let chooser = at("chooser");
+    let sandbox =
+        Sandbox::new(env!("CARGO_BIN_EXE_phalanx-under-test"), &chooser.to_string_lossy());
+    let (config, other) = (sandbox.run_dir().config(), at("other.yaml"));
+    let (config, of_rank_1) = (config.display(), other.display());
+    let change = format!("sed 's/warmup_steps: 2$/warmup_steps: 3/' {config} > {of_rank_1}");
+    let exec = format!(
+        "exec env OTHER_CONFIG={of_rank_1} LD_PRELOAD={} {}",
+        at("other.so").display(),
+        trainer().display()
+    );
+    write_chooser(&chooser, &format!("{change} && {exec}"));
+    let expected = ["rank 1 has another config than rank 0", "hint: give every node"];
+    let stderr = check_ends(&sandbox, 64, &["run", "config.yaml"], &expected);
+    // Both by their hashes.
+    let load = |path: &Path| RunConfig::load(path, &[]).unwrap().config;
+    let (first, second) = (load(&sandbox.run_dir().config()), load(&other));
+    assert_eq!([first.schedule.warmup_steps, second.schedule.warmup_steps], [2, 3]);
+    let hashes = format!("{} and {}", second.hash(), first.hash());
+    assert!(stderr.contains(&hashes), "{stderr} lacks {hashes}");
     assert!(!sandbox.run_dir().metrics().exists(), "no step was made");
 }
 

@@ -31,7 +31,7 @@ fn mistakes_are_refused_with_64() {
     check_refused(&sandbox, &["resume", "absent"], &["no run \"absent\""]);
     let kind = ["run", "config.yaml", "--set", "cluster.kind=slurm"];
     check_refused(&sandbox, &kind, &["cluster.kind", "slurm"]);
-    let nodes = ["run", "config.yaml", "--set", "cluster.nodes=2"];
+    let nodes = ["run", "config.yaml", "--set", "cluster={kind: mpi, nodes: 2}"];
     check_refused(&sandbox, &nodes, &["cluster.nodes"]);
     assert!(!sandbox.path().join("runs").exists(), "a refused run must leave nothing");
 }

@@ -57,6 +57,22 @@ fn a_run_without_faults_is_done() {
     sandbox.assert_nothing_left();
 }
 
+/// The ranks of these tests take nothing; those that the config is for would take thousands of GiB.
+#[test]
+fn a_run_that_may_not_fit_the_machine_says_so_at_its_start() {
+    let sandbox = sandbox();
+    let large = "model={dim: 16384, layers: 126, heads: 128, kv_heads: 8, ffn_dim: 53248, \
+                 vocab_size: 512}";
+    let (_, stderr) = sandbox.expect(0, &["run", "config.yaml", "--set", large]);
+    let warnings =
+        stderr.lines().filter(|line| line.starts_with("warning: cluster.ranks_per_node"));
+    let warnings: Vec<&str> = warnings.filter(|line| line.contains("2 ranks x ")).collect();
+    assert_eq!(warnings.len(), 1, "{stderr}");
+    assert!(warnings[0].contains("GiB, and this "), "{stderr}");
+    let (_, stderr) = sandbox.expect(0, &["run", "config.yaml", "--set", "name=small"]);
+    assert!(!stderr.contains("ranks x "), "{stderr}");
+}
+
 #[test]
 fn json_step_reports_are_alone_on_standard_output() {
     let sandbox = sandbox();

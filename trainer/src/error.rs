@@ -7,11 +7,12 @@ use data_pipeline::DataError;
 use model::ModelError;
 use optim::OptimError;
 use parallel::ParallelError;
+use rank_protocol::RollBack;
 use rank_protocol::client::ClientError;
 use rank_protocol::exit_code;
 use rank_protocol::jsonl::JsonlError;
 use rank_protocol::message::FailureClass;
-use std::ops::RangeInclusive;
+use run_config::SampleRange;
 use torch_shim::ShimError;
 use torch_shim::tch::TchError;
 
@@ -56,14 +57,14 @@ pub enum TrainError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Loss or gradients were not finite for too many steps in a row.
+    /// Loss or gradients were not finite, or far too high, for too many steps in a row.
     #[error(
-        "loss or gradient not finite for {in_a_row} steps in a row (limit \
+        "loss or gradient not finite or too high for {in_a_row} steps in a row (limit \
          training.max_skipped_steps = {limit}); step {step} had loss {loss}, gradient norm \
          {grad_norm}; its batch: samples {first} to {last} of the data order; hint: lower \
          optimizer.learning_rate, or look at these samples",
-        first = samples.start(),
-        last = samples.end()
+        first = samples.first,
+        last = samples.last
     )]
     NotFinite {
         /// The step.
@@ -77,7 +78,54 @@ pub enum TrainError {
         /// The last gradient norm.
         grad_norm: f64,
         /// Ids of all samples of the last batch.
-        samples: RangeInclusive<u64>,
+        samples: SampleRange,
+    },
+    /// A step in trouble at which the config, or one of its limits, ends the run.
+    #[error(
+        "step {step}: {words}; its batch: samples {first} to {last} of the data order; {why}; \
+         hint: lower optimizer.learning_rate, or look at these samples (data.skip_samples leaves \
+         some out)",
+        first = samples.first,
+        last = samples.last
+    )]
+    Trouble {
+        /// The step.
+        step: u64,
+        /// What is wrong with it.
+        words: String,
+        /// Its samples.
+        samples: SampleRange,
+        /// Why the run ends.
+        why: String,
+    },
+    /// A step in trouble behind which the run goes back.
+    #[error(
+        "step {step}: {words}; back to the newest checkpoint, and on without samples {first} to \
+         {last} of the data order",
+        step = roll_back.step,
+        first = roll_back.samples.first,
+        last = roll_back.samples.last
+    )]
+    RollBack {
+        /// What is wrong with it.
+        words: String,
+        /// The step and its samples.
+        roll_back: RollBack,
+    },
+    /// What a rank computes is not what others do.
+    #[error(
+        "step {step}: {words}; the results of rank {ranks:?} are wrong: its device is bad; hint: \
+         test it, and use another node"
+    )]
+    BadDevice {
+        /// The step.
+        step: u64,
+        /// This rank.
+        own: usize,
+        /// Those whose results are wrong.
+        ranks: Vec<usize>,
+        /// What was wrong with the step.
+        words: String,
     },
     /// A panic, caught.
     #[error("internal error: {0}")]
@@ -113,13 +161,28 @@ impl TrainError {
             TrainError::Comm(_) | TrainError::Parallel(ParallelError::Comm(_)) => {
                 FailureClass::Transient
             }
-            TrainError::NotFinite { .. } => FailureClass::Numeric,
+            TrainError::NotFinite { .. }
+            | TrainError::Trouble { .. }
+            | TrainError::RollBack { .. } => FailureClass::Numeric,
+            // Every rank says so, and the one that it is about is the first cause.
+            TrainError::BadDevice { own, ranks, .. } => match ranks.contains(own) {
+                true => FailureClass::Node,
+                false => FailureClass::Transient,
+            },
             TrainError::Model(_)
             | TrainError::Optim(_)
             | TrainError::Parallel(_)
             | TrainError::Torch(_)
             | TrainError::Client(_)
             | TrainError::Panic(_) => FailureClass::Process,
+        }
+    }
+
+    /// The step that the run shall go back behind.
+    pub fn roll_back(&self) -> Option<RollBack> {
+        match self {
+            TrainError::RollBack { roll_back, .. } => Some(*roll_back),
+            _ => None,
         }
     }
 

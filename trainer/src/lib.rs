@@ -3,9 +3,11 @@
 pub mod backend;
 pub mod bench;
 pub mod error;
+pub mod faults;
 pub mod generate;
 pub mod identity;
 pub mod metrics;
+pub mod numeric;
 pub mod rank;
 pub mod saving;
 pub mod setup;

@@ -3,6 +3,8 @@
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
 use crate::identity;
+use crate::numeric::Watch;
+use crate::numeric::faults::Faults;
 use crate::setup::{
     Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
 };
@@ -15,6 +17,7 @@ use rank_protocol::exit_code;
 use rank_protocol::message::{FailureReport, Phase};
 use rank_protocol::run_dir::RunDir;
 use run_config::RunConfig;
+use serde_json::Value;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Instant;
@@ -48,6 +51,7 @@ pub fn run() -> i32 {
                 step: place.step,
                 collective: None,
                 lines: error.lines(),
+                roll_back: error.roll_back(),
             };
             // Without an agent there is nobody to tell, and the control thread ends the process.
             let _ = client.failure(report);
@@ -68,7 +72,7 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     let (mut rank, backend) = set_up(client, place)?;
     let outcome = train(&mut rank);
     (place.phase, place.step) = (rank.phase, Some(rank.current_step()));
-    if let Err(TrainError::NotFinite { step, .. }) = &outcome {
+    if let Err(TrainError::NotFinite { step, .. } | TrainError::Trouble { step, .. }) = &outcome {
         place.step = Some(*step);
     }
     let outcome = outcome?;
@@ -98,16 +102,19 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
-    let loader = open_loader(&config, &worker.groups, first_step)?;
+    let roll_backs = &assignment.roll_backs;
+    let loader = open_loader(&config, &worker.groups, first_step, roll_backs)?;
     let mut skips = (0, 0);
+    let mut watched = Value::Null;
     match assignment.resume_step {
         Some(step) => {
             (place.phase, place.step) = (Phase::Load, Some(step));
             client.phase(Phase::Load)?;
-            let state = load(&run_dir, step, &config, &worker, &mut optimizer)?;
+            let mut state = load(&run_dir, step, &config, &worker, &mut optimizer)?;
             verify_cursor(&state, &loader)?;
             let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
             skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
+            watched = state.extra["numeric"].take();
         }
         None => {
             let runs = run_dir.root().parent().unwrap_or(Path::new("."));
@@ -124,6 +131,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         worker.groups.rank,
         worker.groups.mesh.size()
     );
+    let watch = Watch::restore(&config.numeric, &watched, roll_backs)?;
     let rank = Rank {
         config,
         client: client.clone(),
@@ -136,6 +144,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         step: first_step - 1,
         skipped_steps: skips.0,
         skipped_in_a_row: skips.1,
+        watch,
+        faults: Faults::from_env()?,
         saving: None,
     };
     Ok((rank, backend))

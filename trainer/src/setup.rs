@@ -15,8 +15,8 @@ use model_spec::LocalParameter;
 use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
-use rank_protocol::{STORAGE_TIMEOUT, env, libtorch};
-use run_config::{DeviceKind, InitFrom, RunConfig};
+use rank_protocol::{Phase, STORAGE_TIMEOUT, env, libtorch};
+use run_config::{DeviceKind, InitFrom, Parallelism, RunConfig};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,8 @@ use torch_shim::tch::Device;
 /// Memory of dropped CPU tensors that is kept for the next ones, at the most: a micro-batch's
 /// activations of the models that one trains on a CPU.
 const UNUSED_CPU_BYTES: usize = 1 << 30;
+/// Name of the group in which ranks wait for each other's storage, while training goes on.
+const STORAGE: &str = "storage";
 
 /// A model and its parameters.
 pub struct Trainee {
@@ -184,13 +186,15 @@ pub fn connect(
     backend: &Backend,
 ) -> Result<Connections> {
     let place = client.assignment();
-    let mesh = Mesh::new(&config.parallelism, place.world_size)
+    let replicate = place.replicas.or(config.parallelism.replicate);
+    let parallelism = Parallelism { replicate, ..config.parallelism.clone() };
+    let mesh = Mesh::new(&parallelism, place.world_size)
         .map_err(|error| TrainError::Config(error.to_string()))?;
     let all: Vec<usize> = (0..place.world_size).collect();
     let timeout = Duration::from_secs(config.cluster.timeout_s);
     let options =
         |name: &str| GroupOptions { timeout, ..GroupOptions::new(name, place.generation) };
-    let storage = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options("storage") };
+    let storage = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(STORAGE) };
     let gpu = match device {
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,
@@ -237,7 +241,12 @@ fn join(
     };
     let group = Arc::new(group);
     let weak = Arc::downgrade(&group);
-    client.on_where(move || weak.upgrade().and_then(|group| group.waits_in()));
+    let is_storage = options.name == STORAGE;
+    client.on_where(move |phase| {
+        // Training goes on while a checkpoint is written.
+        let is_held_up = !(is_storage && phase == Phase::Train);
+        weak.upgrade().filter(|_| is_held_up).and_then(|group| group.waits_in())
+    });
     let weak = Arc::downgrade(&group);
     client.on_abort(move |_| {
         if let Some(group) = weak.upgrade() {

@@ -1,6 +1,8 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
 use crate::error::{Result, TrainError};
+use crate::numeric::Watch;
+use crate::numeric::faults::Faults;
 use crate::saving::Saving;
 use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
 use collectives::Communicator;
@@ -8,12 +10,15 @@ use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
 use layout::Axis;
 use optim::AdamW;
 use parallel::{Groups, Worker};
+use rank_protocol::RollBack;
 use rank_protocol::client::RankClient;
 use rank_protocol::message::Phase;
 use rank_protocol::run_dir::RunDir;
-use run_config::RunConfig;
+use run_config::{RunConfig, SampleRange};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
+use torch_shim::tch::Device;
 
 pub use layout::communication::BUCKET_BYTES;
 
@@ -41,15 +46,26 @@ pub struct Rank {
     pub skipped_steps: u64,
     /// Steps skipped in a row, up to now.
     pub skipped_in_a_row: u32,
+    /// The watch over loss and gradient norm.
+    pub watch: Watch,
+    /// What goes wrong on purpose, in tests.
+    pub faults: Faults,
     /// The checkpoint that is being written.
     pub saving: Option<Saving>,
 }
 
-/// The loader of this rank's part of the training data from `first_step` on.
+/// The loader of this rank's part of the training data from `first_step` on, without the samples of
+/// steps that the run went back behind.
 ///
 /// # Errors
 /// What is wrong with the data.
-pub fn open_loader(config: &RunConfig, groups: &Groups, first_step: u64) -> Result<Loader> {
+pub fn open_loader(
+    config: &RunConfig,
+    groups: &Groups,
+    first_step: u64,
+    roll_backs: &[RollBack],
+) -> Result<Loader> {
+    let samples: Vec<SampleRange> = roll_backs.iter().map(|back| back.samples).collect();
     let options = LoaderOptions {
         split: Split::Train,
         dp_rank: groups.mesh.data_rank(groups.rank),
@@ -57,7 +73,24 @@ pub fn open_loader(config: &RunConfig, groups: &Groups, first_step: u64) -> Resu
         first_step,
         steps: (config.training.steps + 1).saturating_sub(first_step),
     };
-    Ok(Loader::open(config, options)?)
+    Ok(Loader::open_without(config, options, &samples)?)
+}
+
+/// A loader of what a data-parallel rank reads in one step, in the order of `like`.
+///
+/// # Errors
+/// What is wrong with the data.
+pub fn open_share(
+    config: &RunConfig,
+    like: &Loader,
+    groups: &Groups,
+    dp_rank: usize,
+    step: u64,
+) -> Result<Loader> {
+    let dp_size = groups.mesh.data_size();
+    let options =
+        LoaderOptions { split: Split::Train, dp_rank, dp_size, first_step: step, steps: 1 };
+    Ok(Loader::open_without(config, options, like.left_out().ranges())?)
 }
 
 /// Reads a checkpoint into model and optimizer.
@@ -100,6 +133,13 @@ impl Rank {
         Ok(self.client.phase(phase)?)
     }
 
+    /// Seconds that it has waited for other ranks since it had waited for so long; none on a GPU,
+    /// where the host does not wait.
+    pub fn waited_since(&self, before: Duration) -> Option<f64> {
+        let waited = collectives::waited().saturating_sub(before);
+        (self.worker.device() == Device::Cpu).then_some(waited.as_secs_f64())
+    }
+
     /// The step that it is at: the one in work while it trains, else the one just done.
     pub fn current_step(&self) -> u64 {
         self.step + u64::from(self.phase == Phase::Train)
@@ -135,7 +175,10 @@ impl Rank {
             model_hash: config.model_hash(),
             build_hash: env!("CARGO_PKG_VERSION").into(),
             model: serde_json::to_value(&config.model).map_err(plain)?,
-            extra: json!({ "skipped_in_a_row": self.skipped_in_a_row }),
+            extra: json!({
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "numeric": self.watch.saved()?,
+            }),
             ..TrainState::at(self.step)
         };
         let moments = [("m", self.optimizer.flat_m()), ("v", self.optimizer.flat_v())];

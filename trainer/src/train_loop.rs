@@ -1,8 +1,9 @@
 //! The training loop.
 
 use crate::error::{Result, TrainError};
-use crate::metrics::Metrics;
-use crate::rank::longest_sequence;
+use crate::faults;
+use crate::metrics::{Metrics, Written};
+use crate::numeric::too_many;
 use crate::saving::Saving;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
@@ -10,7 +11,6 @@ use crate::validation::validate;
 use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
 use serde_json::json;
-use std::ops::RangeInclusive;
 use std::time::Instant;
 
 /// How a rank's training ended well.
@@ -37,14 +37,24 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             finish_save(rank, false)?;
         }
         rank.enter(Phase::Train)?;
-        let started = Instant::now();
-        let result = train_step(rank)?;
+        faults::at_step(rank)?;
+        let (started, waited) = (Instant::now(), collectives::waited());
+        let result = match train_step(rank) {
+            Err(error) if error.roll_back().is_some() => {
+                // What is being written is the newest checkpoint before the trouble.
+                finish_save(rank, false)?;
+                return Err(error);
+            }
+            result => result?,
+        };
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
+        report.comm_wait_s = rank.waited_since(waited);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
         }
         if let Some(metrics) = &mut metrics {
-            metrics.write(&report)?;
+            let written = metrics.write(&report)?;
+            tell_of_metrics(rank, written)?;
         }
         rank.client.report_step(report)?;
         count_skips(rank, &result)?;
@@ -54,11 +64,43 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             save(rank, result.learning_rate, at_end)?;
         }
         if stop && rank.step < last {
+            finish_metrics(rank, metrics)?;
             return Ok(Outcome::Preempted);
         }
     }
+    finish_metrics(rank, metrics)?;
     rank.enter(Phase::Exit)?;
     Ok(Outcome::Finished)
+}
+
+/// Says once that the metrics cannot be written, and once that they are again.
+fn tell_of_metrics(rank: &Rank, written: Written) -> Result<()> {
+    let (kind, reason) = match written {
+        Written::All | Written::StillNotAll => return Ok(()),
+        Written::NotAll(error) => ("metrics_failed", error.to_string()),
+        Written::AllAgain => ("metrics_recovered", "all steps are written".to_owned()),
+    };
+    let fields = [("step".to_owned(), rank.step.into()), ("reason".to_owned(), reason.into())];
+    rank.client.event(Event { kind: kind.into(), fields: fields.into_iter().collect() })?;
+    Ok(())
+}
+
+/// The last chance for what was not written.
+fn finish_metrics(rank: &Rank, metrics: Option<Metrics>) -> Result<()> {
+    let Some(mut metrics) = metrics.filter(|metrics| metrics.num_waiting() > 0) else {
+        return Ok(());
+    };
+    let written = metrics.write_waiting()?;
+    tell_of_metrics(rank, written)?;
+    if metrics.num_waiting() > 0 {
+        let path = rank.run_dir.metrics();
+        tracing::error!(
+            "the metrics of the last {} steps are lost: {} cannot be written",
+            metrics.num_waiting(),
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 fn is_due(step: u64, every: u64) -> bool {
@@ -87,32 +129,27 @@ fn report(rank: &Rank, result: &StepResult, step_time_s: f64) -> StepReport {
         step_time_s,
         data_wait_s: result.data_wait_s,
         generation: rank.client.assignment().generation,
-        skipped: result.skipped,
+        skipped: result.skipped.is_some(),
         ..StepReport::default()
     }
 }
 
 fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
-    if !result.skipped {
+    let Some(words) = &result.skipped else {
         rank.skipped_in_a_row = 0;
         return Ok(());
-    }
-    let samples = batch_samples(rank);
+    };
+    let samples = rank.loader.samples_of(rank.step);
+    rank.watch.skipped(rank.step);
     rank.skipped_steps += 1;
     rank.skipped_in_a_row += 1;
-    if rank.worker.groups.rank == 0 {
-        tracing::warn!(
-            step = rank.step,
-            loss = result.loss,
-            grad_norm = result.grad_norm,
-            ?samples,
-            "step {} skipped: loss or gradient is not finite",
-            rank.step
-        );
-    }
+    let num_interventions = rank.watch.num_interventions(rank.step);
     let (in_a_row, limit) = (rank.skipped_in_a_row, rank.config.training.max_skipped_steps);
     if in_a_row < limit {
-        return Ok(());
+        return match num_interventions < rank.watch.config().max_interventions {
+            true => Ok(()),
+            false => Err(too_many(rank, rank.step, words.clone(), num_interventions)),
+        };
     }
     Err(TrainError::NotFinite {
         step: rank.step,
@@ -122,13 +159,6 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
         grad_norm: result.grad_norm,
         samples,
     })
-}
-
-/// Ids of the samples of which the step just done read at least a part, over all ranks.
-fn batch_samples(rank: &Rank) -> RangeInclusive<u64> {
-    let batch = step_batch(&rank.config.training.batch_stages, rank.step);
-    let sample_len = longest_sequence(&rank.config).max(1) as u64;
-    batch.first_token / sample_len..=(batch.end_token() - 1) / sample_len
 }
 
 /// Saves, while training goes on; the last one is waited for, as is one still being written.

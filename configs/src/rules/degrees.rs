@@ -1,14 +1,16 @@
-//! The degrees of parallelism against the ranks and against what they must divide.
+//! The degrees of parallelism against what they must divide.
 
-use super::{Rules, counted, multiples, nearest, would_do};
+use super::{Rules, multiples, would_do};
 use crate::problem::NoteLevel;
 use crate::resolved::*;
 
-const TENSOR: &str = "parallelism.tensor";
-const CONTEXT: &str = "parallelism.context";
-const STAGES: &str = "parallelism.pipeline.stages";
+pub(super) const TENSOR: &str = "parallelism.tensor";
+pub(super) const CONTEXT: &str = "parallelism.context";
+pub(super) const STAGES: &str = "parallelism.pipeline.stages";
+pub(super) const SHARD: &str = "parallelism.shard.ranks";
 const VIRTUAL_STAGES: &str = "parallelism.pipeline.virtual_stages";
 const CONTIGUOUS: &str = "parallelism.pipeline.contiguous_micro_batches";
+const KV_HEADS: &str = "model.kv_heads";
 const LENGTH: &str = "data.sequence_length";
 const BATCH: &str = "training.global_batch";
 
@@ -21,116 +23,76 @@ struct Divided {
 }
 
 impl Rules<'_, '_> {
-    /// The product of the degrees against the ranks.
-    pub(super) fn ranks(&mut self) {
-        let p = &self.config.parallelism;
-        let degrees = [p.tensor, p.context, p.pipeline.stages, p.shard.ranks];
-        let product: u128 = degrees.iter().map(|degree| *degree as u128).product();
-        let spelled = degrees.map(|degree| degree.to_string()).join(" x ");
-        let keys = [
-            "cluster.ranks_per_node",
-            "cluster.nodes",
-            TENSOR,
-            CONTEXT,
-            STAGES,
-            "parallelism.shard.ranks",
-            "parallelism.replicate",
-        ];
-        let Some(ranks) = self.config.num_ranks() else { return };
-        let ranks_are = "ranks are cluster.nodes x cluster.ranks_per_node";
-        match p.replicate {
-            Some(replicate) if product * replicate as u128 != ranks as u128 => {
-                let all = product * replicate as u128;
-                let message = format!(
-                    "the degrees tensor x context x pipeline x shard x replicate = \
-                     {spelled} x {replicate} = {all} are not the {ranks} ranks"
-                );
-                let replicas = ranks as u128 / product;
-                let hint = if replicas > 0 && (ranks as u128).is_multiple_of(product) {
-                    format!("parallelism.replicate={replicas} would do; {ranks_are}")
-                } else {
-                    ranks_are.to_owned()
-                };
-                self.conflict(&keys, message, &format!("{all} ranks"), &hint);
-            }
-            None if !(ranks as u128).is_multiple_of(product) => {
-                let message = format!(
-                    "the degrees tensor x context x pipeline x shard = {spelled} = {product} \
-                     do not divide the {ranks} ranks"
-                );
-                let near = usize::try_from(product).map_or(String::new(), |p| multiples(ranks, p));
-                let hint = format!("{near} ranks would do; {ranks_are}");
-                let limit = format!("a multiple of {product} ranks");
-                self.conflict(&keys, message, &limit, &hint);
-            }
-            _ => {}
-        }
-        self.cores(ranks);
-    }
-
-    fn cores(&mut self, ranks: usize) {
-        let c = &self.config.cluster;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let local = c.kind == ClusterKind::Local && c.device != DeviceKind::Cuda;
-        let on_node = ranks / c.nodes.max(1);
-        if local && on_node > cores {
-            let message =
-                format!("{on_node} ranks on {}: they will take turns", counted(cores, "core"));
-            self.note(NoteLevel::Warning, "cluster.ranks_per_node", message);
-        } else if let Some(threads) = c.threads_per_rank
-            && local
-            && threads * on_node > cores
-        {
-            let (ranks, threads) = (counted(on_node, "rank"), counted(threads, "thread"));
-            let cores = counted(cores, "core");
-            let message = format!("{ranks} of {threads} on {cores}: they will take turns");
-            self.note(NoteLevel::Warning, "cluster.threads_per_rank", message);
-        }
-    }
-
-    /// Whether the ranks, where they are known, go in `degree` in place of `current` on one axis:
-    /// beside the other degrees, or by itself where those do not go either.
-    fn fits_ranks(&self, degree: usize, current: usize) -> bool {
-        let Some(ranks) = self.config.num_ranks() else { return true };
-        let p = &self.config.parallelism;
-        let others = p.model_ranks() / current * p.shard.ranks;
-        let left = if ranks.is_multiple_of(others) { ranks / others } else { ranks };
-        left.is_multiple_of(degree)
-    }
-
     /// What tensor and context parallelism must divide.
     pub(super) fn splits(&mut self) {
-        let t = &self.config.training;
-        let mut lengths: Vec<usize> = t.batch_stages.iter().map(|s| s.sequence_length).collect();
-        lengths.sort_unstable();
-        lengths.dedup();
-        if self.resolver.is_bad(LENGTH) || self.resolver.is_bad(BATCH) {
-            lengths.clear();
-        }
+        let lengths = self.lengths();
         self.tensor(&lengths);
         self.context(&lengths);
+    }
+
+    /// Lengths of the sequences that there are, as far as they are known.
+    fn lengths(&self) -> Vec<usize> {
+        if self.resolver.is_bad(LENGTH) || self.resolver.is_bad(BATCH) {
+            return Vec::new();
+        }
+        let stages = self.config.training.batch_stages.iter();
+        let mut lengths: Vec<usize> = stages.map(|stage| stage.sequence_length).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        lengths
+    }
+
+    /// Whether `degree` keeps the rules of its own `key`, which those above report.
+    pub(super) fn keeps_own_rules(&self, key: &str, degree: usize) -> bool {
+        let p = &self.config.parallelism;
+        match key {
+            TENSOR => self.tensor_works(degree, &self.lengths()),
+            CONTEXT => self.context_works(degree, &self.lengths()),
+            STAGES => degree * p.pipeline.virtual_stages <= self.config.model.layers,
+            SHARD => degree == 1 || p.shard.level != ShardLevel::None,
+            _ => true,
+        }
+    }
+
+    fn tensor_works(&self, degree: usize, lengths: &[usize]) -> bool {
+        let divided = self.divided_by_tensor(lengths);
+        divided.iter().all(|divided| divided.size.is_multiple_of(degree))
+            && self.goes_with_kv_heads(degree)
+    }
+
+    fn goes_with_kv_heads(&self, degree: usize) -> bool {
+        let kv_heads = self.config.model.kv_heads;
+        self.resolver.is_bad(KV_HEADS)
+            || kv_heads.is_multiple_of(degree)
+            || degree.is_multiple_of(kv_heads)
+    }
+
+    /// Whether all sequences split in the chunks, and these, where they can, over the ranks of
+    /// sequence parallelism.
+    fn context_works(&self, degree: usize, lengths: &[usize]) -> bool {
+        let chunks = num_chunks(degree) * self.whole_over_tensor(lengths);
+        lengths.iter().all(|length| length.is_multiple_of(chunks))
+    }
+
+    /// The ranks of sequence parallelism, where they get whole tokens of every sequence; else 1.
+    fn whole_over_tensor(&self, lengths: &[usize]) -> usize {
+        let p = &self.config.parallelism;
+        let is_whole = lengths.iter().all(|length| length.is_multiple_of(p.tensor));
+        if p.sequence && is_whole { p.tensor } else { 1 }
     }
 
     /// One problem for all that the tensor-parallel ranks do not divide.
     fn tensor(&mut self, lengths: &[usize]) {
         let (ranks, m) = (self.config.parallelism.tensor, &self.config.model);
         let divided = self.divided_by_tensor(lengths);
-        let kv_heads = Some(m.kv_heads).filter(|_| !self.resolver.is_bad("model.kv_heads"));
-        let goes_with_kv_heads = |degree: usize| {
-            kv_heads.is_none_or(|kv| kv.is_multiple_of(degree) || degree.is_multiple_of(kv))
-        };
+        let goes_with_kv_heads = self.goes_with_kv_heads(ranks);
         let undivided: Vec<&Divided> =
             divided.iter().filter(|divided| !divided.size.is_multiple_of(ranks)).collect();
-        if undivided.is_empty() && goes_with_kv_heads(ranks) {
+        if undivided.is_empty() && goes_with_kv_heads {
             return;
         }
-        let works = |degree: usize| {
-            divided.iter().all(|divided| divided.size.is_multiple_of(degree))
-                && goes_with_kv_heads(degree)
-                && self.fits_ranks(degree, ranks)
-        };
-        let mut hint = would_do(TENSOR, &nearest(ranks, m.heads, works));
-        if goes_with_kv_heads(ranks) && undivided.iter().all(|divided| divided.key == LENGTH) {
+        let mut hint = would_do(TENSOR, &self.degrees_that_work(TENSOR, ranks, m.heads));
+        if goes_with_kv_heads && undivided.iter().all(|divided| divided.key == LENGTH) {
             hint.push_str("; with parallelism.sequence=false sequences are not split");
         }
         let mut keys = vec![TENSOR];
@@ -146,9 +108,10 @@ impl Rules<'_, '_> {
             let sizes: Vec<String> = undivided.iter().map(|d| d.size.to_string()).collect();
             limits.push(format!("a divisor of {}", sizes.join(", ")));
         }
-        if let Some(kv_heads) = kv_heads.filter(|_| !goes_with_kv_heads(ranks)) {
-            keys.push("model.kv_heads");
-            let and = format!("{ranks} ranks and model.kv_heads {kv_heads}");
+        if !goes_with_kv_heads {
+            let kv_heads = m.kv_heads;
+            keys.push(KV_HEADS);
+            let and = format!("{ranks} ranks and {KV_HEADS} {kv_heads}");
             messages.push(format!("{and} do not divide one another"));
             limits.push(format!("a divisor or a multiple of {kv_heads}"));
         }
@@ -190,22 +153,16 @@ impl Rules<'_, '_> {
         let unsplit: Vec<usize> =
             lengths.iter().copied().filter(|length| !length.is_multiple_of(chunks)).collect();
         let Some(first) = unsplit.first() else { return };
-        // The hints leave whole tokens to the ranks of sequence parallelism too, where they can.
-        let by_tensor = if p.sequence { p.tensor } else { 1 };
-        let is_split = |by: usize| lengths.iter().all(|length| length.is_multiple_of(by));
-        let by_tensor = if is_split(by_tensor) { by_tensor } else { 1 };
         let tokens = unsplit.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let message = format!(
             "a sequence of {tokens} tokens does not split in 2 x {} = {chunks} chunks, 2 for each \
              context-parallel rank",
             p.context
         );
-        let degrees = nearest(p.context, (1 << 12).min(*first), |context| {
-            is_split(num_chunks(context) * by_tensor) && self.fits_ranks(context, p.context)
-        });
+        let degrees = self.degrees_that_work(CONTEXT, p.context, (1 << 12).min(*first));
         let mut hints = vec![would_do(CONTEXT, &degrees)];
         if let [length] = unsplit[..] {
-            let near = multiples(length, chunks * by_tensor);
+            let near = multiples(length, chunks * self.whole_over_tensor(lengths));
             hints.push(format!("a sequence of {near} tokens would do"));
         }
         hints.retain(|hint| !hint.is_empty());
@@ -223,8 +180,7 @@ impl Rules<'_, '_> {
                 p.stages, p.virtual_stages
             );
             let limit = format!("at most {layers} chunks: each holds a layer or more");
-            let fits = |stages| self.fits_ranks(stages, p.stages);
-            let near = nearest(p.stages, layers / p.virtual_stages, fits);
+            let near = self.degrees_that_work(STAGES, p.stages, layers / p.virtual_stages);
             let mut hints = vec![would_do(STAGES, &near)];
             if p.virtual_stages > 1 && layers >= p.stages {
                 hints.push(would_do(VIRTUAL_STAGES, &(layers / p.stages).to_string()));
@@ -248,7 +204,7 @@ impl Rules<'_, '_> {
         let shard = &self.config.parallelism.shard;
         if shard.level == ShardLevel::None && shard.ranks > 1 {
             let message = format!("{} ranks share nothing while level is none", shard.ranks);
-            let keys = ["parallelism.shard.ranks", "parallelism.shard.level"];
+            let keys = [SHARD, "parallelism.shard.level"];
             let hint = "set parallelism.shard.level, or count the ranks as replicas";
             self.conflict(&keys, message, "1 with level: none", hint);
         }

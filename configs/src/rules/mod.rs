@@ -2,6 +2,8 @@
 //! to be wrong stays silent.
 
 mod degrees;
+mod elastic;
+mod ranks;
 mod sizes;
 
 use crate::batch_plan::first_steps;
@@ -40,13 +42,16 @@ impl Rules<'_, '_> {
     pub fn check(&mut self) {
         self.model();
         self.data();
-        self.ranks();
+        self.cores();
         self.batches();
         self.sizes();
         self.splits();
         self.pipeline();
+        // After the rules of each degree by itself.
+        self.ranks();
         self.unused();
         self.times();
+        self.elastic();
         crate::support::check(self);
     }
 
@@ -117,6 +122,13 @@ impl Rules<'_, '_> {
                 self.conflict(&[&key], message, "unique names", "metrics are kept by name");
             }
         }
+        for (index, samples) in self.config.data.skip_samples.iter().enumerate() {
+            if samples.last < samples.first {
+                let key = format!("data.skip_samples[{index}].last");
+                let message = format!("{} is before the first, {}", samples.last, samples.first);
+                self.conflict(&[&key, "data.skip_samples"], message, "at least first", "");
+            }
+        }
         let held_out = self.config.data.validation_fraction;
         if self.config.validation.every_steps > 0 && held_out == 0.0 {
             let keys = ["validation.every_steps", "data.validation_fraction"];
@@ -158,28 +170,6 @@ impl Rules<'_, '_> {
         // Where the stages begin says nothing of lengths that do not go together.
         if t.batch_stages.len() > 1 && is_sound {
             self.stage_starts();
-        }
-    }
-
-    fn divides_over_ranks(&mut self, stage: &BatchStage, key: &str) {
-        let (p, t) = (&self.config.parallelism, &self.config.training);
-        let least = p.shard.ranks * p.replicate.unwrap_or(1);
-        let data_ranks = self.config.num_ranks().map_or(least, |ranks| p.data_ranks(ranks)).max(1);
-        let per_pass = data_ranks as u128 * t.micro_batch as u128;
-        if !(stage.global_batch as u128).is_multiple_of(per_pass) {
-            let message = format!(
-                "{} sequences are not a multiple of {data_ranks} data-parallel ranks x \
-                 micro_batch {} = {per_pass}",
-                stage.global_batch, t.micro_batch
-            );
-            let keys = [key, "training.global_batch", "training.micro_batch"];
-            let named: &[&str] = if t.batch_stages.len() > 1 { &keys } else { &keys[1..] };
-            let limit = format!("a multiple of {per_pass}");
-            let near = usize::try_from(per_pass).map_or(String::new(), |per_pass| {
-                format!("{} would do, or ", multiples(stage.global_batch, per_pass))
-            });
-            let hint = format!("{near}change training.micro_batch or the ranks");
-            self.conflict(named, message, &limit, &hint);
         }
     }
 
@@ -241,9 +231,21 @@ impl Rules<'_, '_> {
                 "has no effect while stages is 1",
             ),
             (
+                c.numeric.on_spike != OnSpike::Report
+                    && c.numeric.loss_zscore.is_none()
+                    && c.numeric.grad_norm_zscore.is_none(),
+                "numeric.on_spike",
+                "has no effect while loss_zscore and grad_norm_zscore are null",
+            ),
+            (
                 p.shard.reshard_after_forward && p.shard.level != ShardLevel::Parameters,
                 "parallelism.shard.reshard_after_forward",
                 "belongs to level: parameters and has no effect",
+            ),
+            (
+                p.shard.ranks == 1 && p.shard.level != ShardLevel::None,
+                "parallelism.shard.level",
+                "has no effect while shard.ranks is 1",
             ),
         ];
         for (applies, key, message) in idle {
@@ -268,6 +270,17 @@ impl Rules<'_, '_> {
                     "the warm-up of {warmup} and the decay of {decay} steps overlap in {steps}"
                 );
                 self.note(NoteLevel::Warning, "schedule.warmup_steps", message);
+            }
+        }
+        let n = &c.numeric;
+        let goes_back = [
+            (n.on_spike == OnSpike::Rollback, "numeric.on_spike"),
+            (n.on_non_finite == OnNonFinite::Rollback, "numeric.on_non_finite"),
+        ];
+        for (_, key) in goes_back.into_iter().filter(|(asked, _)| *asked) {
+            if c.checkpoint.every_steps == 0 {
+                let message = "rollback begins from the start: checkpoint.every_steps is 0";
+                self.note(NoteLevel::Warning, key, message.to_owned());
             }
         }
         let (every, keep) = (c.checkpoint.every_steps, c.checkpoint.keep_every_steps);

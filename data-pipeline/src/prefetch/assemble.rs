@@ -92,7 +92,7 @@ impl Assembler {
                 positions: &mut batch.position_ids,
                 documents: &mut batch.document_ids,
             };
-            let sample = token / sample_len;
+            let sample = self.dataset.left_out.sample_at(token / sample_len);
             let offset = (token % sample_len) as usize;
             batch.num_target_tokens += self.fill_row(sample, offset, &mut sink)?;
             batch.sample_ids.push(sample);

@@ -1,6 +1,9 @@
 //! The position in the data that a checkpoint keeps: small, and the same on every rank.
 
 use crate::error::{DataError, Result};
+use crate::order::LeftOut;
+use crate::order::left_out::describe;
+use run_config::SampleRange;
 use serde::{Deserialize, Serialize};
 
 /// Version of the order: raised when the same cursor would name other samples.
@@ -33,6 +36,9 @@ pub struct DataCursor {
     pub validation_fraction: f64,
     /// The bound of memory that fixes the size of the shuffle's windows, in MiB.
     pub buffer_mib: usize,
+    /// Samples that are left out of the order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<SampleRange>,
 }
 
 impl DataCursor {
@@ -63,6 +69,13 @@ impl DataCursor {
         same("`data.validation_fraction`", saved, current, back)?;
         let windows = "set it back: it fixes the windows of the shuffle";
         same("`data.buffer_mib`", self.buffer_mib, other.buffer_mib, windows)?;
+        // What is still to come may change, and what was read to its end may not.
+        let num_read = self.consumed_tokens / self.sequence_length.max(1);
+        let left_out =
+            |cursor: &DataCursor| describe(LeftOut::new(&cursor.left_out).before(num_read));
+        let to_come = "set `data.skip_samples` back: only samples that are still to come can be \
+                       left out";
+        same("the samples left out so far", left_out(self), left_out(other), to_come)?;
         let (saved, current) = (self.consumed_tokens, other.consumed_tokens);
         same("the number of tokens read", saved, current, same_batches)
     }

@@ -5,12 +5,12 @@ use crate::digest::{file_sha256, hex};
 use crate::error::{DataError, Result};
 use crate::order::feistel::key_of;
 use crate::order::mixture::Mixture;
-use crate::order::{EpochOrder, GroupSize, OrderParams, SampleUnit};
+use crate::order::{EpochOrder, GroupSize, LeftOut, OrderParams, SampleUnit};
 use crate::packing::Filling;
 use crate::shards::manifest::{Manifest, ScanParams, SplitSize};
 use crate::shards::scan::find_files;
 use crate::shards::split::Split;
-use run_config::{Packing, RunConfig};
+use run_config::{Packing, RunConfig, SampleRange};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
@@ -110,6 +110,8 @@ pub struct Dataset {
     pub validation_fraction: f64,
     /// Cursor at the start.
     pub start: DataCursor,
+    /// Samples that are left out of the order.
+    pub left_out: LeftOut,
 }
 
 impl Dataset {
@@ -137,7 +139,7 @@ impl Dataset {
         let weights: Vec<f64> = config.data.sources.iter().map(|source| source.weight).collect();
         let files = manifests.iter().flat_map(|manifest| &manifest.files);
         let pad_id = files.into_iter().find_map(|file| file.eos_id).unwrap_or(0);
-        Ok(Dataset {
+        let dataset = Dataset {
             sources,
             mixture: Mixture::new(&weights, if shuffled { config.seed } else { 0 })?,
             sample_len,
@@ -146,7 +148,21 @@ impl Dataset {
             split,
             validation_fraction: config.data.validation_fraction,
             start: start_cursor(config, &manifests),
+            left_out: LeftOut::default(),
+        };
+        // They are samples of the order of training.
+        Ok(match split {
+            Split::Train => dataset.leaving_out(&config.data.skip_samples),
+            Split::Validation => dataset,
         })
+    }
+
+    /// The same without these samples.
+    #[must_use]
+    pub fn leaving_out(mut self, samples: &[SampleRange]) -> Self {
+        self.left_out = LeftOut::new(&[self.left_out.ranges(), samples].concat());
+        self.start.left_out = self.left_out.ranges().to_vec();
+        self
     }
 }
 
@@ -296,5 +312,6 @@ fn start_cursor(config: &RunConfig, manifests: &[Arc<Manifest>]) -> DataCursor {
         shuffle: config.data.shuffle,
         validation_fraction: config.data.validation_fraction,
         buffer_mib: config.data.buffer_mib,
+        left_out: Vec::new(),
     }
 }

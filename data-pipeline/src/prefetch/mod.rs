@@ -18,11 +18,12 @@ pub use dataset::{DataSummary, Dataset, SourceSummary, preflight};
 pub use storage::{LocalFiles, RetryPolicy, Storage};
 
 use crate::error::{DataError, Result};
+use crate::order::LeftOut;
 use crate::recycled::{Pool, Recycled};
 use crate::shards::split::Split;
 use assemble::Assembler;
 use run_config::batch_plan::step_batch;
-use run_config::{BatchStage, RunConfig};
+use run_config::{BatchStage, RunConfig, SampleRange};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -157,6 +158,7 @@ pub struct Loader {
     activity: Activity,
     next_timeout: Duration,
     start: DataCursor,
+    left_out: LeftOut,
     stages: Vec<BatchStage>,
     wait_s: f64,
 }
@@ -166,6 +168,16 @@ impl Loader {
     /// batch of the last stage's shape, the same ones at every evaluation.
     pub fn open(config: &RunConfig, options: LoaderOptions) -> Result<Self> {
         Loader::open_with(config, options, LoaderTuning::default())
+    }
+
+    /// As [`Loader::open`], without these samples besides those that the config leaves out.
+    pub fn open_without(
+        config: &RunConfig,
+        options: LoaderOptions,
+        samples: &[SampleRange],
+    ) -> Result<Self> {
+        let dataset = Dataset::open(config, options.split)?.leaving_out(samples);
+        Loader::over(Arc::new(dataset), config, options, LoaderTuning::default())
     }
 
     /// As [`Loader::open`], with the reading tuned.
@@ -205,6 +217,7 @@ impl Loader {
             decoded: Pool::new((config.data.buffer_mib << 20) / size_of::<i32>()),
         };
         let (start, stages) = (dataset.start.clone(), batches.stages.clone());
+        let left_out = dataset.left_out.clone();
         // Besides those that wait, one is being filled and one is in use.
         let columns = Pool::new((depth + 2) * bytes / size_of::<i32>());
         let handle = runtime.handle().clone();
@@ -221,6 +234,7 @@ impl Loader {
             activity,
             next_timeout: tuning.next_timeout,
             start,
+            left_out,
             stages,
             wait_s: 0.0,
         })
@@ -265,6 +279,22 @@ impl Loader {
     /// Seconds that [`Loader::next`] has waited so far.
     pub fn wait_s(&self) -> f64 {
         self.wait_s
+    }
+
+    /// Samples of which a 1-based step of training reads at least a part, over all ranks: from the
+    /// first to the last.
+    pub fn samples_of(&self, step: u64) -> SampleRange {
+        let batch = step_batch(&self.stages, step);
+        let sample = |token: u64| self.left_out.sample_at(token / self.start.sequence_length);
+        SampleRange {
+            first: sample(batch.first_token),
+            last: sample(batch.end_token().saturating_sub(1)),
+        }
+    }
+
+    /// Samples that are left out.
+    pub fn left_out(&self) -> &LeftOut {
+        &self.left_out
     }
 
     /// The position after a 1-based step of training (0: the start), the same on all ranks.

@@ -122,7 +122,10 @@ pub fn options(first_step: u64, steps: u64) -> LoaderOptions {
 
 /// All micro-batches that a loader gives.
 pub fn read(config: &RunConfig, options: LoaderOptions) -> Vec<MicroBatch> {
-    let mut loader = Loader::open(config, options).unwrap();
+    read_all(&mut Loader::open(config, options).unwrap())
+}
+
+pub fn read_all(loader: &mut Loader) -> Vec<MicroBatch> {
     let mut batches = Vec::new();
     while let Some(mut batch) = loader.next().unwrap() {
         batch.wait_s = 0.0;

@@ -67,7 +67,7 @@ pub enum ClientError {
 }
 
 type AbortCallback = Box<dyn Fn(&str) + Send>;
-type WaitCallback = Box<dyn Fn() -> Option<String> + Send>;
+type WaitCallback = Box<dyn Fn(Phase) -> Option<String> + Send>;
 
 struct Shared {
     assignment: Assignment,
@@ -244,9 +244,9 @@ impl RankClient {
         lock(&self.shared.on_abort).push(Box::new(callback));
     }
 
-    /// What the rank waits in, where it does, for an agent that asks where it is: called on the
-    /// control thread, which must not be made to wait.
-    pub fn on_where(&self, callback: impl Fn() -> Option<String> + Send + 'static) {
+    /// What holds the rank up in its phase, where something does, for an agent that asks where it
+    /// is: called on the control thread, which must not be made to wait.
+    pub fn on_where(&self, callback: impl Fn(Phase) -> Option<String> + Send + 'static) {
         lock(&self.shared.waits).push(Box::new(callback));
     }
 
@@ -308,7 +308,7 @@ impl Shared {
 
     fn position(&self) -> Position {
         let (phase, step) = *lock(&self.place);
-        let waits = lock(&self.waits).iter().filter_map(|wait| wait()).collect();
+        let waits = lock(&self.waits).iter().filter_map(|wait| wait(phase)).collect();
         Position { phase, step, waits }
     }
 
@@ -458,7 +458,9 @@ mod tests {
             threads: 1,
             run_dir: "run".into(),
             resume_step: None,
+            replicas: None,
             stop_after: None,
+            roll_backs: Vec::new(),
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

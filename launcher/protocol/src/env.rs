@@ -44,6 +44,17 @@ pub const CONTROL_NAMED: &str = "@";
 /// Set by Open MPI's `mpirun`: the rank.
 pub const MPI_RANK: &str = "OMPI_COMM_WORLD_RANK";
 
+/// Set by Slurm for each task of a step: its number in the step.
+pub const SLURM_TASK: &str = "SLURM_PROCID";
+/// Set by Slurm: the number of the task on its node.
+pub const SLURM_LOCAL_TASK: &str = "SLURM_LOCALID";
+/// Set by Slurm: the node's number in the job, in the infrastructure's order.
+pub const SLURM_NODE: &str = "SLURM_NODEID";
+/// Set by Slurm: the node's name.
+pub const SLURM_NODE_NAME: &str = "SLURMD_NODENAME";
+/// Set by `srun`: the tasks of the step.
+pub const SLURM_NUM_TASKS: &str = "SLURM_STEP_NUM_TASKS";
+
 /// Where the dynamic linker looks for libtorch; set for a rank.
 pub const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 /// Set for a rank to its number of threads, so that no math library starts one per core.

@@ -29,7 +29,8 @@ pub mod store;
 
 pub use client::{ClientError, RankClient, StoreClient};
 pub use message::{
-    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, Position, StepReport, ToRank,
+    Assignment, Event, FailureClass, FailureReport, FromRank, Phase, Position, RollBack,
+    StepReport, ToRank,
 };
 pub use run_dir::RunDir;
 pub use store::StoreError;

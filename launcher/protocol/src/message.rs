@@ -1,6 +1,7 @@
 //! The messages between an agent and a rank.
 
 use crate::store::{StoreReply, StoreRequest};
+use run_config::SampleRange;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -117,9 +118,26 @@ pub struct Assignment {
     pub run_dir: PathBuf,
     /// Step of the checkpoint to continue from; `None`: start from the initial weights.
     pub resume_step: Option<u64>,
+    /// Data-parallel replicas of the generation, where they may be fewer than the config's: nodes
+    /// are missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<usize>,
     /// Step after which to save and stop, as if it had been asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_after: Option<u64>,
+    /// Steps that the run went back behind: their samples are left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub roll_backs: Vec<RollBack>,
+}
+
+/// A step in numeric trouble, behind which the run went back to go on without its samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RollBack {
+    /// 1-based step.
+    pub step: u64,
+    /// The samples that it read.
+    #[serde(flatten)]
+    pub samples: SampleRange,
 }
 
 /// Where a rank is.
@@ -195,9 +213,13 @@ pub struct StepReport {
     /// Part of it spent waiting for data, in seconds.
     #[serde(with = "null_is_nan")]
     pub data_wait_s: f64,
+    /// Part of it spent waiting for other ranks, in seconds; absent on a GPU, where the host does
+    /// not wait. Each rank has its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comm_wait_s: Option<f64>,
     /// Generation that did the step.
     pub generation: u64,
-    /// Whether the update was skipped because the loss or a gradient was not finite.
+    /// Whether the update was skipped: the loss or a gradient was not finite, or jumped.
     #[serde(default, skip_serializing_if = "is_false")]
     pub skipped: bool,
     /// Loss on held-out documents, where this step was followed by an evaluation.
@@ -244,7 +266,7 @@ pub enum FailureClass {
     Hang,
     /// The config or its inputs: trying again is of no use.
     Config,
-    /// Loss or gradients not finite, too often.
+    /// Loss or gradients not finite, or too high: too often, or so that the run goes back.
     Numeric,
     /// Stopped from outside.
     Preemption,
@@ -282,6 +304,9 @@ pub struct FailureReport {
     pub collective: Option<String>,
     /// The message and its causes, one a line; the first says what happened.
     pub lines: Vec<String>,
+    /// Set where the run shall go on from the newest checkpoint without some samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub roll_back: Option<RollBack>,
 }
 
 fn is_false(value: &bool) -> bool {

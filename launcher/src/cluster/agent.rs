@@ -13,7 +13,8 @@ use crate::runs;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
-use connect::{Connected, Whereabouts};
+use connect::Whereabouts;
+use outside::{Machine, Outside};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
@@ -26,14 +27,13 @@ use trainer::Trainer;
 
 pub mod connect;
 mod link;
+pub(super) mod outside;
 mod trainer;
 
 /// Messages of all ranks that wait for the loop.
 const NUM_INPUTS: usize = 4096;
 /// Messages to the coordinator that are kept until it has taken them in.
 const NUM_KEPT: usize = 64 << 10;
-/// Longest time that an attempt to connect may take.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(500);
 /// The same, where each asks a store for the coordinator.
@@ -50,7 +50,7 @@ const MAX_LINE_CHARS: usize = 2000;
 const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Arguments of `phalanx agent`.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct AgentArgs {
     /// The run's directory or name, as all nodes see it.
     pub run: String,
@@ -67,11 +67,24 @@ pub struct AgentArgs {
     /// The coordinator, HOST:PORT; by default what it wrote into the run's directory.
     #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<String>,
+    /// When the launcher started whose end is no news: another is about to go on with the run.
+    #[arg(skip)]
+    pub after: Option<String>,
 }
 
+/// Sends again what was not taken in, and then what the returned queue is given, over the
+/// connection that has this number from now on.
+pub(super) type Talk =
+    Box<dyn FnOnce(u64, Vec<Numbered<FromAgent>>) -> mpsc::Sender<Numbered<FromAgent>>>;
+
 /// What happened on the connection.
-enum Happening {
-    Connected(Box<Connected>),
+pub(super) enum Happening {
+    Connected {
+        conversation: u64,
+        taken: u64,
+        epoch: u64,
+        talk: Talk,
+    },
     Failed {
         why: String,
     },
@@ -93,10 +106,12 @@ enum Happening {
     },
 }
 
-struct Agent {
-    run: RunDir,
+/// What an agent knows and decides; what it does elsewhere is [`Outside`]'s. Its time is that of
+/// [`Agent::at`].
+pub(super) struct Agent {
+    outside: Box<dyn Outside>,
+    now: Instant,
     info: NodeInfo,
-    whereabouts: Whereabouts,
     /// The latest coordinator's that was heard of.
     epoch: u64,
     next_look: Instant,
@@ -120,12 +135,9 @@ struct Agent {
     journal: Journal,
     /// The newest step and phase of each rank, while there is nobody to tell.
     unsaid: BTreeMap<(usize, bool), FromAgent>,
-    trainer: Trainer,
     generation: u64,
     /// A generation that waits for the ranks of the last one to be gone.
     next: Option<Box<Start>>,
-    inputs: mpsc::Sender<Input>,
-    happenings: mpsc::Sender<Happening>,
     end: Option<(i32, String)>,
 }
 
@@ -148,8 +160,10 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let code = tokio::task::LocalSet::new().block_on(&runtime, async {
         let (inputs, received) = mpsc::channel(NUM_INPUTS);
         let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
-        let mut agent = Agent::new(run, args, (trainer, whereabouts), inputs, happenings);
-        agent.info.health = health;
+        let info = NodeInfo { health, ..describe(&args) };
+        let after = args.after;
+        let machine = Machine { run, whereabouts, after, trainer, inputs, happenings };
+        let mut agent = Agent::new(Box::new(machine), info, Instant::now());
         agent.run(received, happened).await
     });
     view.end();
@@ -186,30 +200,26 @@ fn boot_id() -> String {
     id.trim().to_owned()
 }
 
+fn describe(args: &AgentArgs) -> NodeInfo {
+    NodeInfo {
+        name: args.name.clone().unwrap_or_else(host_name),
+        index: args.index,
+        boot_id: boot_id(),
+        agent: format!("{}-{}", std::process::id(), crate::time::now()),
+        address: args.address.clone().unwrap_or_default(),
+        cores: machine::num_cores(),
+        gpus: machine::num_gpus(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        health: None,
+    }
+}
+
 impl Agent {
-    fn new(
-        run: RunDir,
-        args: AgentArgs,
-        (trainer, whereabouts): (Trainer, Whereabouts),
-        inputs: mpsc::Sender<Input>,
-        happenings: mpsc::Sender<Happening>,
-    ) -> Self {
-        let info = NodeInfo {
-            name: args.name.clone().unwrap_or_else(host_name),
-            index: args.index,
-            boot_id: boot_id(),
-            agent: format!("{}-{}", std::process::id(), crate::time::now()),
-            address: args.address.clone().unwrap_or_default(),
-            cores: machine::num_cores(),
-            gpus: machine::num_gpus(),
-            build: env!("CARGO_PKG_VERSION").to_owned(),
-            health: None,
-        };
-        let now = Instant::now();
+    pub(super) fn new(outside: Box<dyn Outside>, info: NodeInfo, now: Instant) -> Self {
         Self {
-            run,
+            outside,
+            now,
             info,
-            whereabouts,
             epoch: 0,
             next_look: now,
             session: Session::new(NUM_KEPT),
@@ -227,13 +237,29 @@ impl Agent {
             exited: Vec::new(),
             journal: Journal::default(),
             unsaid: BTreeMap::new(),
-            trainer,
             generation: 0,
             next: None,
-            inputs,
-            happenings,
             end: None,
         }
+    }
+
+    /// It is this late.
+    pub(super) fn at(&mut self, now: Instant) -> &mut Self {
+        self.now = now;
+        self
+    }
+
+    /// When [`Agent::wake`] is next of use.
+    pub(super) fn next_wake(&self) -> Instant {
+        match self.is_connecting || self.outbox.is_some() {
+            true => self.next_alive,
+            false => self.next_alive.min(self.next_attempt),
+        }
+    }
+
+    /// The exit code, and why it ends, once it does.
+    pub(super) fn end(&self) -> Option<&(i32, String)> {
+        self.end.as_ref()
     }
 
     async fn run(
@@ -245,17 +271,17 @@ impl Agent {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut user = signal(SignalKind::user_defined2())?;
         let mut num_signals = 0;
-        while self.end.is_none() {
-            let wake = self.next_alive.min(self.next_attempt.max(Instant::now()));
-            let wake =
-                if self.is_connecting || self.outbox.is_some() { self.next_alive } else { wake };
+        while self.end().is_none() {
+            let wake = self.next_wake();
+            let now = Instant::now;
             let by = tokio::select! {
-                Some(input) = inputs.recv() => { self.take(input); None }
-                Some(happening) = happened.recv() => { self.happened(happening); None }
+                Some(input) = inputs.recv() => { self.at(now()).take(input); None }
+                Some(happening) = happened.recv() => { self.at(now()).happened(happening); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
-                _ = user.recv() => Some("SIGUSR2"),
-                () = tokio::time::sleep_until(wake.into()) => { self.wake(); None }
+                // A scheduler's warning; however often it comes, the run has time to save.
+                _ = user.recv() => { self.at(now()).asked_to_stop("SIGUSR2", 1); None }
+                () = tokio::time::sleep_until(wake.into()) => { self.at(now()).wake(); None }
             };
             if let Some(by) = by {
                 num_signals += 1;
@@ -298,8 +324,8 @@ impl Agent {
         self.tell(FromAgent::StopRequested { signal: by.to_owned() });
     }
 
-    fn wake(&mut self) {
-        let now = Instant::now();
+    pub(super) fn wake(&mut self) {
+        let now = self.now;
         if now >= self.next_alive {
             self.next_alive = now + Duration::from_millis(ALIVE_EVERY_MS);
             let alive = self.session.alive();
@@ -321,12 +347,14 @@ impl Agent {
         }
     }
 
-    fn happened(&mut self, happening: Happening) {
+    pub(super) fn happened(&mut self, happening: Happening) {
         match happening {
-            Happening::Connected(connected) => self.connected(*connected),
+            Happening::Connected { conversation, taken, epoch, talk } => {
+                self.connected((conversation, taken), epoch, talk);
+            }
             Happening::Failed { why } => {
                 self.is_connecting = false;
-                self.next_attempt = Instant::now() + self.retry();
+                self.next_attempt = self.now + self.retry();
                 self.look_for_the_end();
                 if !self.has_told_loss {
                     self.has_told_loss = true;
@@ -345,7 +373,7 @@ impl Agent {
             }
             Happening::Seen { .. } => {}
             Happening::Said { connection, frame } if connection == self.connection => {
-                self.heard = Instant::now();
+                self.heard = self.now;
                 match self.session.take(*frame) {
                     Ok(Some(message)) => self.obey(message),
                     Ok(None) => {}
@@ -428,7 +456,7 @@ impl Agent {
         tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
         for assignment in start.ranks {
             let (generation, rank) = (assignment.generation, assignment.rank);
-            match self.trainer.start(assignment, self.inputs.clone()) {
+            match self.outside.start(assignment) {
                 Ok(handle) => {
                     let pid = handle.pid();
                     self.ranks.insert(rank, handle);
@@ -447,6 +475,7 @@ impl Agent {
             step: None,
             collective: None,
             lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
+            roll_back: None,
         };
         let message = FromRank::Failure(Box::new(report));
         self.pass_on(rank, FromAgent::Said { generation, rank, message });
@@ -457,7 +486,7 @@ impl Agent {
     }
 
     /// Passes on what a rank did.
-    fn take(&mut self, input: Input) {
+    pub(super) fn take(&mut self, input: Input) {
         let Input { generation, rank, news } = input;
         let message = match news {
             News::Message(message) => {

@@ -4,8 +4,10 @@
 //! A node is alive while its agent is heard of; one that has been silent for long is dead, and
 //! never comes back: an agent that is heard of again is a new member. Places follow the
 //! infrastructure's order when they are first given; later only those of dead nodes are given
-//! anew, first of all to a node of the same name.
+//! anew, first of all to a node of the same name. Where a run may go on with fewer nodes, the last
+//! places are given up, and who had one of them takes a free one before.
 
+use super::sizes::{Size, Sizes};
 use rank_protocol::agent::NodeInfo;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -13,8 +15,8 @@ use std::time::{Duration, Instant};
 /// The limits that membership goes by.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Nodes that a generation needs.
-    pub num_nodes: usize,
+    /// The nodes that a generation needs, and with how many fewer it may do.
+    pub sizes: Sizes,
     /// Silence after which a node is suspected.
     pub suspect: Duration,
     /// Silence after which it is dead.
@@ -27,9 +29,9 @@ pub struct Limits {
 
 impl Limits {
     /// The usual limits.
-    pub fn new(num_nodes: usize) -> Self {
+    pub fn new(sizes: Sizes) -> Self {
         Self {
-            num_nodes,
+            sizes,
             suspect: Duration::from_secs(3),
             dead: Duration::from_secs(5),
             join: Duration::from_secs(600),
@@ -53,6 +55,8 @@ pub enum Joined {
     Again(NodeId),
     /// Another agent of its name has taken its place.
     Replaced,
+    /// Another machine of its name is there, and is heard of.
+    Taken,
 }
 
 /// What became of a node.
@@ -84,6 +88,16 @@ enum Health {
     Dead,
 }
 
+/// A search for the nodes of a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Search {
+    since: Instant,
+    /// Ranks that find room at once; more are welcome.
+    ranks: usize,
+    /// From when on fewer will do.
+    fewer: Instant,
+}
+
 #[derive(Clone, Debug)]
 struct Member {
     info: NodeInfo,
@@ -98,7 +112,7 @@ pub struct Members {
     limits: Limits,
     members: Vec<Member>,
     places: Vec<Option<NodeId>>,
-    sought: Option<Instant>,
+    search: Option<Search>,
     /// No change of a member is due before.
     next_tick: Option<Instant>,
     /// When places are worth another look, if no member changes before.
@@ -114,12 +128,12 @@ pub struct Members {
 impl Members {
     /// Nobody yet.
     pub fn new(limits: Limits) -> Self {
-        let places = vec![None; limits.num_nodes];
+        let places = vec![None; limits.sizes.whole().nodes];
         Self {
             limits,
             members: Vec::new(),
             places,
-            sought: None,
+            search: None,
             next_tick: None,
             next_look: None,
             replaced: Vec::new(),
@@ -157,6 +171,12 @@ impl Members {
                 member.info = info;
                 return Joined::Again(node);
             }
+            // A node that was started anew is silent for longer than that.
+            let is_heard_of = member.health == Health::Alive
+                && now.saturating_duration_since(member.heard) < self.limits.suspect;
+            if is_heard_of && member.info.boot_id != info.boot_id {
+                return Joined::Taken;
+            }
             // Its ranks went with the agent before.
             (member.health, member.is_replaced) = (Health::Dead, true);
             self.replaced.push(node);
@@ -185,12 +205,13 @@ impl Members {
     }
 
     /// A rank of a member failed, of the process or the node. Returns whether the member is
-    /// quarantined for it, and so is none any more; not where nobody could take its place.
-    pub fn failed(&mut self, node: NodeId) -> bool {
+    /// quarantined for it, and so is none any more; not where nobody could take its place. One
+    /// failure is enough where `is_certain` that it will not be the last.
+    pub fn failed(&mut self, node: NodeId, is_certain: bool) -> bool {
         let Some(member) = self.members.get(node) else { return false };
         let name = member.info.name.clone();
         let failures = self.failures.entry(name.clone()).or_default();
-        *failures += 1;
+        *failures += if is_certain { MAX_FAILURES } else { 1 };
         let is_free = |other: &NodeId| {
             *other != node
                 && self.members[*other].health == Health::Alive
@@ -275,64 +296,95 @@ impl Members {
 
     /// Gives these nodes their places, as an earlier coordinator did.
     pub fn place(&mut self, nodes: &[NodeId]) {
-        self.places = nodes.iter().copied().map(Some).collect();
+        let places = nodes.iter().copied().map(Some).chain(std::iter::repeat(None));
+        self.places = places.take(self.limits.sizes.whole().nodes).collect();
     }
 
-    /// A generation needs its nodes from now on.
-    pub fn seek(&mut self, now: Instant) {
-        (self.sought, self.next_look) = (Some(now), None);
+    /// The size of a generation on so many nodes.
+    pub fn size(&self, nodes: usize) -> Size {
+        self.limits.sizes.within(nodes).unwrap_or_else(|| self.limits.sizes.whole())
+    }
+
+    /// The largest size for which there are nodes that are well, where there is one.
+    pub fn room(&self) -> Option<Size> {
+        let well = self.members.iter().filter(|member| member.health == Health::Alive);
+        self.limits.sizes.within(well.count())
+    }
+
+    /// A generation needs nodes for so many `ranks` from now on, or for more; it does with fewer
+    /// after this time, or with `None` once no more nodes are waited for.
+    pub fn seek(&mut self, ranks: usize, fewer_after: Option<Duration>, now: Instant) {
+        let wait = fewer_after.map_or(self.limits.join, |wait| wait.min(self.limits.join));
+        self.search = Some(Search { since: now, ranks, fewer: now + wait });
+        self.next_look = None;
     }
 
     /// When [`Members::found`] is next of use, beside a change of members.
     pub fn next_seek(&self, now: Instant) -> Option<Instant> {
-        let sought = self.sought?;
-        let preferred = sought + self.limits.preference;
-        Some(if preferred > now { preferred } else { sought + self.limits.join })
+        let Search { since, fewer, .. } = self.search?;
+        let end = since + self.limits.join;
+        let next = [since + self.limits.preference, fewer].into_iter().filter(|at| *at > now).min();
+        Some(next.map_or(end, |next| next.min(end)))
     }
 
     /// Whether the nodes that are sought are there. The search is over once they are, or never
     /// will be.
     pub fn found(&mut self, now: Instant) -> Seek {
-        let Some(sought) = self.sought else { return Seek::Waiting };
+        let Some(search) = self.search else { return Seek::Waiting };
         // Thousands of agents give signs of life while a few are waited for.
         if self.next_look.is_some_and(|look| now < look) {
             return Seek::Waiting;
         }
         self.next_look = self.next_seek(now);
-        let places = self.fill(now.saturating_duration_since(sought) >= self.limits.preference);
+        let is_anyone_welcome =
+            now.saturating_duration_since(search.since) >= self.limits.preference;
+        let places = self.fill(is_anyone_welcome).or_else(|| {
+            let size = self.room()?;
+            let will_do = size.ranks >= search.ranks || now >= search.fewer;
+            will_do.then(|| self.fill_fewer(size)).flatten()
+        });
         if let Some(places) = places {
-            self.places = places.iter().copied().map(Some).collect();
-            self.sought = None;
+            self.place(&places);
+            self.search = None;
             return Seek::Found(places);
         }
-        if now >= sought + self.limits.join {
-            self.sought = None;
+        if now >= search.since + self.limits.join {
+            self.search = None;
             return Seek::TooFew(self.num_alive());
         }
         Seek::Waiting
     }
 
-    /// Every place with a node that is alive, where that is possible. A suspected node is waited
-    /// for: it will soon be the one or the other.
-    fn fill(&self, is_anyone_welcome: bool) -> Option<Vec<NodeId>> {
-        let is_well = |node: NodeId| self.members[node].health == Health::Alive;
-        let well: Vec<NodeId> = (0..self.members.len()).filter(|node| is_well(*node)).collect();
-        // Looked at after each of thousands that join.
-        if well.len() < self.places.len() {
-            return None;
-        }
+    fn is_well(&self, node: NodeId) -> bool {
+        self.members[node].health == Health::Alive
+    }
+
+    /// Nodes that are well and have no place, in the infrastructure's order.
+    fn free(&self) -> Vec<NodeId> {
         let placed: BTreeSet<NodeId> = self.places.iter().flatten().copied().collect();
-        let mut free: Vec<NodeId> =
-            well.into_iter().filter(|node| !placed.contains(node)).collect();
+        let mut free: Vec<NodeId> = (0..self.members.len())
+            .filter(|node| self.is_well(*node) && !placed.contains(node))
+            .collect();
         free.sort_by_key(|node| {
             let info = &self.members[*node].info;
             (info.index.unwrap_or(u64::MAX), &info.name)
         });
+        free
+    }
+
+    /// Every place with a node that is alive, where that is possible. A suspected node is waited
+    /// for: it will soon be the one or the other.
+    fn fill(&self, is_anyone_welcome: bool) -> Option<Vec<NodeId>> {
+        // Looked at after each of thousands that join.
+        if (0..self.members.len()).filter(|node| self.is_well(*node)).count() < self.places.len() {
+            return None;
+        }
+        let mut free = self.free();
         let mut places = self.places.clone();
         for place in &mut places {
             let Some(before) = *place else { continue };
             if self.is_alive(before) {
-                if !is_well(before) {
+                if !self.is_well(before) {
                     return None;
                 }
                 continue;
@@ -347,190 +399,31 @@ impl Members {
             }
         }
         let mut free = free.into_iter();
-        places.into_iter().map(|place| place.or_else(|| free.next())).collect()
+        let filled: Vec<NodeId> =
+            places.into_iter().map(|place| place.or_else(|| free.next())).collect::<Option<_>>()?;
+        let is_first = self.places.iter().all(Option::is_none);
+        let is_spare = |node: &NodeId| {
+            self.members[*node].info.index.is_some_and(|index| index >= filled.len() as u64)
+        };
+        // Who was meant to have its place may be a moment late.
+        let may_come = is_first && !is_anyone_welcome && filled.iter().any(is_spare);
+        (!may_come).then_some(filled)
+    }
+
+    /// The first places of a `size` for which there is room, each with a node that is well. Who is
+    /// in one of them stays; the others are filled with those of later places, and then with
+    /// whoever is there.
+    fn fill_fewer(&self, size: Size) -> Option<Vec<NodeId>> {
+        let is_suspected = |node: &NodeId| self.is_alive(*node) && !self.is_well(*node);
+        if self.places.iter().flatten().any(is_suspected) {
+            return None;
+        }
+        let alive = |place: &Option<NodeId>| place.filter(|node| self.is_alive(*node));
+        let (first, rest) = self.places.split_at(size.nodes.min(self.places.len()));
+        let mut others = rest.iter().filter_map(alive).chain(self.free());
+        first.iter().map(|place| alive(place).or_else(|| others.next())).collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// Members under test, and their clock.
-    struct Nodes {
-        members: Members,
-        now: Instant,
-    }
-
-    impl Nodes {
-        fn new(num_nodes: usize) -> Self {
-            Self { members: Members::new(Limits::new(num_nodes)), now: Instant::now() }
-        }
-
-        fn join(&mut self, name: &str, agent: &str) -> Joined {
-            let (name, agent) = (name.to_owned(), agent.to_owned());
-            self.members.join(NodeInfo { name, agent, ..NodeInfo::default() }, self.now)
-        }
-
-        fn after(&mut self, seconds: f64, heard: &[NodeId]) -> Vec<Change> {
-            self.now += Duration::from_secs_f64(seconds);
-            let recovered: Vec<Change> =
-                heard.iter().filter_map(|node| self.members.heard(*node, self.now)).collect();
-            [recovered, self.members.tick(self.now)].concat()
-        }
-
-        fn seek(&mut self) -> Seek {
-            self.members.seek(self.now);
-            self.found()
-        }
-
-        fn found(&mut self) -> Seek {
-            self.members.found(self.now)
-        }
-    }
-
-    #[test]
-    fn places_follow_the_infrastructures_order() {
-        let mut nodes = Nodes::new(2);
-        for (name, index) in [("c", Some(2)), ("a", None), ("b", Some(1))] {
-            let info =
-                NodeInfo { name: name.into(), agent: name.into(), index, ..NodeInfo::default() };
-            nodes.members.join(info, nodes.now);
-        }
-        assert_eq!(nodes.seek(), Seek::Found(vec![2, 0]));
-        assert_eq!(nodes.seek(), Seek::Found(vec![2, 0]), "and stay as they are");
-    }
-
-    #[test]
-    fn a_silent_node_is_suspected_then_dead_and_a_spare_takes_its_place() {
-        let mut nodes = Nodes::new(2);
-        for name in ["a", "b", "spare"] {
-            nodes.join(name, name);
-        }
-        assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
-        assert_eq!(nodes.after(2.9, &[0, 2]), []);
-        assert_eq!(nodes.after(0.1, &[0, 2]), [Change::Suspected(1)]);
-        assert_eq!(nodes.seek(), Seek::Waiting, "it may be heard of again");
-        let died = nodes.after(2.0, &[0, 2]);
-        assert_eq!(died, [Change::Died(1, "no sign of life for 5.0 s".into())]);
-        assert_eq!(nodes.seek(), Seek::Waiting, "the same node is preferred for a second");
-        nodes.after(1.0, &[0, 2]);
-        assert_eq!(nodes.found(), Seek::Found(vec![0, 2]));
-    }
-
-    #[test]
-    fn a_node_of_the_same_name_has_its_place_back() {
-        let mut nodes = Nodes::new(2);
-        nodes.join("a", "1");
-        nodes.join("b", "1");
-        assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
-        nodes.join("spare", "1");
-        assert_eq!(nodes.join("a", "2"), Joined::New(3));
-        assert_eq!(nodes.join("a", "1"), Joined::Replaced, "two of a name do not take turns");
-        let died = nodes.after(0.0, &[]);
-        assert_eq!(died, [Change::Died(0, "another agent of its name took its place".into())]);
-        assert_eq!(nodes.seek(), Seek::Found(vec![3, 1]));
-    }
-
-    #[test]
-    fn a_connection_that_comes_back_is_the_same_member() {
-        let mut nodes = Nodes::new(1);
-        assert_eq!(nodes.join("a", "1"), Joined::New(0));
-        assert_eq!(nodes.after(4.0, &[]), [Change::Suspected(0)]);
-        assert_eq!(nodes.join("a", "1"), Joined::Again(0));
-        assert_eq!(nodes.after(0.5, &[0]), [Change::Recovered(0)]);
-        nodes.after(6.0, &[]);
-        assert_eq!(nodes.join("a", "1"), Joined::New(1), "the dead do not come back");
-    }
-
-    #[test]
-    fn nobody_is_silent_while_the_coordinator_does_not_listen() {
-        let mut nodes = Nodes::new(1);
-        nodes.join("a", "1");
-        nodes.after(1.0, &[]);
-        nodes.now += Duration::from_secs(60);
-        nodes.members.was_away(Duration::from_secs(60), nodes.now);
-        assert_eq!(nodes.after(1.5, &[]), []);
-        assert_eq!(nodes.after(0.5, &[]), [Change::Suspected(0)]);
-    }
-
-    #[test]
-    fn a_spare_that_is_not_connected_gets_no_place() {
-        let mut nodes = Nodes::new(1);
-        nodes.join("a", "1");
-        nodes.join("b", "1");
-        nodes.members.disconnected(0);
-        assert_eq!(nodes.seek(), Seek::Found(vec![1]));
-    }
-
-    #[test]
-    fn a_node_that_fails_twice_is_quarantined_where_another_can_take_its_place() {
-        let mut nodes = Nodes::new(2);
-        for name in ["a", "b"] {
-            nodes.join(name, name);
-        }
-        assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
-        assert!(!nodes.members.failed(1));
-        assert!(!nodes.members.failed(1), "nobody else is there");
-        nodes.join("spare", "1");
-        assert!(nodes.members.failed(1));
-        assert!(nodes.members.is_quarantined("b") && !nodes.members.is_quarantined("a"));
-        nodes.after(1.0, &[0, 1, 2]);
-        assert_eq!(nodes.seek(), Seek::Waiting, "its name is preferred for a second");
-        nodes.after(1.0, &[0, 2]);
-        assert_eq!(nodes.found(), Seek::Found(vec![0, 2]));
-    }
-
-    #[test]
-    fn a_node_that_was_found_unwell_twice_is_quarantined() {
-        let mut nodes = Nodes::new(1);
-        assert!(!nodes.members.is_unwell("a"));
-        assert!(!nodes.members.is_unwell("b"));
-        assert!(nodes.members.is_unwell("a"));
-        assert!(nodes.members.is_quarantined("a"));
-    }
-
-    #[test]
-    fn too_few_nodes_are_waited_for_ten_minutes() {
-        let mut nodes = Nodes::new(2);
-        nodes.join("a", "1");
-        assert_eq!(nodes.seek(), Seek::Waiting);
-        nodes.after(599.0, &[0]);
-        assert_eq!(nodes.found(), Seek::Waiting);
-        nodes.after(1.0, &[0]);
-        assert_eq!(nodes.found(), Seek::TooFew(1));
-    }
-
-    proptest! {
-        /// Whoever joins, falls silent or comes back: a generation's nodes are alive, all
-        /// different, and a node that is alive keeps its place.
-        #[test]
-        fn no_order_of_events_breaks_the_rules(
-            events in prop::collection::vec((0_usize..5, 0_u32..3, 0_u64..3000), 1..80),
-        ) {
-            let mut nodes = Nodes::new(3);
-            let mut before: Vec<NodeId> = Vec::new();
-            for (who, what, millis) in events {
-                let heard: Vec<NodeId> = (0..nodes.members.members.len())
-                    .filter(|node| nodes.members.is_alive(*node) && node % 5 != who)
-                    .collect();
-                nodes.after(millis as f64 / 1e3, &heard);
-                if what > 0 {
-                    nodes.join(&format!("n{who}"), &what.to_string());
-                }
-                nodes.after(0.0, &[]);
-                nodes.members.sought.get_or_insert(nodes.now);
-                let Seek::Found(places) = nodes.found() else { continue };
-                prop_assert_eq!(places.len(), 3);
-                for (place, node) in places.iter().enumerate() {
-                    prop_assert!(nodes.members.is_alive(*node));
-                    prop_assert!(!places[..place].contains(node));
-                    if let Some(held) = before.get(place) {
-                        prop_assert!(held == node || !nodes.members.is_alive(*held));
-                    }
-                }
-                before = places;
-            }
-        }
-    }
-}
+mod tests;

@@ -5,27 +5,29 @@ use super::members::{Change, Limits, Members, NodeId, Seek};
 use super::remote::{Commands, RemoteRank};
 use super::secrets;
 use super::server::{Arrival, serve};
+use super::sizes::{Size, Sizes};
 use super::wire;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Running, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::StoreRequest;
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 
-mod adopt;
 mod arrival;
 mod health;
+
+mod adoption;
 
 /// A sign of life that is given so much too late shows that this process was not running.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -44,9 +46,9 @@ pub struct ClusterPlan {
     pub listen: SocketAddr,
     /// The host name or address that agents connect to; `None`: where it listens.
     pub host: Option<String>,
-    /// Nodes.
-    pub num_nodes: usize,
-    /// Ranks on each.
+    /// The nodes, and with how many fewer it may go on.
+    pub sizes: Sizes,
+    /// Ranks on each node.
     pub ranks_per_node: usize,
 }
 
@@ -126,6 +128,8 @@ pub struct Nodes {
     happenings: mpsc::Sender<Happening>,
     commands: Rc<Commands>,
     ranks: Ranks,
+    /// This machine's address, as agents on others reach it.
+    reached_at: Option<IpAddr>,
     /// The generation of an earlier coordinator that shall go on, and who runs what of it.
     adopting: Option<u64>,
     running: BTreeMap<NodeId, Running>,
@@ -160,7 +164,7 @@ impl Nodes {
         let address = Address { host, port: local.port(), pid: std::process::id() };
         tracing::info!(
             "waiting for {} agents at {}:{}",
-            plan.num_nodes,
+            plan.sizes.whole().nodes,
             address.host,
             address.port
         );
@@ -170,25 +174,36 @@ impl Nodes {
         let (happenings, received) = mpsc::channel(NUM_HAPPENINGS);
         spawn_local(serve(listener, secrets, happenings.clone()));
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let nodes = Self {
-            members: Members::new(Limits::new(plan.num_nodes)),
+        let conversation = u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2);
+        Ok((Self::new(plan, address, happenings, (conversation, now)), received))
+    }
+
+    /// Nobody has joined. Conversations are numbered from this one on: another coordinator of the
+    /// same run has others.
+    pub fn new(
+        plan: ClusterPlan,
+        address: Address,
+        happenings: mpsc::Sender<Happening>,
+        (conversation, now): (u64, Instant),
+    ) -> Self {
+        Self {
+            members: Members::new(Limits::new(plan.sizes.clone())),
             conversations: BTreeMap::new(),
             plan,
             happenings,
             commands: Rc::default(),
             ranks: Ranks::default(),
+            reached_at: None,
             adopting: None,
             running: BTreeMap::new(),
             stored: Vec::new(),
-            // Another coordinator of the same run has others.
-            next_conversation: u64::try_from(since.as_micros()).unwrap_or(u64::MAX / 2),
+            next_conversation: conversation,
             num_connections: 0,
             next_alive: now,
             taken: now,
             epoch: 0,
             address,
-        };
-        Ok((nodes, received))
+        }
     }
 
     /// Where agents reach this coordinator.
@@ -242,9 +257,24 @@ impl Nodes {
         changes.into_iter().flat_map(|change| self.changed(change)).collect()
     }
 
-    /// A generation needs its nodes; ask [`Nodes::found`] from now on.
-    pub fn seek(&mut self, now: Instant) {
-        self.members.seek(now);
+    /// A generation needs its nodes, as [`Members::seek`] says; ask [`Nodes::found`] from now on.
+    pub fn seek(&mut self, ranks: usize, fewer_after: Option<Duration>, now: Instant) {
+        self.members.seek(ranks, fewer_after, now);
+    }
+
+    /// The size of a run that lacks no node.
+    pub fn whole(&self) -> Size {
+        self.plan.sizes.whole()
+    }
+
+    /// The size of a generation on so many nodes.
+    pub fn size(&self, nodes: usize) -> Size {
+        self.members.size(nodes)
+    }
+
+    /// Ranks for which there is room now.
+    pub fn room(&self) -> usize {
+        self.members.room().map_or(0, |size| size.ranks)
     }
 
     /// Whether the nodes that are sought are there.
@@ -262,9 +292,15 @@ impl Nodes {
         self.ranks.nodes.get(rank).map(|node| self.name(*node))
     }
 
-    /// The address of a rank's node, for the ranks of others.
+    /// The address of a rank's node, for the ranks of others. A node that reaches this one by
+    /// loopback is this one, which others reach as they reach the coordinator.
     pub fn address_of(&self, node: NodeId) -> String {
-        self.members.info(node).map(|info| info.address.clone()).unwrap_or_default()
+        let own = self.members.info(node).map(|info| info.address.clone()).unwrap_or_default();
+        let is_loopback = own.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+        match self.reached_at.filter(|_| is_loopback) {
+            Some(address) => address.to_string(),
+            None => own,
+        }
     }
 
     /// Has the agents start the ranks of a generation on these nodes, in order of rank.
@@ -322,10 +358,7 @@ impl Nodes {
     /// Tells every agent that the run is over, and waits until they have heard it, but not for
     /// long.
     pub async fn over(&mut self, code: i32, reason: &str) {
-        let nodes: Vec<NodeId> = self.conversations.keys().copied().collect();
-        for node in nodes {
-            self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
-        }
+        self.tell_over(code, reason);
         let outboxes = std::mem::take(&mut self.conversations).into_values();
         let outboxes: Vec<_> = outboxes.filter_map(|conversation| conversation.outbox).collect();
         let sent = async {
@@ -337,6 +370,14 @@ impl Nodes {
         let _ = tokio::time::timeout(LAST_WAIT, sent).await;
         // What has left the queue is being written.
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Tells every agent that the run is over.
+    pub fn tell_over(&mut self, code: i32, reason: &str) {
+        let nodes: Vec<NodeId> = self.conversations.keys().copied().collect();
+        for node in nodes {
+            self.send(node, ToAgent::Over { code, reason: reason.to_owned() });
+        }
     }
 
     /// Takes in what happened.
@@ -381,10 +422,19 @@ impl Nodes {
             Ok(None) => {}
             Err(error) => {
                 tracing::error!("node {} speaks nonsense: {error}", self.name(node));
-                self.conversations.remove(&node);
+                self.begin_anew(node);
             }
         }
         outcomes
+    }
+
+    /// The agent connects once more, and is told again whatever it has not taken in for sure.
+    fn begin_anew(&mut self, node: NodeId) {
+        if let Some(conversation) = self.conversations.get_mut(&node) {
+            (conversation.number, conversation.connection) = (0, 0);
+            conversation.outbox = None;
+        }
+        self.members.disconnected(node);
     }
 
     /// What an agent says about one of its ranks.
@@ -399,9 +449,13 @@ impl Nodes {
                 return Some(stored).filter(|_| generation == self.ranks.generation);
             }
             FromAgent::StopRequested { signal } => {
-                let is_placed = self.ranks.nodes.contains(&node);
-                let by = format!("{signal} to node {}", self.name(node));
-                return is_placed.then_some(Outcome::Stop(by));
+                let name = self.name(node);
+                if self.ranks.nodes.contains(&node) {
+                    return Some(Outcome::Stop(format!("{signal} to node {name}")));
+                }
+                let reason = format!("{signal}, and the run goes on without node {name}");
+                self.send(node, ToAgent::Over { code: exit_code::PREEMPTED, reason });
+                return None;
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
@@ -470,6 +524,7 @@ impl Nodes {
                 step: None,
                 collective: None,
                 lines: vec![format!("its node {name} is lost: {why}")],
+                roll_back: None,
             };
             let report = News::Message(FromRank::Failure(Box::new(report)));
             let exited = News::Exited { exit: Exit::default(), last_lines: Vec::new() };

@@ -1,13 +1,15 @@
 //! Lets agents in: TLS, then the run's token, each within a time limit.
 
+use super::members::NodeId;
 use super::nodes::Happening;
 use super::secrets::{Secrets, is_token};
 use super::wire;
-use rank_protocol::agent::{Answer, Join, MAX_JOIN_BYTES};
+use rank_protocol::agent::{Answer, Join, MAX_JOIN_BYTES, ToAgent};
+use rank_protocol::session::Numbered;
 use std::cell::Cell;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
@@ -26,7 +28,50 @@ pub struct Arrival {
     /// Where it came from.
     pub from: SocketAddr,
     /// The connection.
-    pub stream: TlsStream<TcpStream>,
+    pub door: Box<dyn Door>,
+}
+
+/// The connection of an agent that waits for an answer.
+pub trait Door {
+    /// Lets it in with this answer, sends again what was not taken in, and then what the returned
+    /// queue is given; the connection ends when that is dropped. What comes is told as of this
+    /// member and connection.
+    fn open(
+        self: Box<Self>,
+        first: (Answer, Vec<Numbered<ToAgent>>),
+        which: (NodeId, u64),
+        happenings: mpsc::Sender<Happening>,
+    ) -> mpsc::Sender<Numbered<ToAgent>>;
+
+    /// This machine's address, as the agent reaches it.
+    fn local_address(&self) -> Option<IpAddr>;
+
+    /// Turns the agent away with this answer.
+    fn close(self: Box<Self>, answer: Answer);
+}
+
+impl Door for TlsStream<TcpStream> {
+    fn open(
+        self: Box<Self>,
+        (answer, again): (Answer, Vec<Numbered<ToAgent>>),
+        (node, connection): (NodeId, u64),
+        happenings: mpsc::Sender<Happening>,
+    ) -> mpsc::Sender<Numbered<ToAgent>> {
+        let said = move |frame| {
+            let at = Instant::now();
+            Happening::Said { node, connection, at, frame: Box::new(frame) }
+        };
+        let ended = move |why| Happening::Ended { node, connection, why };
+        wire::talk(*self, (Some(answer), again), happenings, said, ended)
+    }
+
+    fn local_address(&self) -> Option<IpAddr> {
+        self.get_ref().0.local_addr().ok().map(|local| local.ip())
+    }
+
+    fn close(mut self: Box<Self>, answer: Answer) {
+        spawn_local(async move { wire::write(&mut *self, &answer).await });
+    }
 }
 
 /// As many descriptors as this process may have: one a node.
@@ -89,5 +134,5 @@ async fn meet(
         let _ = wire::write(&mut stream, &Answer::Refused { reason: reason.clone() }).await;
         return Err(reason);
     }
-    Ok(Arrival { join, from, stream })
+    Ok(Arrival { join, from, door: Box::new(stream) })
 }

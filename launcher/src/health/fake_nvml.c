@@ -18,6 +18,10 @@
 #define REMAP_FAILURE 0
 #endif
 
+#ifndef MEMORY_CODE
+#define MEMORY_CODE 0
+#endif
+
 static int gpus[2];
 
 int nvmlInit_v2(void) { return INIT_CODE; }
@@ -31,6 +35,12 @@ int nvmlDeviceGetCount_v2(unsigned int *count) {
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **device) {
   *device = &gpus[index];
   return index == 1 ? HANDLE_CODE : 0;
+}
+
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *total_free_used) {
+  total_free_used[0] = device == &gpus[1] ? 40ULL << 30 : 80ULL << 30;
+  total_free_used[1] = total_free_used[2] = 1;
+  return MEMORY_CODE;
 }
 
 int nvmlDeviceGetTotalEccErrors(void *device, unsigned int type, unsigned int counter,

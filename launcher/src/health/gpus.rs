@@ -11,6 +11,17 @@ pub fn check() -> Found {
     check_with(Path::new(LIBRARY), crate::machine::num_gpus(), xid::recent())
 }
 
+/// Bytes of the GPU of this machine that has least memory; `None` where the driver does not say.
+pub fn least_memory() -> Option<u64> {
+    least_memory_with(Path::new(LIBRARY))
+}
+
+fn least_memory_with(library: &Path) -> Option<u64> {
+    let nvml = Nvml::open(library).ok().flatten()?;
+    let memory = (0..nvml.count().ok()?).map(|index| nvml.memory(index).ok());
+    memory.collect::<Option<Vec<u64>>>()?.into_iter().min()
+}
+
 fn check_with(
     library: &Path,
     expected: usize,
@@ -79,6 +90,18 @@ mod tests {
         check("dead", &["-DINIT_CODE=9"], Err("NVML does not start: error 9"));
         check("old", &["-DNO_REMAPPED_ROWS"], Ok("2 GPUs"));
         check("no ecc", &["-DECC_CODE=3"], Ok("2 GPUs"));
+    }
+
+    #[test]
+    fn the_gpu_with_least_memory_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |name: &str, defines: &[&str]| {
+            least_memory_with(&fake(folder.path(), name, defines)).map(|bytes| bytes >> 30)
+        };
+        assert_eq!(of("two", &[]), Some(40));
+        assert_eq!(of("first", &["-DCOUNT=1"]), Some(80));
+        assert_eq!(of("silent", &["-DMEMORY_CODE=3"]), None);
+        assert_eq!(least_memory_with(Path::new("/nowhere/libnvidia-ml.so.1")), None);
     }
 
     #[test]

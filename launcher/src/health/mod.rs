@@ -7,7 +7,7 @@
 //! small, and find what is broken, not what is a little slow.
 
 mod checks;
-mod gpus;
+pub(crate) mod gpus;
 mod nvml;
 mod xid;
 

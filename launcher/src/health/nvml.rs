@@ -28,14 +28,25 @@ const VOLATILE: c_uint = 0;
 type Init = unsafe extern "C" fn() -> Code;
 type GetCount = unsafe extern "C" fn(*mut c_uint) -> Code;
 type GetHandle = unsafe extern "C" fn(c_uint, *mut Device) -> Code;
+type GetMemoryInfo = unsafe extern "C" fn(Device, *mut MemoryInfo) -> Code;
 type GetEccErrors = unsafe extern "C" fn(Device, c_uint, c_uint, *mut c_ulonglong) -> Code;
 type GetRemappedRows =
     unsafe extern "C" fn(Device, *mut c_uint, *mut c_uint, *mut c_uint, *mut c_uint) -> Code;
+
+/// `nvmlMemory_t`, in bytes.
+#[repr(C)]
+#[derive(Default)]
+struct MemoryInfo {
+    total: c_ulonglong,
+    free: c_ulonglong,
+    used: c_ulonglong,
+}
 
 /// The library, started.
 pub struct Nvml {
     get_count: GetCount,
     get_handle: GetHandle,
+    get_memory_info: GetMemoryInfo,
     get_ecc_errors: GetEccErrors,
     /// Absent in drivers before 450.
     get_remapped_rows: Option<GetRemappedRows>,
@@ -69,6 +80,7 @@ impl Nvml {
             let nvml = Self {
                 get_count: *library.get("nvmlDeviceGetCount_v2").map_err(missing)?,
                 get_handle: *library.get("nvmlDeviceGetHandleByIndex_v2").map_err(missing)?,
+                get_memory_info: *library.get("nvmlDeviceGetMemoryInfo").map_err(missing)?,
                 get_ecc_errors: *library.get("nvmlDeviceGetTotalEccErrors").map_err(missing)?,
                 get_remapped_rows: library
                     .get("nvmlDeviceGetRemappedRows")
@@ -99,14 +111,30 @@ impl Nvml {
         Ok(count)
     }
 
+    fn handle(&self, index: u32) -> Result<Device, String> {
+        let mut device: Device = null_mut();
+        // SAFETY: NVML was started, and writes one handle.
+        checked("its handle", unsafe { (self.get_handle)(index, &raw mut device) })?;
+        Ok(device)
+    }
+
+    /// Bytes of memory of one.
+    ///
+    /// # Errors
+    /// The call that failed.
+    pub fn memory(&self, index: u32) -> Result<u64, String> {
+        let (device, mut info) = (self.handle(index)?, MemoryInfo::default());
+        // SAFETY: the handle is NVML's own; it writes one struct, laid out as in its header.
+        checked("its memory", unsafe { (self.get_memory_info)(device, &raw mut info) })?;
+        Ok(info.total)
+    }
+
     /// What the driver says of one; what it does not support counts as well.
     ///
     /// # Errors
     /// The call that failed: the GPU may be lost.
     pub fn gpu(&self, index: u32) -> Result<Gpu, String> {
-        let mut device: Device = null_mut();
-        // SAFETY: NVML was started, and writes one handle.
-        checked("its handle", unsafe { (self.get_handle)(index, &raw mut device) })?;
+        let device = self.handle(index)?;
         let mut uncorrected = 0;
         // SAFETY: the handle is NVML's own; it writes one number of 64 bits.
         let code =

@@ -7,9 +7,10 @@
 use super::costs::Costs;
 use super::trace::{Kind, Trace, time_to_failure};
 use crate::cluster::members::{Change, Limits, Members, NodeId, Seek};
+use crate::cluster::sizes::Sizes;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::ledger::{Ledger, Spent, Sums};
-use crate::supervisor::state::{Action, Event, Policy, State};
+use crate::supervisor::state::{Action, Elastic, Event, Policy, State};
 use fastrand::Rng;
 use rank_protocol::agent::NodeInfo;
 use rank_protocol::{FailureClass, FailureReport, Phase, StepReport, exit_code};
@@ -24,6 +25,8 @@ pub struct Scenario {
     pub nodes: usize,
     /// Spares beside them.
     pub spares: usize,
+    /// The least with which it goes on where no spare is left.
+    pub min_nodes: usize,
     /// Failures of a node in a second.
     pub rate_per_s: f64,
     /// Simulated time.
@@ -43,6 +46,8 @@ pub struct Outcome {
     pub failures: BTreeMap<Kind, u64>,
     /// Generations.
     pub generations: u64,
+    /// Time that its steps take on all nodes, over the wall time.
+    pub whole_speed: f64,
     /// Why the run ended before the time was up, where it did.
     pub gave_up: Option<String>,
 }
@@ -102,7 +107,17 @@ struct World<'a> {
 pub fn simulate(scenario: &Scenario, seed: u64) -> Outcome {
     let start = Instant::now();
     let end = start + scenario.duration;
-    let policy = Policy { has_agents: true, ..Policy::new(scenario.nodes, 3) };
+    let seconds = |name| Duration::try_from_secs_f64(scenario.costs.get(name)).unwrap_or_default();
+    let elastic = (scenario.min_nodes < scenario.nodes).then(|| Elastic {
+        wait: seconds("elastic_wait_s"),
+        pause: seconds("grow_pause_s"),
+        last_step: u64::MAX,
+        has_begun: false,
+    });
+    let policy = Policy { has_agents: true, elastic, ..Policy::new(scenario.nodes, 3) };
+    // A node stands for a replica, and the batch for one that divides over any number of them.
+    let smaller: Vec<usize> = (scenario.min_nodes..scenario.nodes).collect();
+    let sizes = Sizes::new((&smaller, scenario.nodes), 1, 1);
     let mut world = World {
         scenario,
         random: Rng::with_seed(seed),
@@ -110,7 +125,7 @@ pub fn simulate(scenario: &Scenario, seed: u64) -> Outcome {
         queue: BinaryHeap::new(),
         num_queued: 0,
         state: State::new(policy, 0),
-        members: Members::new(Limits::new(scenario.nodes)),
+        members: Members::new(Limits::new(sizes)),
         ledger: Ledger::new(&Sums::default(), start),
         places: Vec::new(),
         silent: Vec::new(),
@@ -141,8 +156,10 @@ pub fn simulate(scenario: &Scenario, seed: u64) -> Outcome {
     if world.over.is_some() {
         world.ledger.enter(Spent::Down, now);
     }
+    let sums = world.ledger.sums(end);
     Outcome {
-        sums: world.ledger.sums(end),
+        whole_speed: sums.best_step as f64 * world.cost("step_s") / sums.wall_s,
+        sums,
         failures: world.failures,
         generations: world.generation,
         gave_up: world.over.map(|(_, reason)| reason),
@@ -152,6 +169,12 @@ pub fn simulate(scenario: &Scenario, seed: u64) -> Outcome {
 impl World<'_> {
     fn cost(&self, name: &str) -> f64 {
         self.scenario.costs.get(name)
+    }
+
+    /// Fewer nodes take longer for the same batch.
+    fn step_s(&self) -> f64 {
+        let nodes = self.places.len().max(1) as f64;
+        self.cost("step_s") * self.scenario.nodes as f64 / nodes
     }
 
     fn after(&mut self, seconds: f64, happens: Happens) {
@@ -197,16 +220,21 @@ impl World<'_> {
             Happens::Ready { generation } if self.moves(generation) => {
                 self.ledger.phase(Phase::Train, self.now);
                 self.last_save = self.now;
-                let seconds = self.cost("step_s") + self.cost("first_step_extra_s");
+                let seconds = self.step_s() + self.cost("first_step_extra_s");
                 self.after(seconds, Happens::Step { generation });
             }
             Happens::Step { generation } if self.moves(generation) => self.stepped(generation),
             Happens::Saved { generation } if self.moves(generation) => {
                 self.saved = self.step;
                 self.last_save = self.now;
+                let num_ranks = self.members.room().map_or(0, |size| size.ranks);
+                self.handle(Event::Room { num_ranks });
                 self.handle(Event::Committed { step: self.step });
+                if self.is_stuck {
+                    return; // the generation ends for one of more nodes
+                }
                 self.ledger.phase(Phase::Train, self.now);
-                let seconds = self.cost("step_s");
+                let seconds = self.step_s();
                 self.after(seconds, Happens::Step { generation });
             }
             Happens::Repaired => self.join(),
@@ -231,7 +259,7 @@ impl World<'_> {
             let seconds = self.cost("save_stall_s");
             return self.after(seconds, Happens::Saved { generation });
         }
-        let seconds = self.cost("step_s");
+        let seconds = self.step_s();
         self.after(seconds, Happens::Step { generation });
     }
 
@@ -254,7 +282,7 @@ impl World<'_> {
         let seconds = match kind {
             Kind::Process => self.cost("detect_process_s"),
             Kind::Link => self.cost("detect_link_s"),
-            Kind::Hang => self.cost("detect_hang_s").max(5.0 * self.cost("step_s")),
+            Kind::Hang => self.cost("detect_hang_s").max(5.0 * self.step_s()),
             Kind::Node => {
                 // It is silent from now on; the policy's own limits say when it is dead.
                 self.hear();
@@ -282,6 +310,7 @@ impl World<'_> {
             step: Some(self.step + 1),
             collective: None,
             lines: vec![format!("simulated: {} of place {place}", kind.name())],
+            roll_back: None,
         };
         self.handle(Event::Reported { rank: place, report });
         self.handle(Event::Exited { rank: place, exit: Exit::default(), last_lines: vec![] });
@@ -320,10 +349,10 @@ impl World<'_> {
                 let seconds = self.cost("search_s");
                 self.after(seconds, Happens::Searched);
             }
-            Action::Gather { step } => {
+            Action::Gather { step, num_ranks, fewer_after } => {
                 self.ledger.enter(Spent::Rendezvous, self.now);
                 self.gathering = Some(step);
-                self.members.seek(self.now);
+                self.members.seek(num_ranks, fewer_after, self.now);
             }
             Action::Spawn { generation, resume_step } => {
                 self.ledger.enter(Spent::Start, self.now);
@@ -345,12 +374,18 @@ impl World<'_> {
             Action::RecordFailure(cause) => {
                 self.ledger.failed(cause.class == FailureClass::Hang, self.now);
             }
+            Action::RecordGrowth { .. } => {
+                self.is_stuck = true;
+                self.ledger.failed(false, self.now);
+            }
             Action::Finish { code, reason } => self.over = Some((code, reason)),
             Action::AskToStop
             | Action::AskWhere
             | Action::RecordFirstCause(_)
+            | Action::RecordRollBack(_)
             | Action::RecordStop { .. }
-            | Action::RecordStall(_) => {}
+            | Action::RecordStall(_)
+            | Action::RecordLingering { .. } => {}
         }
     }
 
@@ -363,8 +398,9 @@ impl World<'_> {
             match self.members.found(self.now) {
                 Seek::Waiting => {}
                 Seek::Found(places) => {
+                    let num_ranks = self.members.size(places.len()).ranks;
                     (self.gathering, self.places) = (None, places);
-                    self.handle(Event::Gathered { step });
+                    self.handle(Event::Gathered { step, num_ranks });
                 }
                 Seek::TooFew(found) => {
                     self.gathering = None;
@@ -394,6 +430,7 @@ mod tests {
         Scenario {
             nodes,
             spares: 4,
+            min_nodes: nodes,
             rate_per_s: rate_per_node_day / 86_400.0,
             duration: Duration::from_secs(86_400),
             trace,
@@ -456,5 +493,19 @@ mod tests {
         let why = outcome.gave_up.unwrap_or_default();
         assert!(why.contains("of 4 nodes are there, and no more come"), "{why}");
         assert!(outcome.sums.seconds[&Spent::Down] > 10_000.0);
+    }
+
+    #[test]
+    fn with_fewer_nodes_the_run_goes_on_and_comes_back() {
+        let mut whole = scenario(8, 0.7, Trace::Poisson);
+        whole.duration = Duration::from_secs(2 * 86_400);
+        whole.spares = 0;
+        let elastic = Scenario { min_nodes: 1, ..whole.clone() };
+        let [waits, goes_on] = [&whole, &elastic].map(|scenario| simulate(scenario, 5));
+        assert!(waits.gave_up.is_some());
+        assert_eq!(goes_on.gave_up, None);
+        assert!(goes_on.generations > 5);
+        assert!(goes_on.whole_speed > 2.0 * waits.whole_speed, "{goes_on:?}");
+        assert!(goes_on.whole_speed < goes_on.sums.ettr.unwrap_or(0.0), "steps take longer");
     }
 }

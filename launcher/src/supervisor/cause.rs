@@ -1,7 +1,7 @@
 //! Why a rank failed, which failure of several came first, and when two are the same.
 
 pub use rank_protocol::exit::{Exit, signal_name};
-use rank_protocol::{FailureClass, FailureReport, Phase, env, exit_code, libtorch};
+use rank_protocol::{FailureClass, FailureReport, Phase, RollBack, env, exit_code, libtorch};
 use serde::{Deserialize, Serialize};
 
 /// With this the dynamic linker ends a process whose libraries are absent or do not fit.
@@ -28,6 +28,9 @@ pub struct Cause {
     pub lines: Vec<String>,
     /// Whether the rank itself said so; else it is inferred from how it ended.
     pub is_reported: bool,
+    /// Set where the run shall go on from the newest checkpoint without some samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub roll_back: Option<RollBack>,
 }
 
 /// Two failures with an equal signature are the same failure.
@@ -64,6 +67,7 @@ impl Cause {
                 exit,
                 lines: report.lines,
                 is_reported: true,
+                roll_back: report.roll_back,
             },
             None => Self {
                 rank,
@@ -75,6 +79,7 @@ impl Cause {
                 exit,
                 lines: inferred_lines(exit, last_lines),
                 is_reported: false,
+                roll_back: None,
             },
         }
     }
@@ -91,6 +96,7 @@ impl Cause {
             exit: Exit::default(),
             lines: vec![line],
             is_reported: false,
+            roll_back: None,
         }
     }
 

@@ -281,6 +281,7 @@ impl Job {
                     step: None,
                     collective: None,
                     lines: vec![line],
+                    roll_back: None,
                 };
                 self.tell(rank, News::Message(FromRank::Failure(Box::new(report)))).await;
             }

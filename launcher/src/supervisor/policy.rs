@@ -2,7 +2,7 @@
 
 use super::cause::{Cause, Exit};
 use super::stall::Stall;
-use rank_protocol::{FailureReport, Phase, Position, STORAGE_TIMEOUT};
+use rank_protocol::{FailureReport, Phase, Position, RollBack, STORAGE_TIMEOUT};
 use std::time::Duration;
 
 /// The limits that the policy goes by.
@@ -31,6 +31,22 @@ pub struct Policy {
     /// Whether there are agents: nodes are gathered before each generation, and one that is lost
     /// is replaced.
     pub has_agents: bool,
+    /// How the run goes on while nodes are missing; `None`: it waits for them.
+    pub elastic: Option<Elastic>,
+}
+
+/// How a run goes on while nodes are missing: with fewer ranks.
+#[derive(Clone, Debug)]
+pub struct Elastic {
+    /// Wait for another node in place of a lost one.
+    pub wait: Duration,
+    /// Least time between two returns to more ranks.
+    pub pause: Duration,
+    /// The run's last step, after which there is nothing to return for.
+    pub last_step: u64,
+    /// Whether nodes that are absent from the first generation on are lost: another launcher had
+    /// them.
+    pub has_begun: bool,
 }
 
 impl Policy {
@@ -48,6 +64,7 @@ impl Policy {
             hang: Duration::from_secs(30),
             has_last_step: false,
             has_agents: false,
+            elastic: None,
         }
     }
 
@@ -72,6 +89,8 @@ pub enum Event {
     Adopted {
         /// Newest committed step.
         committed: Option<u64>,
+        /// How many there are.
+        num_ranks: usize,
     },
     /// The launcher itself did not run for so long: stopped, or the machine asleep.
     WasAway {
@@ -87,6 +106,13 @@ pub enum Event {
     Gathered {
         /// Step to continue from, as it was found.
         step: Option<u64>,
+        /// Ranks that find room on them.
+        num_ranks: usize,
+    },
+    /// The nodes that are there now have room for so many ranks.
+    Room {
+        /// Ranks.
+        num_ranks: usize,
     },
     /// The search or the start of a rank failed in a way that trying again does not mend.
     Broken {
@@ -169,10 +195,14 @@ pub enum Event {
 pub enum Action {
     /// Look for the newest good checkpoint; answer with [`Event::Found`].
     FindCheckpoint,
-    /// Find a node for every place; answer with [`Event::Gathered`].
+    /// Find nodes for a generation; answer with [`Event::Gathered`].
     Gather {
         /// Step to continue from.
         step: Option<u64>,
+        /// Ranks that must find room; more, where there is room.
+        num_ranks: usize,
+        /// Wait after which fewer will do; `None`: as long as any node is waited for.
+        fewer_after: Option<Duration>,
     },
     /// Start all ranks.
     Spawn {
@@ -195,8 +225,17 @@ pub enum Action {
     },
     /// A rank failed: write its error file and event.
     RecordFailure(Cause),
+    /// The generation ends because nodes are there again: note it.
+    RecordGrowth {
+        /// Ranks of the generation.
+        from: usize,
+        /// Ranks for which there is room.
+        to: usize,
+    },
     /// This was the first cause of the generation's end.
     RecordFirstCause(Cause),
+    /// The run goes back behind a step, whose samples are left out from now on.
+    RecordRollBack(RollBack),
     /// Someone asked to stop.
     RecordStop {
         /// Who, in words.
@@ -206,6 +245,13 @@ pub enum Action {
     },
     /// Nothing has moved for long.
     RecordStall(Stall),
+    /// These ranks were killed so long ago and are not gone.
+    RecordLingering {
+        /// The ranks.
+        ranks: Vec<usize>,
+        /// Since when.
+        time: Duration,
+    },
     /// Ask every rank where it is.
     AskWhere,
     /// All is over and every process is gone.

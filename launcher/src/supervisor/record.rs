@@ -4,9 +4,11 @@
 
 use super::cause::Cause;
 use super::ledger::{Ledger, Sums};
+use super::pace::{Pace, Slow};
 use crate::cluster::store::keeper::Keeper;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
+use run_config::RunConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
@@ -44,7 +46,7 @@ pub struct Status {
     /// When it was done; `None`: this launcher has done none yet.
     #[serde(default)]
     pub last_step_at: Option<String>,
-    /// Steps whose update was skipped, because the loss or a gradient was not finite.
+    /// Steps whose update was skipped: the loss or a gradient was not finite, or jumped.
     #[serde(default)]
     pub skipped: usize,
     /// Steps of the whole run.
@@ -83,8 +85,54 @@ pub struct Status {
     /// What the run's time was spent on.
     #[serde(default)]
     pub ledger: Option<Sums>,
+    /// The degrees of parallelism of the current generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
+}
+
+/// The degrees of parallelism of a generation, in `status.json` and `events.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Tensor-parallel degree.
+    pub tensor: usize,
+    /// Context-parallel degree.
+    pub context: usize,
+    /// Pipeline stages.
+    pub pipeline: usize,
+    /// Ranks that share one copy.
+    pub shard: usize,
+    /// Data-parallel replicas.
+    pub replicate: usize,
+    /// Replicas where no node is missing: the config's.
+    pub whole_replicate: usize,
+}
+
+impl Layout {
+    /// A config's layout with so many replicas.
+    pub fn of(config: &RunConfig, replicate: usize) -> Self {
+        let p = &config.parallelism;
+        Self {
+            tensor: p.tensor,
+            context: p.context,
+            pipeline: p.pipeline.stages,
+            shard: p.shard.ranks,
+            replicate,
+            whole_replicate: config.replicas().unwrap_or(replicate),
+        }
+    }
+
+    /// What is missing of the config's layout, in words.
+    pub fn missing(&self) -> Option<String> {
+        let Self { replicate, whole_replicate, .. } = self;
+        (replicate < whole_replicate).then(|| {
+            format!(
+                "{replicate} of {whole_replicate} data-parallel replicas, on which the whole \
+                 global batch is: nodes are missing"
+            )
+        })
+    }
 }
 
 /// One rank in `status.json`.
@@ -132,6 +180,7 @@ pub struct Recorder {
     pub is_stale: bool,
     has_told_error: bool,
     mean_step_s: Option<f64>,
+    pace: Pace,
     skipped: BTreeSet<u64>,
 }
 
@@ -155,8 +204,8 @@ struct ErrorFile {
 }
 
 impl Recorder {
-    /// For a run whose directory is there.
-    pub fn open(run: RunDir, status: Status, ledger: Ledger) -> Self {
+    /// For a run whose directory is there, of ranks whose times are kept by `pace`.
+    pub fn open(run: RunDir, status: Status, ledger: Ledger, pace: Pace) -> Self {
         let events = Appender::open(&run.events());
         if let Err(error) = &events {
             tracing::error!("no events are written: {error}");
@@ -178,6 +227,7 @@ impl Recorder {
             is_stale: false,
             has_told_error: false,
             mean_step_s: None,
+            pace,
             skipped,
         }
     }
@@ -298,7 +348,19 @@ impl Recorder {
     /// A new generation's first step is slow and does not count for the time left.
     pub fn forget_speed(&mut self) {
         self.mean_step_s = None;
+        self.pace.forget();
         self.status.eta_s = None;
+    }
+
+    /// A rank did a step: tells of ranks that show to be slow.
+    pub fn paced(&mut self, rank: usize, report: &StepReport) {
+        for slow in self.pace.reported(rank, report) {
+            let Slow { rank, own_s, usual_s, .. } = slow;
+            tracing::warn!(
+                "rank {rank} is slow: {own_s:.3} s of its own a step, others {usual_s:.3} s"
+            );
+            self.event("slow_rank", json!(slow));
+        }
     }
 
     /// When the status is next to be written.

@@ -3,6 +3,7 @@
 use checkpoint_format::Checkpoint;
 use checkpoint_format::fence::Fence;
 use checkpoint_format::scan::{Damaged, Found, scan};
+use rank_protocol::RollBack;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -23,6 +24,14 @@ pub struct Restored {
     pub found: Option<Found>,
     /// Newer ones that were passed over because they are damaged.
     pub damaged: Vec<Damaged>,
+    /// Steps that the run had gone back behind when it was saved.
+    pub roll_backs: Vec<RollBack>,
+}
+
+/// The steps that a run had gone back behind, as the trainer wrote them into a checkpoint.
+fn roll_backs(checkpoint: &Checkpoint) -> Vec<RollBack> {
+    let saved = checkpoint.state().extra["numeric"]["roll_backs"].clone();
+    serde_json::from_value(saved).unwrap_or_default()
 }
 
 /// Whether a checkpoint belongs to the run as it went on after `branches`.
@@ -45,10 +54,12 @@ pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Rest
         if !is_current || !is_asked_for(found.step) {
             continue;
         }
-        match Checkpoint::open(&found.path).and_then(|checkpoint| checkpoint.verify()) {
-            Ok(_) => {
+        let verified = Checkpoint::open(&found.path)
+            .and_then(|checkpoint| checkpoint.verify().map(|_| roll_backs(&checkpoint)));
+        match verified {
+            Ok(roll_backs) => {
                 damaged.retain(|damaged| damaged.step > found.step);
-                return Ok(Restored { found: Some(found), damaged });
+                return Ok(Restored { found: Some(found), damaged, roll_backs });
             }
             Err(error) => damaged.push(Damaged {
                 step: found.step,
@@ -58,7 +69,7 @@ pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Rest
             }),
         }
     }
-    Ok(Restored { found: None, damaged })
+    Ok(Restored { damaged, ..Restored::default() })
 }
 
 /// Ranks of generations before `next` can save nothing from now on.

@@ -2,17 +2,18 @@
 //! one loop on one thread.
 
 use super::ledger::{Ledger, Spent};
+use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
 use super::restore::{self, Branch, Restored};
-use super::state::{Action, Event, Policy, State};
+use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
 use crate::view::View;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, RunDir, ToRank, exit_code};
-use run_config::{ClusterKind, RunConfig};
+use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
+use run_config::RunConfig;
 use serde_json::json;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -52,6 +53,8 @@ pub struct Plan {
     pub committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// Steps that the run went back behind: their samples are left out.
+    pub roll_backs: Vec<RollBack>,
     /// Step that the first generation must continue from.
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
@@ -60,9 +63,11 @@ pub struct Plan {
     pub ledger: Ledger,
     /// Set where agents start the ranks.
     pub cluster: Option<ClusterPlan>,
-    /// The nodes of the last generation by place, where its ranks may still run: its coordinator
-    /// ended without a word.
-    pub adopt: Option<Vec<String>>,
+    /// Whether nodes of the last generation may be there without having been told of its end: its
+    /// coordinator ended without a word.
+    pub has_lost_coordinator: bool,
+    /// The nodes of that generation by place, where its ranks may still run.
+    pub adopt: Option<Adopt>,
     /// Holds the run, where its state is in a store.
     pub keeper: Option<Keeper>,
     /// Whether the run may begin from its initial weights.
@@ -71,8 +76,17 @@ pub struct Plan {
     pub stop_after: Option<u64>,
 }
 
+/// The generation of an earlier coordinator.
+pub struct Adopt {
+    /// Its nodes, by place.
+    pub nodes: Vec<String>,
+    /// Its ranks.
+    pub num_ranks: usize,
+}
+
 mod elsewhere;
-mod ranks;
+mod roll_backs;
+mod spawning;
 
 struct Executor {
     plan: Plan,
@@ -88,6 +102,8 @@ struct Executor {
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
+    /// Whether the generation was ended so that the next one has more ranks.
+    is_growing: bool,
     finish: Option<(i32, String)>,
     /// What waits for the store to take in the next generation.
     awaited: Option<(u64, Next)>,
@@ -144,11 +160,20 @@ impl Executor {
         inputs: mpsc::Sender<Input>,
         searches: mpsc::Sender<Result<Restored, String>>,
     ) -> Self {
+        let restart = &plan.config.restart;
+        let elastic = restart.elastic.min_replicas.filter(|_| plan.cluster.is_some());
+        let elastic = elastic.map(|_| Elastic {
+            wait: Duration::from_secs(restart.elastic.wait_s),
+            pause: Duration::from_secs(restart.elastic.grow_pause_s),
+            last_step: plan.config.training.steps,
+            has_begun: plan.has_lost_coordinator,
+        });
         let policy = Policy {
+            elastic,
             has_agents: plan.cluster.is_some(),
             has_last_step: plan.stop_after.is_some(),
-            hang: Duration::from_secs(plan.config.restart.hang_timeout_s),
-            ..Policy::new(plan.world_size, plan.config.restart.max_no_progress)
+            hang: Duration::from_secs(restart.hang_timeout_s),
+            ..Policy::new(plan.world_size, restart.max_no_progress)
         };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
         let state = State::new(policy, plan.last_generation);
@@ -164,7 +189,8 @@ impl Executor {
             started: crate::time::now(),
             ..Status::default()
         };
-        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone());
+        let pace = pace_of(&plan.config, plan.world_size);
+        let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone(), pace);
         recorder.keeper = plan.keeper.take();
         view.begin(plan.config.training.steps);
         Self {
@@ -180,6 +206,7 @@ impl Executor {
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
+            is_growing: false,
             finish: None,
             awaited: None,
             superseded: None,
@@ -196,6 +223,7 @@ impl Executor {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut quit = signal(SignalKind::quit())?;
+        let mut user = signal(SignalKind::user_defined2())?;
         // A terminal that goes away stops the run, but for `nohup`.
         let mut hangup = match rank_protocol::signals::ignores_hangup() {
             false => Some(signal(SignalKind::hangup())?),
@@ -218,6 +246,8 @@ impl Executor {
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
                 _ = quit.recv() => Some("SIGQUIT"),
+                // A scheduler's warning that time is nearly up; never a wish to stop at once.
+                _ = user.recv() => { self.asked_to_stop("SIGUSR2".to_owned()); None }
                 () = tokio::time::sleep_until(wake) => None,
             };
             let now = Instant::now();
@@ -303,6 +333,7 @@ impl Executor {
                 self.handle(Event::Phase { rank, phase });
             }
             FromRank::Step(report) => {
+                self.recorder.paced(rank, &report);
                 self.handle(Event::Step { rank, step: report.step });
                 if rank == 0 {
                     self.show_step(&report);
@@ -310,25 +341,19 @@ impl Executor {
             }
             FromRank::CheckpointCommitted { step } => {
                 self.recorder.status.alarm = None;
-                self.handle(Event::Committed { step });
                 self.recorder.event("checkpoint_committed", json!({ "step": step }));
+                if let Some(elsewhere) = &self.elsewhere {
+                    let num_ranks = elsewhere.nodes.room();
+                    self.handle(Event::Room { num_ranks });
+                }
+                self.handle(Event::Committed { step });
             }
             FromRank::Here(position) => {
                 let waits = position.waits.join("; ");
                 tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
                 self.handle(Event::Here { rank, position });
             }
-            FromRank::Event(event) => {
-                let mut fields = event.fields;
-                fields.insert("rank".into(), rank.into());
-                let reason = fields.get("reason").and_then(|reason| reason.as_str());
-                if event.kind == "checkpoint_failed" {
-                    let reason = reason.unwrap_or_default().to_owned();
-                    tracing::error!("rank {rank} could not save: {reason}");
-                    self.recorder.status.alarm = Some(reason);
-                }
-                self.recorder.event(&event.kind, fields.into());
-            }
+            FromRank::Event(event) => self.hear_event(rank, event),
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
@@ -344,6 +369,29 @@ impl Executor {
                 self.reply(replies);
             }
         }
+    }
+
+    fn hear_event(&mut self, rank: usize, event: rank_protocol::message::Event) {
+        let mut fields = event.fields;
+        fields.insert("rank".into(), rank.into());
+        let reason = fields.get("reason").and_then(|reason| reason.as_str());
+        let reason = reason.unwrap_or_default().to_owned();
+        match event.kind.as_str() {
+            "checkpoint_failed" => {
+                tracing::error!("rank {rank} could not save: {reason}");
+                self.recorder.status.alarm = Some(reason);
+            }
+            "metrics_failed" => {
+                tracing::error!("training goes on without metrics: {reason}");
+                self.recorder.status.alarm = Some(reason);
+            }
+            "metrics_recovered" => {
+                tracing::info!("the metrics are written again, and those that waited");
+                self.recorder.status.alarm = None;
+            }
+            _ => {}
+        }
+        self.recorder.event(&event.kind, fields.into());
     }
 
     fn reply(&self, replies: Vec<(Requester, rank_protocol::store::StoreReply)>) {
@@ -385,6 +433,7 @@ impl Executor {
             let fields = json!({ "step": step, "reason": reason });
             self.recorder.event("checkpoint_damaged", fields);
         }
+        self.leave_out(&restored.roll_backs);
         self.handle(Event::Found { step: restored.found.map(|found| found.step) });
     }
 
@@ -397,10 +446,10 @@ impl Executor {
     fn act(&mut self, action: Action) {
         match action {
             Action::FindCheckpoint => self.when_claimed(Next::Search),
-            Action::Gather { step } => {
+            Action::Gather { step, num_ranks, fewer_after } => {
                 self.recorder.ledger.enter(Spent::Rendezvous, Instant::now());
                 if let Some(elsewhere) = &mut self.elsewhere {
-                    elsewhere.gather(step);
+                    elsewhere.gather(step, num_ranks, fewer_after);
                 }
             }
             Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
@@ -419,12 +468,20 @@ impl Executor {
                 self.recorder.ledger.failed(is_hang, Instant::now());
                 self.recorder.failure(&cause);
             }
+            Action::RecordGrowth { from, to } => {
+                self.is_growing = true;
+                // The step under way is done again.
+                self.recorder.ledger.failed(false, Instant::now());
+                self.recorder.event("growing", json!({ "from_ranks": from, "to_ranks": to }));
+            }
             Action::RecordFirstCause(cause) => {
+                self.is_growing = false;
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
                 self.blame_node(&cause);
             }
+            Action::RecordRollBack(roll_back) => self.record_roll_back(roll_back),
             Action::RecordStop { by, now } => {
                 match now {
                     true => tracing::info!("{by}: stopping at once; the step is not saved"),
@@ -439,9 +496,24 @@ impl Executor {
                 tracing::warn!("{}", stall.describe());
                 self.recorder.event("stalled", json!(stall));
             }
+            Action::RecordLingering { ranks, time } => self.record_lingering(&ranks, time),
             Action::AskWhere => self.tell_all(&ToRank::Where),
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
+    }
+
+    fn record_lingering(&mut self, ranks: &[usize], time: Duration) {
+        let pids: Vec<_> =
+            ranks.iter().filter_map(|rank| self.ranks.get(*rank)).map(RankHandle::pid).collect();
+        let seconds = time.as_secs();
+        let reason = format!(
+            "ranks {ranks:?} (processes {pids:?}) were killed {seconds} s ago and are not gone: \
+             the system ends none that waits for a device or a file system that is silent"
+        );
+        tracing::warn!("{reason}");
+        let fields = json!({ "ranks": ranks, "pids": pids, "seconds": seconds });
+        self.recorder.event("ranks_linger", fields);
+        self.recorder.status.alarm = Some(reason);
     }
 
     fn tell_all(&self, message: &ToRank) {
@@ -471,45 +543,6 @@ impl Executor {
             restore::remove_unfinished(&dir, generation);
             let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
         });
-    }
-
-    fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
-        let has_adopted =
-            self.elsewhere.as_mut().is_some_and(|e| std::mem::take(&mut e.has_adopted));
-        let is_restart = has_adopted || self.recorder.status.generation > self.plan.last_generation;
-        self.recorder.status.restarts += u64::from(is_restart);
-        self.recorder.status.generation = generation;
-        self.recorder.forget_speed();
-        self.store = Store::default();
-        self.generation_start = Instant::now();
-        self.has_stepped = false;
-        self.recorder.ledger.enter(Spent::Start, self.generation_start);
-        self.recorder.tell_ledger();
-        let fields = json!({
-            "world_size": self.plan.world_size,
-            "resume_step": resume_step,
-            "is_restart": is_restart,
-        });
-        self.recorder.event("generation_started", fields);
-        if let Some(step) = resume_step {
-            tracing::info!("generation {generation} continues from step {step}");
-        }
-        self.ranks.clear();
-        if self.elsewhere.is_some() {
-            self.start_elsewhere(generation, resume_step);
-            return self.update_status();
-        }
-        let started = match self.plan.config.cluster.kind {
-            ClusterKind::Mpi => self.start_under_mpirun(generation),
-            _ => self.start_ranks(generation),
-        };
-        for (rank, handle) in self.ranks.iter().enumerate() {
-            handle.tell(ToRank::Assignment(self.assignment(generation, rank, resume_step)));
-        }
-        match started {
-            Ok(()) => self.update_status(),
-            Err((rank, error)) => self.could_not_start(rank, &error),
-        }
     }
 
     fn update_status(&mut self) {

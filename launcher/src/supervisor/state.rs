@@ -4,10 +4,14 @@
 //! Every decision carries its reason in words.
 
 use super::cause::{Cause, Exit, Signature};
-pub use super::policy::{Action, Event, Policy, RankState};
+pub use super::policy::{Action, Elastic, Event, Policy, RankState};
 use super::stall::{ASKING, Progress, suspects};
+use growth::Growth;
 use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+pub mod growth;
+mod verdict;
 
 #[derive(Clone, Debug)]
 struct Rank {
@@ -30,10 +34,18 @@ enum Stage {
     Settling { until: Instant },
     /// Ranks were told to end.
     Ending { kill_at: Instant },
-    /// Ranks were killed.
-    Killed,
+    /// Ranks were killed; those that are still there then are told of.
+    Killed { since: Instant, tell_at: Instant },
     /// Over.
     Over,
+}
+
+/// Killed ranks that are not gone are told of that often: one that waits for a device or a file
+/// system cannot be ended before that answers.
+const LINGER: Duration = Duration::from_secs(10);
+
+fn killed(now: Instant) -> Stage {
+    Stage::Killed { since: now, tell_at: now + LINGER }
 }
 
 /// The state of one run under one launcher.
@@ -44,6 +56,15 @@ pub struct State {
     generation: u64,
     ranks: Vec<Rank>,
     num_exited: usize,
+    /// Ranks of this generation, or of the last one.
+    num_ranks: usize,
+    /// Ranks for which there is room.
+    room: usize,
+    growth: Option<Growth>,
+    /// Whether the generation ends so that the next one has more ranks.
+    is_growing: bool,
+    /// Whether a node that is absent was there before.
+    has_begun: bool,
     causes: Vec<Cause>,
     committed: Option<u64>,
     committed_before: Option<u64>,
@@ -61,7 +82,13 @@ pub struct State {
 impl State {
     /// Before [`Event::Begin`]; the first generation will be `last_generation + 1`.
     pub fn new(policy: Policy, last_generation: u64) -> Self {
+        let elastic = policy.elastic.as_ref();
         Self {
+            num_ranks: policy.world_size,
+            room: 0,
+            growth: elastic.map(|elastic| Growth::new(elastic.pause)),
+            is_growing: false,
+            has_begun: elastic.is_some_and(|elastic| elastic.has_begun),
             policy,
             stage: Stage::Between,
             generation: last_generation,
@@ -111,7 +138,7 @@ impl State {
                 "starting"
             }
             Stage::Working | Stage::Asking { .. } => "running",
-            Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed => "restarting",
+            Stage::Settling { .. } | Stage::Ending { .. } | Stage::Killed { .. } => "restarting",
         }
     }
 
@@ -120,11 +147,12 @@ impl State {
         match self.stage {
             Stage::Settling { until } | Stage::Asking { until } => Some(until),
             Stage::Ending { kill_at } => Some(kill_at),
+            Stage::Killed { tell_at, .. } => Some(tell_at),
             Stage::Working => {
                 let stalled = self.progress.as_ref().map(Progress::deadline);
                 [self.late_at(), stalled].into_iter().flatten().min()
             }
-            Stage::Between | Stage::Killed | Stage::Over => None,
+            Stage::Between | Stage::Over => None,
         }
     }
 
@@ -144,7 +172,7 @@ impl State {
                 self.committed = committed;
                 vec![Action::FindCheckpoint]
             }
-            Event::Adopted { committed } => self.adopted(committed, now),
+            Event::Adopted { committed, num_ranks } => self.adopted(committed, num_ranks, now),
             Event::WasAway { time } => {
                 if let Some(progress) = &mut self.progress {
                     progress.was_away(time, now);
@@ -152,14 +180,15 @@ impl State {
                 Vec::new()
             }
             Event::Found { step } => self.found(step, now),
-            Event::Gathered { step } => self.gathered(step, now),
-            Event::Broken { code, reason } => self.broken(code, reason),
-            Event::Step { rank, step } => self.stepped(rank, step, now),
-            Event::Phase { rank, phase } => self.entered(rank, phase, now),
-            Event::Committed { step } => {
-                self.committed = self.committed.max(Some(step));
+            Event::Gathered { step, num_ranks } => self.gathered(step, num_ranks, now),
+            Event::Room { num_ranks } => {
+                self.room = num_ranks;
                 Vec::new()
             }
+            Event::Broken { code, reason } => self.broken(code, reason, now),
+            Event::Step { rank, step } => self.stepped(rank, step, now),
+            Event::Phase { rank, phase } => self.entered(rank, phase, now),
+            Event::Committed { step } => self.has_committed(step, now),
             Event::Here { rank, position } => self.is_here(rank, position, now),
             Event::Reported { rank, report } => self.reported(rank, report),
             Event::Finished { rank } => self.finished(rank, now),
@@ -171,7 +200,7 @@ impl State {
                 }
                 _ => Vec::new(),
             },
-            Event::StopNow { by } => self.stopped_now(by),
+            Event::StopNow { by } => self.stopped_now(by, now),
             Event::Tick => self.tick(now),
         }
     }
@@ -195,31 +224,40 @@ impl State {
         if step > self.committed {
             (self.committed, self.no_progress) = (step, 0);
         }
-        match self.policy.has_agents {
-            true => vec![Action::Gather { step }],
-            false => self.gathered(step, now),
+        if !self.policy.has_agents {
+            return self.gathered(step, self.num_ranks, now);
         }
+        // Nodes that never were there are waited for as long as any.
+        let elastic = self.policy.elastic.as_ref().filter(|_| self.has_begun);
+        let fewer_after = elastic.map(|elastic| elastic.wait);
+        vec![Action::Gather { step, num_ranks: self.num_ranks, fewer_after }]
     }
 
-    fn gathered(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
+    fn gathered(&mut self, step: Option<u64>, num_ranks: usize, now: Instant) -> Vec<Action> {
         if self.stage != Stage::Between {
             return Vec::new();
         }
+        if num_ranks < self.num_ranks
+            && let Some(growth) = &mut self.growth
+        {
+            growth.shrunk(now);
+        }
         self.generation += 1;
-        self.work(now);
+        self.work(num_ranks, now);
         vec![Action::Spawn { generation: self.generation, resume_step: step }]
     }
 
-    fn adopted(&mut self, committed: Option<u64>, now: Instant) -> Vec<Action> {
+    fn adopted(&mut self, committed: Option<u64>, num_ranks: usize, now: Instant) -> Vec<Action> {
         if self.stage == Stage::Between {
             self.committed = committed;
-            self.work(now);
+            self.work(num_ranks, now);
             self.has_adopted = true;
         }
         Vec::new()
     }
 
-    fn work(&mut self, now: Instant) {
+    fn work(&mut self, num_ranks: usize, now: Instant) {
+        (self.num_ranks, self.has_begun) = (num_ranks, true);
         self.committed_before = self.committed;
         self.has_adopted = false;
         self.causes.clear();
@@ -235,18 +273,18 @@ impl State {
             report: None,
             position: None,
         };
-        self.ranks = vec![rank; self.policy.world_size];
+        self.ranks = vec![rank; num_ranks];
         self.num_exited = 0;
         self.stage = Stage::Working;
     }
 
     /// Ranks that were not started count as gone; those that were are killed.
-    fn broken(&mut self, code: i32, reason: String) -> Vec<Action> {
+    fn broken(&mut self, code: i32, reason: String, now: Instant) -> Vec<Action> {
         if self.stage == Stage::Between {
             return self.over(code, reason);
         }
         self.verdict.get_or_insert((code, reason.clone()));
-        self.stage = Stage::Killed;
+        self.stage = killed(now);
         let mut actions = vec![Action::Kill { reason }];
         actions.extend(self.if_all_gone());
         actions
@@ -331,7 +369,7 @@ impl State {
         };
         self.num_exited += 1;
         let mut actions = Vec::new();
-        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed);
+        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed { .. });
         // A node's death is found long after its peers have lost their links to it.
         let is_lost = rank.report.as_ref().is_some_and(|report| report.class == FailureClass::Node);
         if rank.state == RankState::Failed && (!was_told_to_end || is_lost) {
@@ -344,7 +382,7 @@ impl State {
             };
             self.causes.push(cause);
             self.stage = match self.stage {
-                Stage::Ending { .. } | Stage::Killed => self.stage.clone(),
+                Stage::Ending { .. } | Stage::Killed { .. } => self.stage.clone(),
                 Stage::Settling { until } => Stage::Settling { until: until.min(now + wait) },
                 _ => Stage::Settling { until: now + wait },
             };
@@ -358,6 +396,7 @@ impl State {
             return Vec::new();
         }
         let mut actions = Vec::new();
+        let is_growing = std::mem::take(&mut self.is_growing);
         let first = Cause::first(&self.causes).cloned();
         if let Some(cause) = &first {
             actions.push(Action::RecordFirstCause(cause.clone()));
@@ -365,6 +404,11 @@ impl State {
         actions.extend(match (self.verdict.clone(), first) {
             (Some((code, reason)), _) => self.over(code, reason),
             (None, Some(cause)) => self.judge(&cause),
+            // No failure: it counts for nothing.
+            (None, None) if is_growing => {
+                self.no_progress = 0;
+                self.next_generation()
+            }
             (None, None) => self.ended_well(),
         });
         actions
@@ -387,45 +431,7 @@ impl State {
         self.over(exit_code::PREEMPTED, reason)
     }
 
-    /// What follows from a generation that failed.
-    fn judge(&mut self, cause: &Cause) -> Vec<Action> {
-        let has_progressed = self.committed > self.committed_before;
-        self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
-        let signature = cause.signature();
-        self.failures.retain(|earlier| *earlier == signature);
-        self.failures.push(signature);
-        let what = cause.summary();
-        if let Some((by, _)) = &self.stop {
-            let reason = format!("{what}, while stopping because of {by}");
-            return self.over(exit_code::FAILED, reason);
-        }
-        match cause.class {
-            FailureClass::Config => {
-                let reason = format!("{what}; trying again is of no use");
-                return self.over(exit_code::CONFIG, reason);
-            }
-            FailureClass::Node if self.policy.has_agents => self.failures.clear(),
-            FailureClass::Node => {
-                return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
-            }
-            FailureClass::Numeric => {
-                let reason = format!("{what}; the same data would give the same numbers again");
-                return self.over(exit_code::FAILED, reason);
-            }
-            _ => {}
-        }
-        let same = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
-        if same >= self.policy.max_same_failure {
-            let reason = format!("{what}; the same failure at the same step, {same} times");
-            return self.over(exit_code::DO_NOT_REQUEUE, reason);
-        }
-        if self.no_progress >= self.policy.max_no_progress {
-            let reason = format!(
-                "{what}; {} generations in a row committed no new step (restart.max_no_progress)",
-                self.no_progress
-            );
-            return self.over(exit_code::FAILED, reason);
-        }
+    fn next_generation(&mut self) -> Vec<Action> {
         self.stage = Stage::Between;
         vec![Action::FindCheckpoint]
     }
@@ -455,7 +461,7 @@ impl State {
         }
     }
 
-    fn stopped_now(&mut self, by: String) -> Vec<Action> {
+    fn stopped_now(&mut self, by: String, now: Instant) -> Vec<Action> {
         if self.is_stopped_now {
             return Vec::new();
         }
@@ -467,7 +473,7 @@ impl State {
             actions.extend(self.over(exit_code::INTERRUPTED, reason));
             return actions;
         }
-        self.stage = Stage::Killed;
+        self.stage = killed(now);
         actions.push(Action::Kill { reason });
         actions
     }
@@ -482,7 +488,7 @@ impl State {
                 self.end(reason, now)
             }
             Stage::Ending { .. } => {
-                self.stage = Stage::Killed;
+                self.stage = killed(now);
                 let seconds = self.policy.grace.as_secs_f64();
                 let reason = format!("still there {seconds} s after SIGTERM");
                 vec![Action::Kill { reason }]
@@ -501,7 +507,13 @@ impl State {
                 }));
                 self.end(format!("rank {rank} {what}"), now)
             }
-            Stage::Between | Stage::Killed | Stage::Over => Vec::new(),
+            Stage::Killed { since, .. } => {
+                self.stage = Stage::Killed { since, tell_at: now + LINGER };
+                let is_there = |rank: &usize| !self.ranks[*rank].state.has_exited();
+                let ranks = (0..self.ranks.len()).filter(is_there).collect();
+                vec![Action::RecordLingering { ranks, time: now.saturating_duration_since(since) }]
+            }
+            Stage::Between | Stage::Over => Vec::new(),
         }
     }
 

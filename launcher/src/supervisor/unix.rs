@@ -48,19 +48,8 @@ pub fn spawn(mut command: Command) -> std::io::Result<Spawned> {
 pub fn spawn_in_group(
     mut command: Command,
 ) -> std::io::Result<(Process, Option<ChildStdout>, Option<ChildStderr>)> {
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let launcher = rustix::process::getpid();
-    let die_with_the_launcher = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The launcher may have died before the line above took effect.
-        if rustix::process::getppid() != Some(launcher) {
-            return Err(std::io::ErrorKind::BrokenPipe.into());
-        }
-        Ok(())
-    };
-    // SAFETY: the closure runs in the forked child and makes two system calls through rustix, which
-    // issues them directly; it allocates nothing and takes no lock.
-    let mut child = unsafe { command.pre_exec(die_with_the_launcher) }.spawn()?;
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = spawn_bound(command)?;
     let stdout = child.stdout.take();
     let stderr = child.stderr.take();
     let group = Pid::from_child(&child);
@@ -73,6 +62,29 @@ pub fn spawn_in_group(
             Err(error)
         }
     }
+}
+
+/// Spawns another part of the launcher, which writes where this one does; else as [`spawn`].
+pub fn spawn_companion(mut command: Command) -> std::io::Result<Child> {
+    command.stdin(Stdio::null());
+    spawn_bound(command)
+}
+
+/// Spawns `command` in a process group of its own; it dies with this process.
+fn spawn_bound(mut command: Command) -> std::io::Result<Child> {
+    command.process_group(0);
+    let launcher = rustix::process::getpid();
+    let die_with_the_launcher = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The launcher may have died before the line above took effect.
+        if rustix::process::getppid() != Some(launcher) {
+            return Err(std::io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs in the forked child and makes two system calls through rustix, which
+    // issues them directly; it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(die_with_the_launcher) }.spawn()
 }
 
 fn register(pidfd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {

@@ -7,6 +7,8 @@ import time
 # The sizes at which both sides are measured; ../compare writes our run configs out of them.
 MODELS = {
     "debug": dict(dim=256, layers=6, heads=8, kv_heads=4, ffn=688, vocab=2048, seq=256, global_batch=8),
+    # For the parallel forms: layers, both kinds of heads, batch and all widths divide by 8 ranks.
+    "parallel": dict(dim=256, layers=8, heads=8, kv_heads=8, ffn=688, vocab=2048, seq=256, global_batch=8),
     "small": dict(dim=512, layers=8, heads=8, kv_heads=4, ffn=1408, vocab=32000, seq=512, global_batch=4),
 }
 

@@ -2,6 +2,7 @@
 
 mod dependencies;
 mod exceptions;
+mod faults;
 mod rules;
 mod source;
 
@@ -44,6 +45,7 @@ pub fn run(root: &Path) -> Result<String, String> {
         }
     }
     exceptions::check_used(&sources, &mut violations);
+    faults::check(|path| fs::read_to_string(root.join(path)).ok(), &mut violations);
     if violations.is_empty() {
         return Ok(format!("tidy: {} files are as they should be", files.len()));
     }

@@ -50,7 +50,7 @@ fn train() -> Result<i32> {
     let step_time = Duration::from_millis(millis);
     let is_waiting = Arc::new(AtomicBool::new(false));
     let waits = is_waiting.clone();
-    client.on_where(move || waits.load(Ordering::Relaxed).then(|| "a meeting".to_owned()));
+    client.on_where(move |_| waits.load(Ordering::Relaxed).then(|| "a meeting".to_owned()));
     let mut fake = Fake { client, metrics, run, step_time, is_waiting };
     let first = assignment.resume_step.unwrap_or(0) + 1;
     fake.client.phase(Phase::Train)?;
@@ -172,6 +172,7 @@ impl Fake {
                     step: Some(step),
                     collective: Some("all_reduce #3 of data".into()),
                     lines: vec![format!("CUDA error at 0x{:x}", getpid().as_raw_nonzero())],
+                    roll_back: None,
                 })?;
                 return Ok(Some(exit_code::FAILED));
             }

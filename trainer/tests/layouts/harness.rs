@@ -130,7 +130,7 @@ pub fn try_step(
     worker.params.zero_grad()?;
     let loss = worker.forward_backward(&passes, 1.0 / targets[0])?;
     let gradients = worker.counted_gradients()?;
-    let square = |x: &Tensor| optim::squared_norm(x).unwrap().double_value(&[]);
+    let square = |x: &Tensor| torch_shim::norm::squared_norm(x).unwrap().double_value(&[]);
     // As many numbers as in training, where a rank's wish to stop is the third.
     let mut sums = [loss, gradients.iter().map(square).sum(), 0.0];
     all_reduce_scalars(groups.world.as_ref(), &mut sums, sum)?;

@@ -1,14 +1,17 @@
 //! The memory that a rank really takes is what the plan says: that of weights, master weights,
 //! gradients and optimizer state, and what the blocks keep for the backward pass, with the masks of
-//! context parallelism, byte for byte.
+//! context parallelism, byte for byte; and that of the copy of what is written of a checkpoint.
 
 use crate::harness::{Member, batch_stage, config, num_ranks, on_ranks, step};
+use crate::reshard::requested;
+use checkpoint::Snapshot;
 use collectives::{CommError, Communicator, ReduceOp, Work};
 use layout::memory::memory_of_rank;
 use layout::{Memory, Mesh};
 use model::{Inputs, targets};
 use parallel::Pass;
 use run_config::RunConfig;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use torch_shim::memory::Meter;
 use torch_shim::tch::{Device, Tensor};
@@ -429,6 +432,53 @@ fn masks_of_whole_sequences() {
         for (rank, found) in made.iter().take(2).enumerate() {
             let expected = vec![row_masks(rank, 0); MICRO_BATCHES];
             assert_eq!(found[..MICRO_BATCHES], expected, "rank {rank}, {recompute}");
+        }
+    }
+}
+
+/// The copies that ranks take of what they write of a checkpoint: each rank's byte for byte where
+/// no other owns the same, and otherwise those of all together.
+#[test]
+fn copies_of_checkpoints() {
+    let interleaved =
+        "parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}";
+    let shard = "parallelism.shard={ranks: 4, level: parameters}";
+    let odd = ["model.ffn_dim=42", "model.dim=33", "model.vocab_size=65"];
+    let layouts: [(&[&str], usize); 9] = [
+        (&[], 1),
+        (&odd, 1),
+        (&["parallelism.tensor=4"], 1),
+        (&[interleaved, "model.tied_embeddings=true"], 1),
+        (&[shard], 1),
+        (&["parallelism={tensor: 2, shard: {ranks: 2, level: gradients}}"], 1),
+        (&["parallelism.replicate=2"], 2),
+        (&["parallelism={context: 2, shard: {ranks: 2, level: optimizer}}"], 2),
+        (&["parallelism={replicate: 2, context: 2, tensor: 2}"], 4),
+    ];
+    let precisions = [BF16, FP32, "precision.compute=fp64"];
+    for (sets, copies) in layouts {
+        for precision in precisions {
+            let saves = ["checkpoint.every_steps=5", precision];
+            let config = config(&[sets, &saves].concat());
+            let found = on_ranks(&config, |member| {
+                let meter = Meter::new().unwrap();
+                let dir = Path::new("/nonexistent");
+                let take = || requested(&config, member, dir, Snapshot::take);
+                let snapshot = meter.count(take);
+                let bytes = meter.now();
+                drop(snapshot);
+                bytes
+            });
+            let of = |rank| planned(&config, rank).checkpoint;
+            let planned: Vec<u64> = (0..found.len()).map(of).collect();
+            let words = format!("{sets:?}, {precision}");
+            if copies == 1 {
+                assert_eq!(found, planned, "{words}");
+            } else {
+                // A share is rounded up to whole bytes.
+                let sums = [&found, &planned].map(|bytes| bytes.iter().sum::<u64>());
+                assert!(sums[0] <= sums[1] && sums[1] < sums[0] + 8, "{words}: {sums:?}");
+            }
         }
     }
 }

@@ -49,9 +49,24 @@ fn train_and_save(config: &RunConfig, dir: &Path) -> (State, Vec<f64>) {
 }
 
 fn save(config: &RunConfig, member: &Member, dir: &Path) {
+    let world = &member.worker.groups.world;
+    let mut barrier = || {
+        let met = world.barrier().and_then(|work| work.wait());
+        met.map_err(|error| error.to_string())
+    };
+    requested(config, member, dir, |request| checkpoint::save(request, &mut barrier)).unwrap();
+}
+
+/// Does with what a rank saves in `dir` as `body` says.
+pub fn requested<T>(
+    config: &RunConfig,
+    member: &Member,
+    dir: &Path,
+    body: impl FnOnce(&SaveRequest) -> T,
+) -> T {
     let Member { worker, optimizer } = member;
     let (groups, step) = (&worker.groups, BEFORE as u64);
-    let request = SaveRequest {
+    body(&SaveRequest {
         checkpoints_dir: dir,
         step,
         generation: 1,
@@ -66,12 +81,7 @@ fn save(config: &RunConfig, member: &Member, dir: &Path) {
         state: TrainState::at(step),
         keep_last: 1,
         keep_every_steps: 0,
-    };
-    let mut barrier = || {
-        let met = groups.world.barrier().and_then(|work| work.wait());
-        met.map_err(|error| error.to_string())
-    };
-    checkpoint::save(&request, &mut barrier).unwrap();
+    })
 }
 
 /// Loads at another layout, and trains on.

@@ -1,19 +1,15 @@
 //! The agent's part for its connection: found, lost, found again, with the same coordinator or with
 //! another.
 
-use super::connect::{self, Attempt, Connected, Whereabouts};
-use super::{ATTEMPT_TIMEOUT, Agent, Happening, LOOK, RETRY, SILENCE, STORE_RETRY};
-use crate::cluster::wire;
-use crate::runs;
+use super::{Agent, LOOK, RETRY, SILENCE, STORE_RETRY, Talk};
 use rank_protocol::FromRank;
 use rank_protocol::agent::{FromAgent, Join, Running};
-use std::time::{Duration, Instant};
-use tokio::task::spawn_local;
+use std::time::Duration;
 
 impl Agent {
     pub(super) fn lost(&mut self, why: &str) {
         self.outbox = None;
-        self.next_attempt = Instant::now() + self.retry();
+        self.next_attempt = self.now + self.retry();
         if !self.has_told_loss {
             self.has_told_loss = true;
             tracing::warn!("the coordinator is away ({why}); the ranks go on");
@@ -34,58 +30,37 @@ impl Agent {
             taken: self.session.taken(),
             running: (self.generation > 0).then_some(running),
         };
-        let attempt =
-            connect::attempt(self.run.clone(), self.whereabouts.clone(), self.epoch, join);
-        let happenings = self.happenings.clone();
-        spawn_local(async move {
-            let attempt = tokio::time::timeout(ATTEMPT_TIMEOUT, attempt).await;
-            let happening = match attempt {
-                Ok(Ok(Attempt::Connected(connected))) => Happening::Connected(connected),
-                Ok(Ok(Attempt::Refused(code, why))) => Happening::Refused { code, why },
-                Ok(Err(error)) => Happening::Failed { why: error.to_string() },
-                Err(_) => Happening::Failed { why: "no answer".into() },
-            };
-            let _ = happenings.send(happening).await;
-        });
+        self.outside.connect(join, self.epoch);
     }
 
     pub(super) fn retry(&self) -> Duration {
-        if matches!(self.whereabouts, Whereabouts::Store(_)) { STORE_RETRY } else { RETRY }
+        if self.outside.asks_a_store() { STORE_RETRY } else { RETRY }
     }
 
     /// Whether another coordinator has taken over from one that is still connected.
     pub(super) fn look_for_another(&mut self) {
-        self.next_look = Instant::now() + LOOK;
-        if !matches!(self.whereabouts, Whereabouts::Store(_)) {
-            return;
+        self.next_look = self.now + LOOK;
+        if self.outside.asks_a_store() {
+            self.outside.look_for_another();
         }
-        let (whereabouts, happenings) = (self.whereabouts.clone(), self.happenings.clone());
-        spawn_local(async move {
-            // A store that does not answer says nothing.
-            if let Ok(Some((epoch, _))) = whereabouts.holder().await {
-                let _ = happenings.send(Happening::Seen { epoch }).await;
-            }
-        });
     }
 
     /// Whether the run was over before this node heard of it: then nobody comes any more.
     pub(super) fn look_for_the_end(&mut self) {
-        if self.looked.elapsed() < SILENCE || runs::holder(&self.run).is_some() {
+        let since = self.now.saturating_duration_since(self.looked);
+        if since < SILENCE || self.outside.has_coordinator() {
             return;
         }
-        self.looked = Instant::now();
-        if let Ok(history) = runs::history(&self.run)
-            && let Some((code, reason)) = history.end
-        {
-            self.end = Some((code, reason));
+        self.looked = self.now;
+        if let Some(end) = self.outside.end_of_run() {
+            self.end = Some(end);
         }
     }
 
-    pub(super) fn connected(&mut self, connected: Connected) {
-        let Connected { conversation, taken, epoch, stream } = connected;
+    pub(super) fn connected(&mut self, (conversation, taken): (u64, u64), epoch: u64, talk: Talk) {
         self.is_connecting = false;
         self.epoch = self.epoch.max(epoch);
-        self.heard = Instant::now();
+        self.heard = self.now;
         self.has_told_loss = false;
         if conversation != self.conversation {
             self.begin_anew(conversation);
@@ -96,11 +71,7 @@ impl Agent {
         };
         self.connection += 1;
         tracing::info!("node {} belongs to the run", self.info.name);
-        let connection = self.connection;
-        let first: (Option<()>, _) = (None, again);
-        let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
-        let ended = move |why| Happening::Ended { connection, why };
-        self.outbox = Some(wire::talk(stream, first, self.happenings.clone(), said, ended));
+        self.outbox = Some(talk(self.connection, again));
         for message in std::mem::take(&mut self.unsaid).into_values() {
             self.tell(message);
         }

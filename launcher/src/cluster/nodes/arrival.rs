@@ -1,37 +1,41 @@
 //! Agents that have shown the token: who is let in, and where the conversation with each goes on.
 
-use super::{Conversation, Happening, NUM_KEPT, Nodes, Outcome};
+use super::{Conversation, NUM_KEPT, Nodes, Outcome};
 use crate::cluster::members::{Joined, NodeId};
-use crate::cluster::server::Arrival;
-use crate::cluster::wire;
+use crate::cluster::server::{Arrival, Door};
 use rank_protocol::agent::{Answer, ToAgent};
 use rank_protocol::session::{Numbered, Session, SessionError};
 use serde_json::json;
+use std::net::SocketAddr;
 use std::time::Instant;
-use tokio::net::TcpStream;
-use tokio::task::spawn_local;
-use tokio_rustls::server::TlsStream;
 
 impl Nodes {
     /// An agent has shown the token: it joins, or goes on with its conversation.
     pub(super) fn arrived(&mut self, arrival: Arrival, now: Instant) -> Vec<Outcome> {
-        let Arrival { join, from, stream } = arrival;
+        let Arrival { join, from, door } = arrival;
         let name = join.node.name.clone();
+        self.is_reached(from, &*door);
         if let Some(reason) = other_build(&join.node.build) {
             tracing::error!("node {name} ({from}) was refused: {reason}");
-            spawn_local(refuse(stream, reason));
+            door.close(Answer::Refused { reason });
             return Vec::new();
         }
         if let Some((reason, outcomes)) = self.unwell(&join) {
-            spawn_local(answer(stream, Answer::Unhealthy { reason }));
+            door.close(Answer::Unhealthy { reason });
             return outcomes;
         }
         let (node, is_new) = match self.members.join(join.node, now) {
             Joined::New(node) => (node, true),
             Joined::Again(node) => (node, false),
+            Joined::Taken => {
+                let reason = format!("another machine named {name} belongs to the run");
+                tracing::error!("node {name} ({from}) was refused: {reason}");
+                door.close(Answer::Refused { reason: format!("{reason}; hint: --name") });
+                return Vec::new();
+            }
             Joined::Replaced => {
-                let reason = format!("another agent named {name} has taken this one's place");
-                spawn_local(refuse(stream, format!("{reason}; hint: --name")));
+                let why = format!("another agent named {name} has taken this one's place");
+                door.close(Answer::Refused { reason: format!("{why}; hint: --name") });
                 return Vec::new();
             }
         };
@@ -40,20 +44,14 @@ impl Nodes {
             Err(error) => {
                 // No refusal, which would be for good: it joins once more, and begins anew.
                 tracing::error!("node {name} ({from}) speaks nonsense: {error}");
-                self.conversations.remove(&node);
+                self.begin_anew(node);
                 return Vec::new();
             }
         };
         self.num_connections += 1;
         let connection = self.num_connections;
-        let said = move |frame| {
-            let at = Instant::now();
-            Happening::Said { node, connection, at, frame: Box::new(frame) }
-        };
-        let ended = move |why| Happening::Ended { node, connection, why };
         let happenings = self.happenings.clone();
-        let first = (Some(welcome), again);
-        let outbox = wire::talk(stream, first, happenings, said, ended);
+        let outbox = door.open((welcome, again), (node, connection), happenings);
         if let Some(conversation) = self.conversations.get_mut(&node) {
             (conversation.connection, conversation.outbox) = (connection, Some(outbox));
         }
@@ -71,6 +69,13 @@ impl Nodes {
         tracing::info!("node {name} ({from}) has joined: {} in all", self.members.num_alive());
         let fields = json!({ "node": name, "address": self.address_of(node) });
         vec![Outcome::Event("node_joined", fields)]
+    }
+
+    /// Notes at which address an agent elsewhere reaches this machine.
+    fn is_reached(&mut self, from: SocketAddr, door: &dyn Door) {
+        if !from.ip().is_loopback() {
+            self.reached_at = door.local_address().or(self.reached_at);
+        }
     }
 
     /// The answer to an agent that has had this conversation and taken in so much, and what is sent
@@ -103,12 +108,4 @@ impl Nodes {
 fn other_build(build: &str) -> Option<String> {
     let ours = env!("CARGO_PKG_VERSION");
     (build != ours).then(|| format!("the agent is of build {build}, the coordinator of {ours}"))
-}
-
-async fn refuse(stream: TlsStream<TcpStream>, reason: String) {
-    answer(stream, Answer::Refused { reason }).await;
-}
-
-async fn answer(mut stream: TlsStream<TcpStream>, answer: Answer) {
-    let _ = wire::write(&mut stream, &answer).await;
 }

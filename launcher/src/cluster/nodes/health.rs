@@ -10,7 +10,7 @@ impl Nodes {
     pub(super) fn unwell(&mut self, join: &Join) -> Option<(String, Vec<Outcome>)> {
         let name = &join.node.name;
         if self.members.is_quarantined(name) {
-            let reason = format!("node {name} is quarantined: it has failed twice in this run");
+            let reason = format!("node {name} is quarantined: it has failed in this run");
             return Some((reason, Vec::new()));
         }
         let problems = join.node.health.as_ref().map(|health| &health.problems);
@@ -23,14 +23,14 @@ impl Nodes {
     }
 
     /// A rank failed, of its process or its node. The second time, the node gives its place to
-    /// another, where one waits.
-    pub fn failed(&mut self, rank: usize, why: &str) -> Option<Outcome> {
+    /// another, where one waits; the first time, where `is_certain` that it is the node.
+    pub fn failed(&mut self, rank: usize, why: &str, is_certain: bool) -> Option<Outcome> {
         let node = *self.ranks.nodes.get(rank)?;
-        if !self.members.failed(node) {
+        if !self.members.failed(node, is_certain) {
             return None;
         }
         let name = self.name(node);
-        tracing::error!("node {name} is quarantined: ranks have failed on it twice");
+        tracing::error!("node {name} is quarantined: {why}");
         let reason = format!("quarantined: {why}");
         let code = exit_code::NODE_UNHEALTHY;
         self.send(node, ToAgent::Over { code, reason: reason.clone() });

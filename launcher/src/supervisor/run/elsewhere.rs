@@ -4,10 +4,12 @@
 use super::{Event, Executor};
 use crate::cluster::members::{NodeId, Seek};
 use crate::cluster::nodes::{Happening, Nodes, Outcome};
+use crate::cluster::sizes::Size;
 use crate::cluster::store::keeper::Standing;
 use crate::supervisor::cause::Cause;
+use crate::supervisor::record::Layout;
 use rank_protocol::store::Requester;
-use rank_protocol::{FailureClass, exit_code};
+use rank_protocol::{FailureClass, Phase, exit_code};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -21,6 +23,7 @@ pub struct Elsewhere {
     pub nodes: Nodes,
     /// Those of the generation, by place.
     places: Vec<NodeId>,
+    size: Size,
     /// The step from which a generation shall go on that has not all its nodes yet.
     gathering: Option<Option<u64>>,
     /// Until when the ranks of an earlier coordinator are waited for.
@@ -36,8 +39,8 @@ pub struct Elsewhere {
 pub enum Next {
     /// The search for a checkpoint, which keeps older generations from saving.
     Search,
-    /// The start of the ranks, from this step.
-    Spawn(Option<u64>),
+    /// The start of so many ranks, from this step.
+    Spawn(Option<u64>, usize),
 }
 
 /// The next change of how things stand with the store; never, where there is none.
@@ -62,6 +65,7 @@ impl Elsewhere {
     /// No generation yet.
     pub fn new(nodes: Nodes) -> Self {
         Self {
+            size: nodes.whole(),
             nodes,
             places: Vec::new(),
             gathering: None,
@@ -71,10 +75,16 @@ impl Elsewhere {
         }
     }
 
-    /// A generation that shall go on from `step` needs its nodes.
-    pub fn gather(&mut self, step: Option<u64>) {
+    /// A generation that shall go on from `step` needs its nodes: for so many ranks or more, and
+    /// after this time for fewer.
+    pub fn gather(&mut self, step: Option<u64>, num_ranks: usize, fewer_after: Option<Duration>) {
         self.gathering = Some(step);
-        self.nodes.seek(Instant::now());
+        self.nodes.seek(num_ranks, fewer_after, Instant::now());
+    }
+
+    /// The size of the generation, or of the one about to start.
+    pub fn size(&self) -> Size {
+        self.size
     }
 
     /// When the executor must look here again.
@@ -150,10 +160,11 @@ impl Executor {
         match elsewhere.nodes.found(Instant::now()) {
             Seek::Waiting => {}
             Seek::Found(places) => {
+                elsewhere.size = elsewhere.nodes.size(places.len());
                 (elsewhere.gathering, elsewhere.places) = (None, places);
-                let names = elsewhere.names();
+                let (names, num_ranks) = (elsewhere.names(), elsewhere.size.ranks);
                 self.recorder.event("nodes_placed", json!({ "nodes": names }));
-                self.when_claimed(Next::Spawn(step));
+                self.when_claimed(Next::Spawn(step, num_ranks));
             }
             Seek::TooFew(found) => {
                 elsewhere.gathering = None;
@@ -177,7 +188,7 @@ impl Executor {
     fn go_on(&mut self, next: Next) {
         match next {
             Next::Search => self.search(),
-            Next::Spawn(step) => self.handle(Event::Gathered { step }),
+            Next::Spawn(step, num_ranks) => self.handle(Event::Gathered { step, num_ranks }),
         }
     }
 
@@ -220,18 +231,22 @@ impl Executor {
         exit_code::FAILED
     }
 
-    /// A node on which ranks fail again and again gives way to another.
+    /// A node on which ranks fail again and again gives way to another; at once, where a rank found
+    /// its device bad while it trained.
     pub(super) fn blame_node(&mut self, cause: &Cause) {
         let is_its_own = matches!(cause.class, FailureClass::Process | FailureClass::Node);
         let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| is_its_own) else { return };
-        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary());
+        let is_its_device = cause.class == FailureClass::Node
+            && cause.phase == Phase::Train
+            && cause.exit.code.is_some();
+        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary(), is_its_device);
         self.take_outcomes(outcome.into_iter().collect());
     }
 
     /// The agents tell the ranks their places.
     pub(super) fn start_elsewhere(&mut self, generation: u64, resume_step: Option<u64>) {
         let assignment = |rank| self.assignment(generation, rank, resume_step);
-        let assignments = (0..self.plan.world_size).map(assignment).collect();
+        let assignments = (0..self.size().ranks).map(assignment).collect();
         if let Some(Elsewhere { nodes, places, .. }) = &mut self.elsewhere {
             self.ranks = nodes.start(generation, &self.plan.run, places, assignments);
         }
@@ -251,20 +266,24 @@ impl Executor {
     /// Goes on with the ranks that still run, once they are all known; without them, as after any
     /// failure.
     fn adopt(&mut self) {
-        let (Some(elsewhere), Some(names)) = (&mut self.elsewhere, &self.plan.adopt) else {
+        let (Some(elsewhere), Some(adopt)) = (&mut self.elsewhere, &self.plan.adopt) else {
             return;
         };
         let Some(until) = elsewhere.adopt_until else { return };
         let committed = self.plan.committed;
-        if let Some((places, ranks, outcomes)) = elsewhere.nodes.adopt(names) {
+        if let Some((places, ranks, outcomes)) = elsewhere.nodes.adopt(adopt) {
             (elsewhere.adopt_until, elsewhere.places) = (None, places);
+            elsewhere.size = elsewhere.nodes.size(elsewhere.places.len());
             elsewhere.has_adopted = true;
             let asked_by = elsewhere.asked_by.take();
             self.ranks = ranks;
             let generation = self.plan.last_generation;
             tracing::info!("generation {generation} goes on");
-            self.recorder.event("generation_adopted", json!({ "nodes": names }));
-            self.handle(Event::Adopted { committed });
+            self.recorder.event("generation_adopted", json!({ "nodes": adopt.nodes }));
+            let num_ranks = adopt.num_ranks;
+            self.recorder.status.layout =
+                Some(Layout::of(&self.plan.config, elsewhere.size.replicas));
+            self.handle(Event::Adopted { committed, num_ranks });
             self.take_outcomes(outcomes);
             if let Some(by) = asked_by {
                 self.handle(Event::Stop { by });

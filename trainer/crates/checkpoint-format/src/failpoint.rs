@@ -1,18 +1,22 @@
 //! Faults on purpose, for tests: the process aborts, or a call fails, at a named point of a save.
 //!
-//! `PHALANX_FAILPOINT=NAME[:COUNT][=abort|enospc|eio][@FILE]`: the COUNT-th time (default the
-//! first) that this process reaches the point NAME, it aborts (the default) or the call fails with
-//! that error. With `@FILE`, the file is created when the point fires, and a point whose file
-//! exists does not fire again: a test can assert that the fault happened, and a restarted process
-//! gets past it. When the variable is unset, a point costs one load of a constant.
+//! `PHALANX_FAILPOINT=NAME[:COUNT][=abort|enospc|eio|slow][@FILE]`: the COUNT-th time (default the
+//! first) that this process reaches the point NAME, it aborts (the default), or the call fails with
+//! that error, or takes 5 s, as on a disk that is slow. With `@FILE`, the file is created when the
+//! point fires, and a point whose file exists does not fire again: a test can assert that the fault
+//! happened, and a restarted process gets past it. When the variable is unset, a point costs one
+//! load of a constant.
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Name of the variable.
 pub const VARIABLE: &str = "PHALANX_FAILPOINT";
+/// How long a slow disk takes.
+const SLOW: Duration = Duration::from_secs(5);
 
 macro_rules! points {
     ($($constant:ident = $name:literal: $doc:literal,)*) => {
@@ -50,6 +54,7 @@ struct Armed {
     name: String,
     count: u64,
     errno: Option<i32>,
+    is_slow: bool,
     once: Option<PathBuf>,
     seen: AtomicU64,
 }
@@ -69,7 +74,8 @@ fn parse(text: &str) -> Armed {
         _ => None,
     };
     let count = count.parse().unwrap_or(1);
-    Armed { name: name.to_string(), count, errno, once, seen: AtomicU64::new(0) }
+    let is_slow = action == "slow";
+    Armed { name: name.to_string(), count, errno, is_slow, once, seen: AtomicU64::new(0) }
 }
 
 /// What a point that fires does.
@@ -91,6 +97,10 @@ pub fn check(name: &str) -> Option<Fault> {
     if let Some(file) = &armed.once {
         // Not created (it is there, or its folder is not): the fault has been, or cannot be shown.
         std::fs::File::create_new(file).ok()?;
+    }
+    if armed.is_slow {
+        std::thread::sleep(SLOW);
+        return None;
     }
     Some(match armed.errno {
         Some(errno) => Fault::Error(io::Error::from_raw_os_error(errno)),
@@ -121,6 +131,7 @@ mod tests {
         assert_eq!(armed.count, 3);
         assert_eq!(armed.errno, Some(28));
         assert_eq!(armed.once, Some(PathBuf::from("/tmp/fired")));
+        assert!(!armed.is_slow && parse("fsync_part=slow").is_slow);
         let armed = parse("fsync_part");
         assert_eq!((armed.count, armed.errno, armed.once), (1, None, None));
     }

@@ -63,7 +63,7 @@ pub struct TrainState {
     /// Seed of the run, from which all random numbers follow.
     #[serde(default)]
     pub seed: u64,
-    /// Steps skipped so far for a loss or gradient that was not finite.
+    /// Steps skipped so far: their loss or gradient was not finite, or jumped.
     #[serde(default)]
     pub skipped_steps: u64,
     /// Hash of the resolved config.

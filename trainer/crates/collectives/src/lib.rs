@@ -25,7 +25,7 @@ use torch_shim::tch::{Device, Tensor};
 pub use agreement::Check;
 pub use error::{CommError, Result};
 pub use group::{Group, GroupOptions};
-pub use work::Work;
+pub use work::{Work, waited};
 
 /// How the tensors of the ranks become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

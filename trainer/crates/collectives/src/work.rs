@@ -1,12 +1,23 @@
 //! An operation under way.
 
+use std::cell::Cell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use torch_shim::cuda::{Event, Stream};
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Result, Site};
 use crate::transport::Pending;
+
+thread_local! {
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// How long this thread has waited for operations in all. On a GPU the host does not wait.
+pub fn waited() -> Duration {
+    WAITED.get()
+}
 
 /// An operation under way. The tensors live at least until it is done.
 #[must_use = "an operation is done only when it has been waited for"]
@@ -48,11 +59,13 @@ impl Work {
     /// # Errors
     /// What the operation failed with.
     pub fn wait(self) -> Result<()> {
+        let since = Instant::now();
         let result = match self.kind {
             Kind::Queued(completion) => completion.wait(),
             Kind::Message(pending) => pending.wait(),
             Kind::Done => Ok(()),
         };
+        WAITED.set(WAITED.get() + since.elapsed());
         result.map_err(|error| match &self.site {
             Some(site) => site.locate(error),
             None => error,

@@ -11,6 +11,7 @@ pub mod memory;
 pub mod mesh;
 pub mod plan;
 pub mod plan_table;
+mod saving;
 pub mod schedule;
 pub mod sharded;
 pub mod stages;

@@ -1,6 +1,7 @@
 //! Bytes of one rank, by kind. Weights, master weights, gradients and optimizer state are exact,
 //! those of sharded weights and gradients at their most within a step; activations are those that
-//! the blocks keep for the backward pass, and the attention masks of context parallelism.
+//! the blocks keep for the backward pass, and the attention masks of context parallelism. The copy
+//! of a checkpoint is exact over all ranks together.
 //!
 //! Not in it: what an operation needs while it runs, tensors on their way to or from other ranks,
 //! and the few that lie outside of blocks (tokens, rotary factors, the head's input).
@@ -11,6 +12,7 @@
 use crate::communication::{Dtype, LOSS_CHUNK_TOKENS, LayoutError, Step};
 use crate::held::Held;
 use crate::mesh::{Axis, Mesh};
+use crate::saving::copy_bytes;
 use crate::schedule::{Action, Schedule};
 use crate::sharded::sharded_step;
 use run_config::{BatchStage, PipelineSchedule, Recompute, RunConfig};
@@ -32,13 +34,16 @@ pub struct Memory {
     pub activations: u64,
     /// Estimate: logits of one chunk of a micro-batch's tokens, whose gradient takes their place.
     pub logits: u64,
+    /// The copy of what is written of a checkpoint while training goes on; 0 with `cluster.device:
+    /// cuda`, where it is in the machine's memory.
+    pub checkpoint: u64,
 }
 
 impl Memory {
     /// Sum over the kinds.
     pub fn total(&self) -> u64 {
         let state = [self.weights, self.master, self.gradients, self.optimizer];
-        sum(state).saturating_add(sum([self.activations, self.logits]))
+        sum(state).saturating_add(sum([self.activations, self.logits, self.checkpoint]))
     }
 }
 
@@ -75,7 +80,9 @@ pub fn memory_of_stage(
 /// As [`memory_per_rank`].
 pub fn memory_of_rank(config: &RunConfig, mesh: &Mesh, rank: usize) -> Result<Memory, LayoutError> {
     let place = Place::new(config, mesh, rank)?;
-    let mut memory = place.state(0, 0);
+    let widths = (place.compute, place.state);
+    let checkpoint = copy_bytes(config, mesh, &place.held, widths);
+    let mut memory = Memory { checkpoint, ..place.state(0, 0) };
     for batch in &config.training.batch_stages {
         let micro_batches = Step::of(batch).micro_batches(config, mesh);
         let schedule = Schedule::of(&config.parallelism.pipeline, micro_batches)?;

@@ -35,6 +35,7 @@ impl Data {
         let policy = Policy {
             level: config.parallelism.shard.level,
             reshard_after_forward: config.parallelism.shard.reshard_after_forward,
+            keeps_squares: config.numeric.replay,
         };
         Ok(match (&groups.shard, &groups.data) {
             (Some(shard), _) => {
@@ -45,7 +46,11 @@ impl Data {
                 Data::Sharded(Shards::new(params, comms, policy, &is_block, failure.clone())?)
             }
             (None, Some(data)) => {
-                Data::Replicated(DataParallel::new(params, data.clone(), bucket_bytes)?)
+                let data = DataParallel::new(params, data.clone(), bucket_bytes)?;
+                if config.numeric.replay {
+                    data.keep_local_squares();
+                }
+                Data::Replicated(data)
             }
             (None, None) => Data::Alone,
         })
@@ -93,6 +98,16 @@ impl Data {
             Data::Alone => Ok(()),
             Data::Replicated(data) => data.finish(),
             Data::Sharded(shards) => shards.finish(),
+        }
+    }
+
+    /// Sum of the squares of what this rank added to the gradients of the last step; `None` where
+    /// nobody else adds to them.
+    pub(crate) fn local_squares(&self) -> Result<Option<f64>> {
+        match self {
+            Data::Alone => Ok(None),
+            Data::Replicated(data) => data.local_squares().map(Some),
+            Data::Sharded(shards) => shards.local_squares().map(Some),
         }
     }
 

@@ -9,6 +9,7 @@ use torch_shim::tch::Tensor;
 
 use crate::buckets::{Bucket, cut};
 use crate::error::Result;
+use crate::squares::Squares;
 
 /// Sums the gradients of a parameter set over the ranks of a group.
 ///
@@ -29,6 +30,8 @@ struct State {
     /// Buckets before this one have been issued.
     next: usize,
     armed: bool,
+    /// Of what this rank adds.
+    squares: Squares,
     /// What the hook failed with: libtorch makes a text of it.
     failure: Option<CommError>,
 }
@@ -70,7 +73,15 @@ impl DataParallel {
                 bucket,
             });
         }
-        let state = State { comm, buckets, bucket_of, next: 0, armed: false, failure: None };
+        let state = State {
+            comm,
+            buckets,
+            bucket_of,
+            next: 0,
+            armed: false,
+            squares: Squares::new(false),
+            failure: None,
+        };
         let state = Arc::new(Mutex::new(state));
         let hook = Arc::downgrade(&state);
         set.set_ready_hook(move |index| match hook.upgrade() {
@@ -93,6 +104,7 @@ impl DataParallel {
         let mut state = lock(&self.state);
         state.next = 0;
         state.armed = true;
+        state.squares.clear();
         for pending in &mut state.buckets {
             pending.missing.fill(true);
             pending.num_missing = pending.missing.len();
@@ -109,6 +121,7 @@ impl DataParallel {
         let mut state = lock(&self.state);
         if !state.armed {
             state.next = 0;
+            state.squares.clear();
         }
         state.armed = false;
         while state.next < state.buckets.len() {
@@ -119,6 +132,20 @@ impl DataParallel {
         drop(state);
         works.into_iter().try_for_each(Work::wait)?;
         Ok(())
+    }
+
+    /// From now on, [`DataParallel::local_squares`] is known after each step, for a pass over the
+    /// gradients.
+    pub fn keep_local_squares(&self) {
+        lock(&self.state).squares = Squares::new(true);
+    }
+
+    /// Sum of the squares of what this rank added to the last step's gradients.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn local_squares(&self) -> Result<f64> {
+        Ok(lock(&self.state).squares.sum()?)
     }
 
     /// What a reduction that was issued in a backward pass failed with. It issues none: the other
@@ -156,6 +183,7 @@ impl State {
 
     fn issue(&mut self) -> Result<(), CommError> {
         let pending = &mut self.buckets[self.next];
+        self.squares.add(&pending.view)?;
         if self.comm.size() > 1 {
             pending.work = Some(self.comm.all_reduce(&pending.view, ReduceOp::Sum)?);
         }

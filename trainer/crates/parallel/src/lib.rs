@@ -21,6 +21,7 @@ mod scalars;
 mod shards;
 mod slices;
 mod slot;
+mod squares;
 mod tensor;
 mod vocabulary;
 mod worker;

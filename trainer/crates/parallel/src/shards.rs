@@ -21,12 +21,15 @@ use torch_shim::{Result as ShimResult, ShimError};
 
 use crate::error::Result;
 use crate::failure::Failure;
+use crate::squares::Squares;
 
 /// What is cut, and when gathered weights are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Policy {
     pub(crate) level: ShardLevel,
     pub(crate) reshard_after_forward: bool,
+    /// Whether [`Shards::local_squares`] is known.
+    pub(crate) keeps_squares: bool,
 }
 
 impl Policy {
@@ -54,6 +57,8 @@ struct State {
     unit_of: Vec<usize>,
     reducing: VecDeque<usize>,
     armed: bool,
+    /// Of what this rank adds.
+    squares: Squares,
     failure: Failure,
 }
 
@@ -125,6 +130,7 @@ impl Shards {
             unit_of,
             reducing: VecDeque::new(),
             armed: false,
+            squares: Squares::new(policy.keeps_squares),
             failure,
         };
         let shards = Shards(Arc::new(Mutex::new(state)));
@@ -140,6 +146,7 @@ impl Shards {
     pub(crate) fn begin_step(&self) -> Result<()> {
         let mut state = lock(&self.0);
         state.armed = false;
+        state.squares.clear();
         for unit in &mut state.units {
             unit.reduced = false;
             unit.missing.fill(true);
@@ -180,6 +187,12 @@ impl Shards {
             state.release_all()?;
         }
         Ok(())
+    }
+
+    /// Sum of the squares of what this rank added to the last step's gradients, part by part as
+    /// they were summed.
+    pub(crate) fn local_squares(&self) -> Result<f64> {
+        Ok(lock(&self.0).squares.sum()?)
     }
 
     /// The owned master weights changed: gathers the weights that are kept whole, and forgets those
@@ -384,6 +397,7 @@ impl State {
             }
         }
         let unit = &self.units[index];
+        self.squares.add(unit.grad.tensor())?;
         let sum = unit.owned_grad.f_empty_like()?;
         let work = self.shard.reduce_scatter(&sum, unit.grad.tensor(), ReduceOp::Sum);
         let work = self.kept(work)?;

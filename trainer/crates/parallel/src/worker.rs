@@ -13,6 +13,7 @@ use model::{Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
 use model_spec::LocalParameter;
 use run_config::RunConfig;
 use torch_shim::ShimError;
+use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::tch::{Device, Tensor, no_grad};
 
@@ -251,6 +252,20 @@ impl Worker {
             return Ok(Vec::new());
         }
         counted(&self.held, &self.params).iter().map(|run| self.gradient(run)).collect()
+    }
+
+    /// Sum of the squares of what this rank added to the gradients of the last step, before they
+    /// were summed with those of ranks that read other samples. The same samples give the same to
+    /// the last bit on any of those ranks. Known with `numeric.replay`.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn local_squares(&self) -> Result<f64> {
+        if let Some(sum) = self.data.local_squares()? {
+            return Ok(sum);
+        }
+        let all = no_grad(|| squared_norm(self.params.owned_grad()))?;
+        Ok(all.f_double_value(&[]).map_err(ShimError::from)?)
     }
 
     /// Says that the master weights were written: the weights that compute follow them.

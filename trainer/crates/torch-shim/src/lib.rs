@@ -11,6 +11,7 @@ mod error;
 pub mod fused;
 pub mod gloo;
 pub mod memory;
+pub mod norm;
 pub mod ops;
 pub mod params;
 pub mod random;

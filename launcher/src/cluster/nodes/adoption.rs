@@ -1,8 +1,8 @@
-//! Taking over the ranks of a generation that an earlier coordinator started.
+//! The coordinator's part for a generation that an earlier one left running.
 
-use super::{Nodes, Outcome};
-use crate::cluster::members::NodeId;
+use super::{NodeId, Nodes, Outcome};
 use crate::supervisor::rank::RankHandle;
+use crate::supervisor::run::Adopt;
 use rank_protocol::agent::{Running, ToAgent};
 
 impl Nodes {
@@ -12,11 +12,11 @@ impl Nodes {
         self.adopting = Some(generation);
     }
 
-    /// Takes over the generation that was expected, once every node that `names` has by place is
-    /// there. Gives the nodes, the ranks, and what had happened in the meantime.
+    /// Takes over the generation that was expected, once every one of its nodes is there. Gives the
+    /// nodes, the ranks, and what had happened in the meantime.
     pub fn adopt(
         &mut self,
-        names: &[String],
+        expected: &Adopt,
     ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
         let generation = self.adopting?;
         let node_of = |name: &String| {
@@ -25,23 +25,25 @@ impl Nodes {
                     && self.members.info(*node).is_some_and(|info| info.name == *name)
             })
         };
-        let nodes: Vec<NodeId> = names.iter().map(node_of).collect::<Option<_>>()?;
+        let nodes: Vec<NodeId> = expected.nodes.iter().map(node_of).collect::<Option<_>>()?;
+        let num_ranks = expected.num_ranks;
+        let size = self.plan.sizes.of_ranks(num_ranks)?;
         let per_node = self.plan.ranks_per_node;
         let has_its_ranks = |(place, node): (usize, &NodeId)| {
             let Some(running) = self.running.get(node) else { return false };
             let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
             ranks.extend(&running.exited);
             ranks.sort_unstable();
-            ranks.into_iter().eq(place * per_node..(place + 1) * per_node)
+            ranks.into_iter().eq(place * per_node..num_ranks.min((place + 1) * per_node))
         };
-        if nodes.len() != self.plan.num_nodes || !nodes.iter().enumerate().all(has_its_ranks) {
+        if nodes.len() != size.nodes || !nodes.iter().enumerate().all(has_its_ranks) {
             return None;
         }
         self.adopting = None;
         self.members.place(&nodes);
         let running = std::mem::take(&mut self.running);
         let outcomes = std::mem::take(&mut self.stored);
-        let handles = self.handles(generation, &nodes, 0..nodes.len() * per_node);
+        let handles = self.handles(generation, &nodes, 0..num_ranks);
         for (rank, pid) in running.values().flat_map(|running| &running.ranks) {
             if let Some(cell) = self.ranks.pids.get(*rank) {
                 cell.set(*pid);

@@ -1,0 +1,114 @@
+//! What an agent has others do: reaching the coordinator, starting ranks, looking at the run.
+
+use super::connect::{self, Attempt, Connected, Whereabouts};
+use super::trainer::Trainer;
+use super::{Happening, Talk};
+use crate::cluster::wire;
+use crate::runs;
+use crate::supervisor::rank::{Input, RankHandle};
+use rank_protocol::agent::{FromAgent, Join};
+use rank_protocol::session::Numbered;
+use rank_protocol::{Assignment, RunDir};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::spawn_local;
+
+/// Longest time that an attempt to connect may take.
+pub const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// All that an agent does beside deciding.
+pub trait Outside {
+    /// Tries once to reach a coordinator of this epoch or a later one, and says what came of it by
+    /// a [`Happening`].
+    fn connect(&self, join: Join, least_epoch: u64);
+
+    /// Whether a store knows who the coordinator is.
+    fn asks_a_store(&self) -> bool;
+
+    /// Asks it, and says what it answers by a [`Happening`].
+    fn look_for_another(&self);
+
+    /// Starts a rank.
+    ///
+    /// # Errors
+    /// Why it cannot be started.
+    fn start(&self, assignment: Assignment) -> Result<RankHandle, String>;
+
+    /// Whether a coordinator works on the run.
+    fn has_coordinator(&self) -> bool;
+
+    /// How the run ended, where it has.
+    fn end_of_run(&self) -> Option<(i32, String)>;
+}
+
+/// This machine, and the run's folder on it.
+pub struct Machine {
+    /// The run.
+    pub run: RunDir,
+    /// Where the coordinator is found.
+    pub whereabouts: Whereabouts,
+    /// As in [`super::AgentArgs`].
+    pub after: Option<String>,
+    /// What ranks are started from.
+    pub trainer: Trainer,
+    /// Takes what ranks say.
+    pub inputs: mpsc::Sender<Input>,
+    /// Takes what happens on the connection.
+    pub happenings: mpsc::Sender<Happening>,
+}
+
+impl Outside for Machine {
+    fn connect(&self, join: Join, least_epoch: u64) {
+        let (run, whereabouts) = (self.run.clone(), self.whereabouts.clone());
+        let attempt = connect::attempt(run, whereabouts, least_epoch, join);
+        let happenings = self.happenings.clone();
+        spawn_local(async move {
+            let attempt = tokio::time::timeout(ATTEMPT_TIMEOUT, attempt).await;
+            let happening = match attempt {
+                Ok(Ok(Attempt::Connected(connected))) => begun(*connected, happenings.clone()),
+                Ok(Ok(Attempt::Refused(code, why))) => Happening::Refused { code, why },
+                Ok(Err(error)) => Happening::Failed { why: error.to_string() },
+                Err(_) => Happening::Failed { why: "no answer".into() },
+            };
+            let _ = happenings.send(happening).await;
+        });
+    }
+
+    fn asks_a_store(&self) -> bool {
+        matches!(self.whereabouts, Whereabouts::Store(_))
+    }
+
+    fn look_for_another(&self) {
+        let (whereabouts, happenings) = (self.whereabouts.clone(), self.happenings.clone());
+        spawn_local(async move {
+            // A store that does not answer says nothing.
+            if let Ok(Some((epoch, _))) = whereabouts.holder().await {
+                let _ = happenings.send(Happening::Seen { epoch }).await;
+            }
+        });
+    }
+
+    fn start(&self, assignment: Assignment) -> Result<RankHandle, String> {
+        self.trainer.start(assignment, self.inputs.clone())
+    }
+
+    fn has_coordinator(&self) -> bool {
+        runs::holder(&self.run).is_some()
+    }
+
+    fn end_of_run(&self) -> Option<(i32, String)> {
+        let history = runs::history(&self.run).ok()?;
+        history.end.filter(|_| self.after.as_ref() != Some(&history.started))
+    }
+}
+
+fn begun(connected: Connected, happenings: mpsc::Sender<Happening>) -> Happening {
+    let Connected { conversation, taken, epoch, stream } = connected;
+    let talk: Talk = Box::new(move |connection, again: Vec<Numbered<FromAgent>>| {
+        let first: (Option<()>, _) = (None, again);
+        let said = move |frame| Happening::Said { connection, frame: Box::new(frame) };
+        let ended = move |why| Happening::Ended { connection, why };
+        wire::talk(stream, first, happenings, said, ended)
+    });
+    Happening::Connected { conversation, taken, epoch, talk }
+}

@@ -1,0 +1,68 @@
+//! What follows from a generation that failed. Pure.
+
+use super::{Action, Cause, State};
+use rank_protocol::{FailureClass, RollBack, exit_code};
+
+impl State {
+    /// What follows from a generation that failed.
+    pub(super) fn judge(&mut self, cause: &Cause) -> Vec<Action> {
+        let has_progressed = self.committed > self.committed_before;
+        self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
+        if let Some(roll_back) = cause.roll_back {
+            return self.roll_back(roll_back, &cause.summary());
+        }
+        let signature = cause.signature();
+        self.failures.retain(|earlier| *earlier == signature);
+        self.failures.push(signature);
+        let what = cause.summary();
+        if let Some((by, _)) = &self.stop {
+            let reason = format!("{what}, while stopping because of {by}");
+            return self.over(exit_code::FAILED, reason);
+        }
+        match cause.class {
+            FailureClass::Config => {
+                let reason = format!("{what}; trying again is of no use");
+                return self.over(exit_code::CONFIG, reason);
+            }
+            FailureClass::Node if self.policy.has_agents => self.failures.clear(),
+            FailureClass::Node => {
+                return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
+            }
+            FailureClass::Numeric => {
+                let reason = format!("{what}; the same data would give the same numbers again");
+                return self.over(exit_code::FAILED, reason);
+            }
+            _ => {}
+        }
+        let same = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
+        if same >= self.policy.max_same_failure {
+            let reason = format!("{what}; the same failure at the same step, {same} times");
+            return self.over(exit_code::DO_NOT_REQUEUE, reason);
+        }
+        self.try_again(&what)
+    }
+
+    /// The next generation, if those before got anywhere.
+    fn try_again(&mut self, what: &str) -> Vec<Action> {
+        if self.no_progress >= self.policy.max_no_progress {
+            let reason = format!(
+                "{what}; {} generations in a row committed no new step (restart.max_no_progress)",
+                self.no_progress
+            );
+            return self.over(exit_code::FAILED, reason);
+        }
+        self.next_generation()
+    }
+
+    /// Numeric trouble, out of which the run comes without the samples that brought it. Of the next
+    /// ones at the same step it is no repetition.
+    fn roll_back(&mut self, roll_back: RollBack, what: &str) -> Vec<Action> {
+        self.failures.clear();
+        let mut actions = vec![Action::RecordRollBack(roll_back)];
+        actions.extend(match self.stop.clone() {
+            Some((by, _)) => self.over_between(&by),
+            None => self.try_again(what),
+        });
+        actions
+    }
+}
