@@ -15,6 +15,8 @@ mod data_parallel;
 mod error;
 mod failure;
 pub mod groups;
+#[cfg(test)]
+mod overlap_tests;
 mod pieces;
 mod pipeline;
 mod scalars;
