@@ -89,8 +89,7 @@ fn a_lost_message() {
     let layout = "parallelism.pipeline={stages: 2, schedule: gpipe}";
     let (config, wait) = (config(&[layout]), Duration::from_secs(5));
     let is_lost = |call: Call<'_>| (call.rank, call.operation) == (0, "send");
-    let meeting =
-        Meeting::new(wait).tapped(Arc::new(move |call| is_lost(call).then(failed)));
+    let meeting = Meeting::new(wait).tapped(Arc::new(move |call| is_lost(call).then(failed)));
     let errors: Vec<String> = std::thread::scope(|scope| {
         let run = |rank| {
             let (meeting, config) = (&meeting, &config);

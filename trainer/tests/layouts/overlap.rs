@@ -55,7 +55,7 @@ impl Holding {
         }
         let progress = self.progress.lock().unwrap();
         let stays = |progress: &mut Progress| *progress != Progress::HasGoneOn;
-        let (_, waited) = self.changed.wait_timeout_while(progress, PATIENCE, stays).unwrap();
+        let waited = self.changed.wait_timeout_while(progress, PATIENCE, stays).unwrap().1;
         self.outcomes.lock().unwrap()[usize::from(!waited.timed_out())].push(rank);
     }
 }
