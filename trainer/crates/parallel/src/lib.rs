@@ -15,8 +15,6 @@ mod data_parallel;
 mod error;
 mod failure;
 pub mod groups;
-#[cfg(test)]
-mod overlap_tests;
 mod pieces;
 mod pipeline;
 mod scalars;
@@ -25,6 +23,8 @@ mod slices;
 mod slot;
 mod squares;
 mod tensor;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 mod worker;
 
