@@ -84,13 +84,12 @@ fn check(layouts: &[&str], sums: (&'static str, &'static str)) {
     }
 }
 
-/// Each form of pipeline, by what comes between the braces.
-const PIPELINES: [&str; 5] = [
+/// Forms of pipeline, by what comes between the braces. Not zero-bubble: its last weight gradients
+/// are made without another rank, so that no operation tells how far they are.
+const PIPELINES: [&str; 3] = [
     "stages: 1",
     "stages: 2, schedule: 1f1b",
     "stages: 2, schedule: interleaved-1f1b, virtual_stages: 2",
-    "stages: 2, schedule: zero-bubble",
-    "stages: 2, schedule: zero-bubble, virtual_stages: 2",
 ];
 
 fn in_pipelines(data: &str) -> Vec<String> {
