@@ -2,7 +2,12 @@
 //! parallel form, and soon.
 
 use crate::harness::{Meeting, config, member, num_ranks, try_step};
+use crate::tapped::Call;
+use collectives::{Communicator, GroupOptions, ReduceOp, Work, local};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use torch_shim::tch::{Device, Kind, Tensor};
 
 /// Steps that all ranks do.
 const GOOD_STEPS: usize = 2;
@@ -54,7 +59,7 @@ fn outcomes(
     })
 }
 
-const FORMS: [&str; 9] = [
+const FORMS: [&str; 11] = [
     "parallelism={tensor: 2, sequence: true}",
     "parallelism={context: 2}",
     "parallelism={pipeline: {stages: 2, schedule: gpipe}}",
@@ -62,9 +67,45 @@ const FORMS: [&str; 9] = [
     "parallelism={pipeline: {stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}}",
     "parallelism={pipeline: {stages: 2, schedule: zero-bubble}}",
     "parallelism={shard: {ranks: 2, level: parameters}}",
+    "parallelism={shard: {ranks: 2, level: optimizer}}",
+    "parallelism={shard: {ranks: 2, level: gradients}, replicate: 2}",
     "parallelism={replicate: 2}",
     "parallelism={tensor: 2, pipeline: {stages: 2}, shard: {ranks: 2, level: gradients}}",
 ];
+
+/// An operation that was issued and has failed.
+fn failed() -> Work {
+    let mut group = local::group(2, &GroupOptions::new("lost-message", 1)).unwrap();
+    drop(group.pop());
+    let tensor = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+    // The end of the group waits for its end.
+    group[0].all_reduce(&tensor, ReduceOp::Sum).unwrap()
+}
+
+/// A message that does not get through is the error of its sender, which would else wait for what
+/// never comes back, and blame that.
+#[test]
+fn a_lost_message() {
+    let layout = "parallelism.pipeline={stages: 2, schedule: gpipe}";
+    let (config, wait) = (config(&[layout]), Duration::from_secs(5));
+    let is_lost = |call: Call<'_>| (call.rank, call.operation) == (0, "send");
+    let meeting = Meeting::new(wait).tapped(Arc::new(move |call| is_lost(call).then(failed)));
+    let errors: Vec<String> = std::thread::scope(|scope| {
+        let run = |rank| {
+            let (meeting, config) = (&meeting, &config);
+            scope.spawn(move || {
+                let mut member = member(config, rank, meeting);
+                let error = try_step(config, &mut member, 0).unwrap_err().to_string();
+                member.worker.groups.abort();
+                error
+            })
+        };
+        let handles = [0, 1].map(run);
+        handles.map(|handle| handle.join().unwrap()).to_vec()
+    });
+    assert!(errors[0].contains("group lost-message, operation 0"), "{errors:?}");
+    assert!(errors[1].contains("lost rank 0"), "{errors:?}");
+}
 
 /// Who waited for the rank that is gone names it, by its number in the run.
 #[track_caller]
@@ -74,10 +115,15 @@ fn assert_names(victim: usize, survivors: &[Outcome], layout: &str) {
     assert!(errors.iter().any(|error| error.contains(&name)), "{layout}: {errors:?}");
 }
 
+/// The first ranks, and the last.
+fn victims(layout: &str) -> BTreeSet<usize> {
+    BTreeSet::from([0, 1, num_ranks(&config(&[layout])) - 1])
+}
+
 #[test]
 fn a_dead_peer() {
     for layout in FORMS {
-        for victim in [0, 1] {
+        for victim in victims(layout) {
             let wait = Duration::from_secs(30);
             let (left, survivors) = outcomes(layout, victim, wait, Duration::ZERO);
             assert_names(victim, &survivors, layout);
@@ -96,8 +142,9 @@ fn a_dead_peer() {
 fn a_stalled_peer() {
     let limit = Duration::from_secs(2);
     let check = |layout: &str| {
-        let (left, survivors) = outcomes(layout, 1, limit, 2 * limit);
-        assert_names(1, &survivors, layout);
+        let victim = num_ranks(&config(&[layout])) - 1;
+        let (left, survivors) = outcomes(layout, victim, limit, 2 * limit);
+        assert_names(victim, &survivors, layout);
         for (told, error) in survivors {
             let elapsed = told.saturating_duration_since(left);
             assert!(elapsed < limit + Duration::from_secs(1), "{layout}: {elapsed:?}: {error}");

@@ -1,6 +1,6 @@
 //! Each parallel form by itself, and some together, against one rank.
 
-use crate::harness::{compare, config, train};
+use crate::harness::{FUSED, compare, config, train};
 
 /// Steps compared.
 const STEPS: usize = 10;
@@ -117,10 +117,11 @@ fn sharded_data_parallel() {
     ]);
 }
 
-#[test]
-fn recomputation() {
-    check(&[&["parallelism.recompute=full"], &["parallelism.recompute=selective"]]);
-    // What is computed again is the same to the last bit, in every form.
+/// What is computed again is the same to the last bit, in every form. In FP32 and BF16 it comes out
+/// of the fused kernels.
+#[track_caller]
+fn check_recomputation(compute: &str) {
+    let compute = format!("precision.compute={compute}");
     for layout in [
         "",
         "tensor: 2",
@@ -134,18 +135,35 @@ fn recomputation() {
         let with = |recompute: &str| {
             let comma = if layout.is_empty() { "" } else { ", " };
             let set = format!("parallelism={{{layout}{comma}recompute: {recompute}}}");
-            train(&config(&[&set]), 3)
+            train(&config(&[&FUSED[..], &[&compute, &set]].concat()), 3)
         };
         let expected = with("none");
         for recompute in ["selective", "full"] {
             let found = with(recompute);
-            assert_eq!(found.losses, expected.losses, "{layout}: {recompute}");
-            assert_eq!(found.norms, expected.norms, "{layout}: {recompute}");
+            assert_eq!(found.losses, expected.losses, "{compute}, {layout}: {recompute}");
+            assert_eq!(found.norms, expected.norms, "{compute}, {layout}: {recompute}");
             for (name, weight) in &expected.weights {
-                assert!(found.weights[name].equal(weight), "{layout}: {recompute}: {name}");
+                let is_equal = found.weights[name].equal(weight);
+                assert!(is_equal, "{compute}, {layout}: {recompute}: {name}");
             }
         }
     }
+}
+
+#[test]
+fn recomputation() {
+    check(&[&["parallelism.recompute=full"], &["parallelism.recompute=selective"]]);
+    check_recomputation("fp64");
+}
+
+#[test]
+fn recomputation_in_fp32() {
+    check_recomputation("fp32");
+}
+
+#[test]
+fn recomputation_in_bf16() {
+    check_recomputation("bf16");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Trains a small model on any layout with one thread a rank, and gathers what came of it.
 
+use crate::tapped::{Tap, Tapped};
 use collectives::{CommError, Communicator, GroupOptions};
 use layout::Mesh;
 use model::{Inputs, llama::init::initialize, targets};
@@ -15,6 +16,10 @@ use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
 /// Bytes of a bucket of gradients: small, so that there are several.
 pub const BUCKET_BYTES: usize = 4096;
+
+/// A model as wide as the fused attention wants it.
+pub const FUSED: [&str; 4] =
+    ["model.head_dim=16", "model.ffn_dim=80", "data.sequence_length=64", "training.global_batch=4"];
 
 /// What a run leaves; the same on every rank.
 #[derive(Debug, Default)]
@@ -64,10 +69,18 @@ pub struct Member {
 
 /// Calls `body` on a thread for each rank, at its initial weights.
 pub fn on_ranks<T: Send>(config: &RunConfig, body: impl Fn(&mut Member) -> T + Sync) -> Vec<T> {
-    let meeting = Meeting::new(Duration::from_secs(30));
+    on_ranks_of(&Meeting::new(Duration::from_secs(30)), config, body)
+}
+
+/// As [`on_ranks`], for ranks that find each other at `meeting`.
+pub fn on_ranks_of<T: Send>(
+    meeting: &Meeting,
+    config: &RunConfig,
+    body: impl Fn(&mut Member) -> T + Sync,
+) -> Vec<T> {
     std::thread::scope(|scope| {
         let run = |rank| {
-            let (meeting, body) = (&meeting, &body);
+            let body = &body;
             scope.spawn(move || {
                 let mut member = member(config, rank, meeting);
                 let result = body(&mut member);
@@ -257,12 +270,18 @@ fn mix(a: u64, b: u64) -> u64 {
 pub struct Meeting {
     groups: Mutex<HashMap<String, Vec<Option<collectives::Group>>>>,
     timeout: Duration,
+    tap: Option<Arc<Tap>>,
 }
 
 impl Meeting {
     /// For groups whose longest wait is `timeout`.
     pub fn new(timeout: Duration) -> Self {
-        Self { groups: Mutex::default(), timeout }
+        Self { groups: Mutex::default(), timeout, tap: None }
+    }
+
+    /// With a tap on every group.
+    pub fn tapped(self, tap: Arc<Tap>) -> Self {
+        Self { tap: Some(tap), ..self }
     }
 
     fn join(
@@ -280,6 +299,8 @@ impl Meeting {
         }
         let at = ranks.iter().position(|&other| other == rank).unwrap();
         let own = groups.get_mut(name).and_then(|group| group[at].take()).unwrap();
-        Ok(Arc::new(own))
+        let group: Arc<dyn Communicator> = Arc::new(own);
+        let Some(tap) = self.tap.clone() else { return Ok(group) };
+        Ok(Arc::new(Tapped { group, name: name.to_owned(), rank, tap }))
     }
 }

@@ -8,4 +8,6 @@ mod forms;
 mod grid;
 mod harness;
 mod memory;
+mod overlap;
 mod reshard;
+mod tapped;

@@ -2,7 +2,7 @@
 //! gradients and optimizer state, and what the blocks keep for the backward pass, with the masks of
 //! context parallelism, byte for byte; and that of the copy of what is written of a checkpoint.
 
-use crate::harness::{Member, batch_stage, config, num_ranks, on_ranks, step};
+use crate::harness::{FUSED, Member, batch_stage, config, num_ranks, on_ranks, step};
 use crate::reshard::requested;
 use checkpoint::Snapshot;
 use collectives::{CommError, Communicator, ReduceOp, Work};
@@ -233,15 +233,11 @@ fn kept_after_forward(config: &RunConfig) -> Vec<Vec<u64>> {
     taken(config, MIXED).into_iter().map(kept).collect()
 }
 
-/// The model of the measurements below, as wide as the fused attention wants it.
-const MODEL: [&str; 4] =
-    ["model.head_dim=16", "model.ffn_dim=80", "data.sequence_length=64", "training.global_batch=4"];
-
 /// Bytes of a micro-batch that two blocks keep: measured and planned, on the first rank.
 fn of_two_blocks(sets: &[&str]) -> (u64, u64) {
     let with = |layers: &'static str| {
         let pipeline = "parallelism.pipeline={stages: 2, schedule: gpipe}";
-        config(&[&MODEL, sets, &[pipeline, layers]].concat())
+        config(&[&FUSED, sets, &[pipeline, layers]].concat())
     };
     let (fewer, more) = (with("model.layers=8"), with("model.layers=12"));
     // What each micro-batch adds, and of that what two blocks more add.
@@ -307,7 +303,7 @@ fn check_peaks(stages: usize, layouts: &[&[&str]]) {
     for sets in layouts {
         let with = |blocks: usize| {
             let layers = format!("model.layers={}", blocks * stages);
-            config(&[&MODEL, *sets, &[&layers]].concat())
+            config(&[&FUSED, *sets, &[&layers]].concat())
         };
         let (fewer, more) = (with(4), with(6));
         let peaks = |config| taken(config, MIXED).into_iter().map(|taken| taken.peak);
@@ -390,7 +386,7 @@ fn masks_of_documents() {
     for recompute in ["none", "selective", "full"] {
         let recompute = format!("parallelism.recompute={recompute}");
         let own = [pipeline, "parallelism.context=2", BF16, &recompute];
-        let sets = [&MODEL[..], &own, &batch].concat();
+        let sets = [&FUSED[..], &own, &batch].concat();
         for (rank, found) in masks_after_forward(&sets).into_iter().enumerate() {
             let of_pass = |micro_batch| -> u64 {
                 (0..2).map(|row| row_masks(rank, first_document(micro_batch, row))).sum()
@@ -421,7 +417,7 @@ fn masks_of_whole_sequences() {
     for recompute in ["none", "selective", "full"] {
         let recompute = format!("parallelism.recompute={recompute}");
         let own = [pipeline, "parallelism.context=2", BF16, CAUSAL, &recompute];
-        let config = config(&[&MODEL[..], &own, &batch].concat());
+        let config = config(&[&FUSED[..], &own, &batch].concat());
         // Those of the first step stay for the second.
         let made = on_ranks(&config, |member| {
             let passes = passes(&config, LONG);

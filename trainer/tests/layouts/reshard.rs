@@ -7,7 +7,7 @@ use run_config::RunConfig;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
-use torch_shim::tch::Tensor;
+use torch_shim::tch::{Kind, Tensor};
 
 /// Steps before the checkpoint, and after it.
 const BEFORE: usize = 3;
@@ -102,19 +102,30 @@ fn load_and_train(config: &RunConfig, dir: &Path) -> (State, Vec<f64>) {
     (gathering.finish(), losses.into_iter().next().unwrap())
 }
 
+/// The losses of the run that was saved, and of the one that loaded it, after the checkpoint.
+type Losses = [Vec<f64>; 2];
+
+/// Saves at one layout and loads at another: the state is that which was saved, to the last bit.
+/// `look` sees it.
+fn resharded(base: &[&str], [from, to]: [&str; 2], look: impl Fn(&State)) -> Losses {
+    let of = |layout: &str| config(&[base, &[layout]].concat());
+    let folder = tempfile::tempdir().unwrap();
+    let (saved, losses) = train_and_save(&of(from), folder.path());
+    look(&saved);
+    let (loaded, next) = load_and_train(&of(to), folder.path());
+    for (kind, (saved, loaded)) in ["weights", "m", "v"].iter().zip(saved.iter().zip(&loaded)) {
+        assert!(saved.keys().eq(loaded.keys()));
+        for (name, tensor) in saved {
+            assert!(tensor.equal(&loaded[name]), "{kind} of {name}: {from} to {to}");
+        }
+    }
+    [losses, next]
+}
+
 /// Saves at each layout and loads at the next, all around.
 fn check(base: &[&str], layouts: &[&str]) {
-    let of = |layout: &&str| config(&[base, &[*layout]].concat());
     for (from, to) in layouts.iter().zip(layouts.iter().cycle().skip(1)) {
-        let folder = tempfile::tempdir().unwrap();
-        let (saved, losses) = train_and_save(&of(from), folder.path());
-        let (loaded, next) = load_and_train(&of(to), folder.path());
-        for (kind, (saved, loaded)) in ["weights", "m", "v"].iter().zip(saved.iter().zip(&loaded)) {
-            assert!(saved.keys().eq(loaded.keys()));
-            for (name, tensor) in saved {
-                assert!(tensor.equal(&loaded[name]), "{kind} of {name}: {from} to {to}");
-            }
-        }
+        let [losses, next] = resharded(base, [from, to], |_| ());
         for (at, (a, b)) in losses.iter().zip(&next).enumerate() {
             let difference = (a / b - 1.0).abs();
             assert!(difference < 1e-10, "{from} to {to}: loss {at} after it: {a} and {b}");
@@ -132,6 +143,27 @@ const ODD_SHARDS: &str = "parallelism={shard: {ranks: 8, level: optimizer}}";
 #[test]
 fn any_layout_to_any_other() {
     check(&[], &[ONE, TENSOR, SHARDS, PIPELINE, ODD_SHARDS]);
+}
+
+/// Some of these numbers have bits that BF16 has not.
+#[track_caller]
+fn assert_finer_than_bf16(tensors: &BTreeMap<String, Tensor>) {
+    let rounded = |x: &Tensor| x.to_kind(Kind::BFloat16).to_kind(Kind::Double);
+    assert!(tensors.values().any(|tensor| !rounded(tensor).equal(tensor)));
+}
+
+/// Where the weights that compute are BF16, the master weights and both moments are saved, and what
+/// computes follows them: at the layout that saved, the losses go on to the last bit.
+#[test]
+fn master_weights_of_bf16() {
+    let base = ["precision.compute=bf16"];
+    for pair in [[SHARDS, TENSOR], [TENSOR, PIPELINE], [PIPELINE, ONE]] {
+        resharded(&base, pair, |state| state.iter().for_each(assert_finer_than_bf16));
+    }
+    for layout in [ONE, SHARDS, TENSOR, ODD_SHARDS] {
+        let [losses, next] = resharded(&base, [layout, layout], |_| ());
+        assert_eq!(losses, next, "{layout}");
+    }
 }
 
 #[test]

@@ -78,17 +78,21 @@ impl Data {
     /// Begins a step, whose gradients are zero so far.
     pub(crate) fn begin_step(&self) -> Result<()> {
         match self {
+            Data::Alone => Ok(()),
+            Data::Replicated(data) => {
+                data.begin_step();
+                Ok(())
+            }
             Data::Sharded(shards) => shards.begin_step(),
-            Data::Alone | Data::Replicated(_) => Ok(()),
         }
     }
 
-    /// The next backward pass completes the gradients.
-    pub(crate) fn begin_last_micro_batch(&self) {
+    /// The next backward pass completes the gradients of these parameters.
+    pub(crate) fn begin_last_pass(&self, parameters: &[usize]) {
         match self {
             Data::Alone => {}
-            Data::Replicated(data) => data.begin_last_micro_batch(),
-            Data::Sharded(shards) => shards.begin_last_micro_batch(),
+            Data::Replicated(data) => data.begin_last_pass(parameters),
+            Data::Sharded(shards) => shards.begin_last_pass(parameters),
         }
     }
 

@@ -13,11 +13,12 @@ use crate::squares::Squares;
 
 /// Sums the gradients of a parameter set over the ranks of a group.
 ///
-/// Call [`DataParallel::begin_last_micro_batch`] before the last micro-batch's forward pass and
-/// [`DataParallel::finish`] after its backward pass. The losses are already divided by the global
-/// number of targets, so the plain sum, in the accumulators' own dtype (FP32, or FP64), is the
-/// gradient of the global batch. Buckets are issued in one fixed order on every rank, whatever the
-/// order in which they become ready, so runs are bit-equal.
+/// Call [`DataParallel::begin_step`] at the begin of a step, [`DataParallel::begin_last_pass`]
+/// before the backward passes that complete gradients, and [`DataParallel::finish`] after them. The
+/// losses are already divided by the global number of targets, so the plain sum, in the
+/// accumulators' own dtype (FP32, or FP64), is the gradient of the global batch. Buckets are issued
+/// in one fixed order on every rank, whatever the order in which they become ready, so runs are
+/// bit-equal.
 pub struct DataParallel {
     state: Arc<Mutex<State>>,
 }
@@ -29,7 +30,8 @@ struct State {
     bucket_of: Vec<usize>,
     /// Buckets before this one have been issued.
     next: usize,
-    armed: bool,
+    /// Whether the next backward pass through a parameter is the step's last.
+    is_last: Vec<bool>,
     /// Of what this rank adds.
     squares: Squares,
     /// What the hook failed with: libtorch makes a text of it.
@@ -76,9 +78,9 @@ impl DataParallel {
         let state = State {
             comm,
             buckets,
-            bucket_of,
             next: 0,
-            armed: false,
+            is_last: vec![false; bucket_of.len()],
+            bucket_of,
             squares: Squares::new(false),
             failure: None,
         };
@@ -98,17 +100,27 @@ impl DataParallel {
         Ok(DataParallel { state })
     }
 
-    /// From here on, a bucket whose gradients are all ready is reduced at once. Every rank must
-    /// call it, or none.
-    pub fn begin_last_micro_batch(&self) {
+    /// Begins a step, whose gradients are zero so far.
+    pub fn begin_step(&self) {
         let mut state = lock(&self.state);
         state.next = 0;
-        state.armed = true;
+        state.is_last.fill(false);
         state.squares.clear();
         for pending in &mut state.buckets {
             pending.missing.fill(true);
             pending.num_missing = pending.missing.len();
             pending.work = None;
+        }
+    }
+
+    /// The next backward pass completes the gradients of these parameters: a bucket that has all of
+    /// its own is reduced at once.
+    pub fn begin_last_pass(&self, parameters: &[usize]) {
+        let mut state = lock(&self.state);
+        for &parameter in parameters {
+            if let Some(is_last) = state.is_last.get_mut(parameter) {
+                *is_last = true;
+            }
         }
     }
 
@@ -119,11 +131,7 @@ impl DataParallel {
     /// What a reduction failed with; the gradients are worth nothing then.
     pub fn finish(&self) -> Result<()> {
         let mut state = lock(&self.state);
-        if !state.armed {
-            state.next = 0;
-            state.squares.clear();
-        }
-        state.armed = false;
+        state.is_last.fill(false);
         while state.next < state.buckets.len() {
             state.issue()?;
         }
@@ -166,7 +174,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl State {
     fn ready(&mut self, index: usize) -> Result<(), CommError> {
-        if !self.armed {
+        if !self.is_last.get(index).copied().unwrap_or(false) {
             return Ok(());
         }
         let Some(&bucket) = self.bucket_of.get(index) else { return Ok(()) };

@@ -23,6 +23,8 @@ mod slices;
 mod slot;
 mod squares;
 mod tensor;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 mod worker;
 

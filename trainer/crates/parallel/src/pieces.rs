@@ -16,6 +16,26 @@ pub(crate) fn stages(config: &RunConfig, stage: usize) -> Vec<Stage> {
     own.map(|ChunkSpan { embedding, blocks, head, .. }| Stage { embedding, blocks, head }).collect()
 }
 
+/// The parameters whose gradients the last backward pass of each piece completes. Those of a tied
+/// embedding that belongs to two pieces are complete after that of the first, which comes last.
+pub(crate) fn parameters_of(stages: &[Stage], held: &[LocalParameter]) -> Vec<Vec<usize>> {
+    let piece_of = |place: Place| {
+        let has = |is: &dyn Fn(&Stage) -> bool| stages.iter().position(is);
+        match place {
+            Place::Embedding => has(&|stage| stage.embedding).or_else(|| has(&|stage| stage.head)),
+            Place::Block(layer) => has(&|stage| stage.blocks.contains(&layer)),
+            Place::Head => has(&|stage| stage.head),
+        }
+    };
+    let mut parameters = vec![Vec::new(); stages.len()];
+    for (index, local) in held.iter().enumerate() {
+        if let Some(piece) = piece_of(local.spec.place) {
+            parameters[piece].push(index);
+        }
+    }
+    parameters
+}
+
 /// What a rank holds of the parameters of its pieces.
 pub(crate) fn held(
     config: &RunConfig,

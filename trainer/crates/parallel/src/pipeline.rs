@@ -116,7 +116,7 @@ impl<'a> Stage<'a> {
             {
                 self.send(message, tensor)?;
             }
-            self.sent.retain(|(work, _)| !work.is_done());
+            self.let_go()?;
         }
         for (work, _) in std::mem::take(&mut self.sent) {
             work.wait()?;
@@ -163,6 +163,17 @@ impl<'a> Stage<'a> {
         let tensor = tensor.f_contiguous().map_err(ShimError::from)?;
         let work = self.group()?.send(&tensor, message.to, message.tag())?;
         self.sent.push((work, tensor));
+        Ok(())
+    }
+
+    /// Lets the tensors go of messages that are through. One that failed names the peer: what comes
+    /// after it may only say that nothing came back.
+    fn let_go(&mut self) -> Result<()> {
+        let is_over = |(work, _): &(Work, Tensor)| work.is_done();
+        let (over, under_way) = std::mem::take(&mut self.sent).into_iter().partition(is_over);
+        self.sent = under_way;
+        let over: Vec<(Work, Tensor)> = over;
+        over.into_iter().try_for_each(|(work, _)| work.wait())?;
         Ok(())
     }
 

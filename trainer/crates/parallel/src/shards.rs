@@ -5,7 +5,8 @@
 //! Gradients are reduce-scattered unit by unit while backward goes on; with the level `gradients`
 //! only the owned piece is kept between micro-batches, with `parameters` only that of the weights
 //! too, which are gathered one unit ahead of need. The units of embedding and head stay gathered
-//! through a step.
+//! through a step. Where other ranks own the same elements, a unit's last sum goes on over these
+//! while backward goes on.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,11 +53,9 @@ struct State {
     copies: Option<Arc<dyn Communicator>>,
     policy: Policy,
     compute: Kind,
-    owned_grad: Tensor,
     units: Vec<Unit>,
     unit_of: Vec<usize>,
     reducing: VecDeque<usize>,
-    armed: bool,
     /// Of what this rank adds.
     squares: Squares,
     failure: Failure,
@@ -74,10 +73,23 @@ struct Unit {
     gathered: bool,
     gathering: Option<(Work, Tensor)>,
     has_grad: bool,
-    reducing: Option<(Work, Tensor)>,
+    reducing: Option<Reducing>,
     reduced: bool,
+    /// Whether the next backward pass through it is the step's last.
+    is_last: bool,
+    /// Whether what is owned has been given to the sum over the copies, and that sum.
+    is_copied: bool,
+    copying: Option<Work>,
     /// Graphs alive that will read the weights again.
     users: usize,
+}
+
+/// A unit's gradients on their way to the ranks that own them.
+struct Reducing {
+    work: Work,
+    sum: Tensor,
+    /// Whether nothing of this step comes after it.
+    is_last: bool,
 }
 
 impl Shards {
@@ -117,6 +129,9 @@ impl Shards {
                 has_grad: !policy.cuts_gradients(),
                 reducing: None,
                 reduced: false,
+                is_last: false,
+                is_copied: false,
+                copying: None,
                 users: 0,
             });
         }
@@ -125,11 +140,9 @@ impl Shards {
             copies,
             policy,
             compute: set.compute_kind(),
-            owned_grad: set.owned_grad().shallow_clone(),
             units,
             unit_of,
             reducing: VecDeque::new(),
-            armed: false,
             squares: Squares::new(policy.keeps_squares),
             failure,
         };
@@ -145,10 +158,10 @@ impl Shards {
     /// Begins a step: gradients are zero.
     pub(crate) fn begin_step(&self) -> Result<()> {
         let mut state = lock(&self.0);
-        state.armed = false;
         state.squares.clear();
         for unit in &mut state.units {
-            unit.reduced = false;
+            (unit.reduced, unit.is_last) = (false, false);
+            (unit.is_copied, unit.copying) = (false, None);
             unit.missing.fill(true);
             if unit.has_grad {
                 let _ = unit.grad.tensor().shallow_clone().f_zero_().map_err(ShimError::from)?;
@@ -157,12 +170,16 @@ impl Shards {
         Ok(())
     }
 
-    /// From here on, a unit whose gradients are all ready is reduced at once, where it is not with
-    /// each micro-batch anyway.
-    pub(crate) fn begin_last_micro_batch(&self) {
+    /// The next backward pass completes the gradients of these parameters: a unit that has all of
+    /// its own is reduced at once, where it is not with each micro-batch anyway.
+    pub(crate) fn begin_last_pass(&self, parameters: &[usize]) {
         let mut state = lock(&self.0);
-        state.armed = true;
-        state.units.iter_mut().for_each(|unit| unit.missing.fill(true));
+        for &parameter in parameters {
+            let index = state.unit_of[parameter];
+            let unit = &mut state.units[index];
+            unit.is_last = true;
+            unit.missing.fill(true);
+        }
     }
 
     /// Reduces what is left and waits for all: then what is owned has the sums over all ranks.
@@ -180,8 +197,11 @@ impl Shards {
         while let Some(index) = state.reducing.pop_front() {
             state.complete(index)?;
         }
-        if let Some(copies) = &state.copies {
-            copies.all_reduce(&state.owned_grad, ReduceOp::Sum)?.wait()?;
+        (0..state.units.len()).rev().try_for_each(|index| state.begin_copying(index))?;
+        for index in 0..state.units.len() {
+            if let Some(work) = state.units[index].copying.take() {
+                state.kept(work.wait())?;
+            }
         }
         if state.policy.cuts_weights() {
             state.release_all()?;
@@ -376,11 +396,12 @@ impl State {
 
     /// A parameter's gradient is complete for the graphs alive.
     fn ready(&mut self, parameter: usize) -> ShimResult<()> {
-        if !self.armed && !self.policy.cuts_gradients() {
+        let index = self.unit_of[parameter];
+        let cuts_gradients = self.policy.cuts_gradients();
+        let unit = &mut self.units[index];
+        if !unit.is_last && !cuts_gradients {
             return Ok(());
         }
-        let index = self.unit_of[parameter];
-        let unit = &mut self.units[index];
         unit.missing[parameter - unit.first] = false;
         if unit.missing.iter().any(|&missing| missing) {
             return Ok(());
@@ -397,11 +418,16 @@ impl State {
             }
         }
         let unit = &self.units[index];
+        if unit.is_copied {
+            let text = "a unit's gradients came after their sum over the copies".to_owned();
+            return Err(ShimError::Invalid(text));
+        }
+        let is_last = unit.is_last;
         self.squares.add(unit.grad.tensor())?;
         let sum = unit.owned_grad.f_empty_like()?;
         let work = self.shard.reduce_scatter(&sum, unit.grad.tensor(), ReduceOp::Sum);
         let work = self.kept(work)?;
-        self.units[index].reducing = Some((work, sum));
+        self.units[index].reducing = Some(Reducing { work, sum, is_last });
         self.units[index].reduced = true;
         self.reducing.push_back(index);
         Ok(())
@@ -409,7 +435,8 @@ impl State {
 
     /// Waits for a unit's sums and adds them to what is owned.
     fn complete(&mut self, index: usize) -> ShimResult<()> {
-        let Some((work, sum)) = self.units[index].reducing.take() else { return Ok(()) };
+        let Some(reducing) = self.units[index].reducing.take() else { return Ok(()) };
+        let Reducing { work, sum, is_last } = reducing;
         self.kept(work.wait())?;
         let unit = &mut self.units[index];
         let _ = unit.owned_grad.f_add_(&sum)?;
@@ -417,6 +444,16 @@ impl State {
             unit.grad.release()?;
             unit.has_grad = false;
         }
+        if is_last { self.begin_copying(index) } else { Ok(()) }
+    }
+
+    /// Begins to sum what is owned of a unit over the ranks that own the same, once a step.
+    fn begin_copying(&mut self, index: usize) -> ShimResult<()> {
+        let unit = &self.units[index];
+        let Some(copies) = self.copies.as_ref().filter(|_| !unit.is_copied) else { return Ok(()) };
+        let work = self.kept(copies.all_reduce(&unit.owned_grad, ReduceOp::Sum))?;
+        let unit = &mut self.units[index];
+        (unit.is_copied, unit.copying) = (true, Some(work));
         Ok(())
     }
 }

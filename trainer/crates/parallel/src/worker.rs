@@ -23,7 +23,7 @@ use crate::data::Data;
 use crate::error::{ParallelError, Result};
 use crate::failure::Failure;
 use crate::groups::{Groups, tensor_place};
-use crate::pieces::{held, stages};
+use crate::pieces::{held, parameters_of, stages};
 use crate::pipeline::{Batch, Boundary};
 use crate::shards::Shards;
 use crate::tensor::TensorGroup;
@@ -47,6 +47,8 @@ pub struct Worker {
     pub groups: Groups,
     /// The chunks of the model that this rank's pipeline stage holds.
     chunks: Vec<Llama>,
+    /// The parameters of each.
+    parameters_of: Vec<Vec<usize>>,
     pipeline: run_config::Pipeline,
     /// Whether the stream between chunks is cut along the sequence, over how many ranks.
     stream_parts: usize,
@@ -82,6 +84,7 @@ impl Worker {
         // 4. Sequence, context and recomputation: how each layer's graph is built.
         let builder = builder(config, &groups, place, &failure, data.shards(&params, &held));
         let builder: Arc<dyn LayerBuilder> = Arc::new(builder);
+        let parameters_of = parameters_of(&stages, &held);
         let chunk = |stage| Llama::new(model, stage, &params, builder.clone(), num_positions);
         let chunks = stages.into_iter().map(chunk).collect::<Result<_, _>>()?;
         Ok(Self {
@@ -92,6 +95,7 @@ impl Worker {
             held,
             groups,
             chunks,
+            parameters_of,
             data,
             failure,
         })
@@ -127,16 +131,10 @@ impl Worker {
         let actions = schedule.actions(self.stage());
         let stage = self.at_work(schedule, &batches, (scale, true))?;
         stage.run(&actions, &batches, |action| {
-            if self.is_last(action, passes.len()) {
-                self.data.begin_last_micro_batch();
+            if completes(action) && action.micro_batch() + 1 == passes.len() {
+                self.data.begin_last_pass(&self.parameters_of[action.chunk()]);
             }
         })
-    }
-
-    /// Whether an action completes gradients one by one, so that their sums can begin.
-    fn is_last(&self, action: Action, num_passes: usize) -> bool {
-        let completes = matches!(action, Action::Backward { .. } | Action::BackwardWeight { .. });
-        completes && self.chunks.len() == 1 && action.micro_batch() + 1 == num_passes
     }
 
     /// The sum of the losses of a micro-batch over this rank's targets, without gradients.
@@ -275,6 +273,12 @@ impl Worker {
     pub fn weights_changed(&self) -> Result<()> {
         self.data.weights_changed().map_err(|error| self.cause(error))
     }
+}
+
+/// Whether an action completes gradients of weights, one by one, so that their sums can begin.
+/// Micro-batches come in rising order, so that a chunk's last one is the last of its actions.
+fn completes(action: Action) -> bool {
+    matches!(action, Action::Backward { .. } | Action::BackwardWeight { .. })
 }
 
 /// What is owned of a run of the flat index space, in the buffers of what is owned.

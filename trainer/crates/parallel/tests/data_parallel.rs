@@ -36,6 +36,10 @@ fn parameters(kind: Kind) -> ParameterSet {
     set
 }
 
+fn all(set: &ParameterSet) -> Vec<usize> {
+    (0..set.len()).collect()
+}
+
 fn loss(set: &ParameterSet, first: i64, count: i64) -> Tensor {
     let tokens = Tensor::arange(SEQUENCES * SEQUENCE, (Kind::Int64, Device::Cpu));
     let tokens = (&tokens * &tokens * 7 + 3).remainder(VOCABULARY);
@@ -57,11 +61,12 @@ fn share(comm: Arc<dyn Communicator>, kind: Kind, bucket_bytes: usize) -> (Vec<f
     let mut total = [0.0];
     for _step in 0..2 {
         set.zero_grad().unwrap();
+        data_parallel.begin_step();
         total = [0.0];
         let mine = SEQUENCES / size;
         for sequence in rank * mine..(rank + 1) * mine {
             if sequence + 1 == (rank + 1) * mine {
-                data_parallel.begin_last_micro_batch();
+                data_parallel.begin_last_pass(&all(&set));
             }
             let loss = loss(&set, sequence, 1);
             autograd::backward(&[&loss], &[]).unwrap();
@@ -118,7 +123,8 @@ fn a_dead_rank_is_an_error_of_the_step() {
     let comm: Arc<dyn Communicator> = Arc::new(group.pop().unwrap());
     let set = parameters(Kind::Float);
     let data_parallel = DataParallel::new(&set, comm, 1).unwrap();
-    data_parallel.begin_last_micro_batch();
+    data_parallel.begin_step();
+    data_parallel.begin_last_pass(&all(&set));
     let backward = autograd::backward(&[&loss(&set, 0, 1)], &[]);
     let error = backward
         .err()

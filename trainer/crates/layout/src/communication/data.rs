@@ -40,9 +40,11 @@ impl Counter<'_> {
             let scatter = (Operation::ReduceScatter, Group::Shard);
             self.add(scatter, (size, state), times, "sum a unit's gradients");
         }
-        let owned = self.held.num_elements() / self.mesh.degree(Axis::Shard) as u64;
-        let reduce = (Operation::AllReduce, Group::Copies);
-        self.add(reduce, (owned, state), 1, "sum the owned gradients over the copies");
+        for size in sizes {
+            let owned = size / self.mesh.degree(Axis::Shard) as u64;
+            let reduce = (Operation::AllReduce, Group::Copies);
+            self.add(reduce, (owned, state), 1, "sum a unit's owned gradients over the copies");
+        }
     }
 
     /// Gradients of which each rank has only a summand, of what it owns of them.
