@@ -1,6 +1,5 @@
 //! In tensor parallelism the sum of an input's gradient goes on while the weight's gradient is
 //! made.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
