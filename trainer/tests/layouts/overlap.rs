@@ -16,9 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Where rank 0 is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
-    HasNoSum,
-    HasIssuedSum,
-    HasGoneOn,
+    NoSum,
+    SumIssued,
+    GoneOn,
 }
 
 /// What the ranks know of each other.
@@ -37,9 +37,9 @@ impl Holding {
         if call.rank == 0 {
             let mut progress = self.progress.lock().unwrap();
             *progress = match *progress {
-                Progress::HasNoSum if is_sum => Progress::HasIssuedSum,
+                Progress::NoSum if is_sum => Progress::SumIssued,
                 // Those of tensor parallelism are within the backward pass of a block.
-                Progress::HasIssuedSum if call.group == "tensor-0" => Progress::HasGoneOn,
+                Progress::SumIssued if call.group == "tensor-0" => Progress::GoneOn,
                 other => other,
             };
             self.changed.notify_all();
@@ -54,7 +54,7 @@ impl Holding {
             return;
         }
         let progress = self.progress.lock().unwrap();
-        let stays = |progress: &mut Progress| *progress != Progress::HasGoneOn;
+        let stays = |progress: &mut Progress| *progress != Progress::GoneOn;
         let waited = self.changed.wait_timeout_while(progress, PATIENCE, stays).unwrap().1;
         self.outcomes.lock().unwrap()[usize::from(!waited.timed_out())].push(rank);
     }
@@ -66,7 +66,7 @@ fn check(layouts: &[&str], sums: (&'static str, &'static str)) {
         let config = config(&["model.layers=8", layout]);
         let holding = Arc::new(Holding {
             sums,
-            progress: Mutex::new(Progress::HasNoSum),
+            progress: Mutex::new(Progress::NoSum),
             changed: Condvar::new(),
             outcomes: Mutex::default(),
         });
