@@ -2,13 +2,18 @@
 //! needed.
 //!
 //! In the group that sums, all ranks but rank 0 hold their first sum back until rank 0, which has
-//! issued its own, goes on to another operation of its backward pass. Where a sum is issued after
-//! the backward pass, or waited for at once, they hold in vain.
+//! issued its own, goes on with its backward pass. Where a sum is issued after the backward pass,
+//! or waited for at once, they hold in vain.
+//!
+//! That rank 0 goes on shows in an operation of tensor parallelism, or by another sum in gradients
+//! that were not there at the first: deferred gradients of weights need no other rank.
 
 use crate::harness::{Meeting, config, on_ranks_of, step};
 use crate::tapped::Call;
+use run_config::ShardLevel;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
+use torch_shim::tch::Tensor;
 
 /// How long the others hold.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -27,6 +32,8 @@ struct Holding {
     sums: (&'static str, &'static str),
     progress: Mutex<Progress>,
     changed: Condvar,
+    /// The gradients of rank 0, where they have their memory all along, and those at its first sum.
+    gradients: Mutex<[Vec<Tensor>; 2]>,
     /// Ranks that held in vain, and those that did not.
     outcomes: Mutex<[Vec<usize>; 2]>,
 }
@@ -37,7 +44,12 @@ impl Holding {
         if call.rank == 0 {
             let mut progress = self.progress.lock().unwrap();
             *progress = match *progress {
-                Progress::NoSum if is_sum => Progress::SumIssued,
+                Progress::NoSum if is_sum => {
+                    let [gradients, first] = &mut *self.gradients.lock().unwrap();
+                    *first = gradients.iter().map(Tensor::copy).collect();
+                    Progress::SumIssued
+                }
+                Progress::SumIssued if is_sum && self.has_more_gradients() => Progress::GoneOn,
                 // Those of tensor parallelism are within the backward pass of a block.
                 Progress::SumIssued if call.group == "tensor-0" => Progress::GoneOn,
                 other => other,
@@ -46,6 +58,11 @@ impl Holding {
         } else if is_sum {
             self.hold(call.rank);
         }
+    }
+
+    fn has_more_gradients(&self) -> bool {
+        let [gradients, first] = &*self.gradients.lock().unwrap();
+        gradients.iter().zip(first).any(|(now, then)| !now.equal(then))
     }
 
     fn hold(&self, rank: usize) {
@@ -68,6 +85,7 @@ fn check(layouts: &[&str], sums: (&'static str, &'static str)) {
             sums,
             progress: Mutex::new(Progress::NoSum),
             changed: Condvar::new(),
+            gradients: Mutex::default(),
             outcomes: Mutex::default(),
         });
         let heard = holding.clone();
@@ -75,7 +93,14 @@ fn check(layouts: &[&str], sums: (&'static str, &'static str)) {
             heard.hear(call);
             None
         }));
+        let shard = &config.parallelism.shard;
+        let has_memory = shard.ranks == 1 || shard.level == ShardLevel::Optimizer;
         on_ranks_of(&meeting, &config, |member| {
+            if has_memory && member.worker.groups.rank == 0 {
+                let units = member.worker.params.units().iter();
+                holding.gradients.lock().unwrap()[0] =
+                    units.map(|unit| unit.grad.tensor().shallow_clone()).collect();
+            }
             step(&config, member, 0);
         });
         let [vain, fine] = &*holding.outcomes.lock().unwrap();
@@ -84,35 +109,35 @@ fn check(layouts: &[&str], sums: (&'static str, &'static str)) {
     }
 }
 
-/// Forms of pipeline, by what comes between the braces. Not zero-bubble: its last weight gradients
-/// are made without another rank, so that no operation tells how far they are.
-const PIPELINES: [&str; 3] = [
+/// Each form of pipeline, by what comes between the braces.
+const PIPELINES: [&str; 5] = [
     "stages: 1",
     "stages: 2, schedule: 1f1b",
     "stages: 2, schedule: interleaved-1f1b, virtual_stages: 2",
+    "stages: 2, schedule: zero-bubble",
+    "stages: 2, schedule: zero-bubble, virtual_stages: 2",
 ];
 
-fn in_pipelines(data: &str) -> Vec<String> {
-    let of = |pipeline| format!("parallelism={{tensor: 2, pipeline: {{{pipeline}}}, {data}}}");
-    PIPELINES.map(of).to_vec()
-}
-
 #[track_caller]
-fn check_in_pipelines(data: &str, sums: (&'static str, &'static str)) {
-    let layouts = in_pipelines(data);
+fn check_in(pipelines: &[&str], data: &str, sums: (&'static str, &'static str)) {
+    let of = |pipeline| format!("parallelism={{tensor: 2, pipeline: {{{pipeline}}}, {data}}}");
+    let layouts: Vec<String> = pipelines.iter().map(of).collect();
     check(&layouts.iter().map(String::as_str).collect::<Vec<_>>(), sums);
 }
 
 #[test]
 fn sums_of_replicas() {
-    check_in_pipelines("replicate: 2", ("data-0", "all_reduce"));
+    check_in(&PIPELINES, "replicate: 2", ("data-0", "all_reduce"));
 }
 
 #[test]
 fn sums_of_shards() {
-    for level in ["optimizer", "gradients", "parameters"] {
-        let shard = format!("shard: {{ranks: 2, level: {level}}}");
-        check_in_pipelines(&shard, ("shard-0", "reduce_scatter"));
+    let sums = ("shard-0", "reduce_scatter");
+    check_in(&PIPELINES, "shard: {ranks: 2, level: optimizer}", sums);
+    // Gradients that are cut are summed whenever no graph is alive. Deferred ones do not show: they
+    // need no other rank, and have no memory that stays.
+    for level in ["gradients", "parameters"] {
+        check_in(&PIPELINES[..3], &format!("shard: {{ranks: 2, level: {level}}}"), sums);
     }
 }
 
