@@ -25,6 +25,8 @@ pub struct Limits {
     pub join: Duration,
     /// Time in which a dead node's place is kept for another agent of its name.
     pub preference: Duration,
+    /// How long spares wait, before the first generation, for nodes that come before them.
+    pub late: Duration,
 }
 
 impl Limits {
@@ -36,6 +38,7 @@ impl Limits {
             dead: Duration::from_secs(5),
             join: Duration::from_secs(600),
             preference: Duration::from_secs(1),
+            late: Duration::from_secs(5),
         }
     }
 }
@@ -323,7 +326,10 @@ impl Members {
     pub fn next_seek(&self, now: Instant) -> Option<Instant> {
         let Search { since, fewer, .. } = self.search?;
         let end = since + self.limits.join;
-        let next = [since + self.limits.preference, fewer].into_iter().filter(|at| *at > now).min();
+        let next = [since + self.limits.preference, since + self.limits.late, fewer]
+            .into_iter()
+            .filter(|at| *at > now)
+            .min();
         Some(next.map_or(end, |next| next.min(end)))
     }
 
@@ -336,9 +342,8 @@ impl Members {
             return Seek::Waiting;
         }
         self.next_look = self.next_seek(now);
-        let is_anyone_welcome =
-            now.saturating_duration_since(search.since) >= self.limits.preference;
-        let places = self.fill(is_anyone_welcome).or_else(|| {
+        let sought = now.saturating_duration_since(search.since);
+        let places = self.fill(sought).or_else(|| {
             let size = self.room()?;
             let will_do = size.ranks >= search.ranks || now >= search.fewer;
             will_do.then(|| self.fill_fewer(size)).flatten()
@@ -374,7 +379,7 @@ impl Members {
 
     /// Every place with a node that is alive, where that is possible. A suspected node is waited
     /// for: it will soon be the one or the other.
-    fn fill(&self, is_anyone_welcome: bool) -> Option<Vec<NodeId>> {
+    fn fill(&self, sought: Duration) -> Option<Vec<NodeId>> {
         // Looked at after each of thousands that join.
         if (0..self.members.len()).filter(|node| self.is_well(*node)).count() < self.places.len() {
             return None;
@@ -394,7 +399,7 @@ impl Members {
                 .iter()
                 .position(|node| self.members[*node].info.name == *name)
                 .map(|at| free.remove(at));
-            if place.is_none() && !is_anyone_welcome {
+            if place.is_none() && sought < self.limits.preference {
                 return None;
             }
         }
@@ -406,7 +411,7 @@ impl Members {
             self.members[*node].info.index.is_some_and(|index| index >= filled.len() as u64)
         };
         // Who was meant to have its place may be a moment late.
-        let may_come = is_first && !is_anyone_welcome && filled.iter().any(is_spare);
+        let may_come = is_first && sought < self.limits.late && filled.iter().any(is_spare);
         (!may_come).then_some(filled)
     }
 

@@ -68,7 +68,7 @@ fn a_spare_that_is_early_waits_a_moment_for_those_before_it() {
         nodes.join_at("spare", Some(2));
         nodes.join_at("b", Some(1));
         assert_eq!(nodes.seek(), Seek::Waiting);
-        nodes.after(0.9, &[]);
+        nodes.after(4.9, &[0, 1]);
         let expected = match is_late {
             true => vec![1, 0],
             false => {
@@ -76,7 +76,7 @@ fn a_spare_that_is_early_waits_a_moment_for_those_before_it() {
                 vec![2, 1]
             }
         };
-        nodes.after(if is_late { 0.1 } else { 0.0 }, &[]);
+        nodes.after(if is_late { 0.1 } else { 0.0 }, &[0, 1]);
         assert_eq!(nodes.found(), Seek::Found(expected));
     }
 }
