@@ -344,7 +344,8 @@ impl Members {
         self.next_look = self.next_seek(now);
         let sought = now.saturating_duration_since(search.since);
         let places = self.fill(sought).or_else(|| {
-            let size = self.room()?;
+            // Where there is room for all, that some wait for others has been decided.
+            let size = self.room().filter(|size| size.nodes < self.places.len())?;
             let will_do = size.ranks >= search.ranks || now >= search.fewer;
             will_do.then(|| self.fill_fewer(size)).flatten()
         });
