@@ -251,6 +251,31 @@ fn a_new_coordinator_starts_again_where_ranks_are_missing() {
     sandbox.assert_nothing_left();
 }
 
+/// An agent that died with its coordinator, as on the head node that is started anew, has no ranks
+/// left: nothing is to be waited for once it is back.
+#[test]
+fn a_new_coordinator_does_not_wait_for_ranks_that_are_gone_where_all_nodes_are_back() {
+    let sandbox = sandbox().env("FAKE_STEP_MS", 150);
+    let killed = coordinator(&sandbox);
+    let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_step(7);
+    killed.signal(Signal::KILL);
+    second.signal(Signal::KILL);
+    drop((killed, second));
+    let since = Instant::now();
+    let coordinator = new_coordinator(&sandbox);
+    let second = agent(&sandbox, "b");
+    sandbox.wait_for(|status| status["generation"] == 2);
+    assert!(since.elapsed() < Duration::from_secs(7), "{:?}", since.elapsed());
+    let (_, stderr) = coordinator.expect(0);
+    assert!(stderr.contains("are back, without all of its ranks"), "{stderr}");
+    for agent in [first, second] {
+        agent.expect(0);
+    }
+    assert_all_steps(&sandbox);
+    sandbox.assert_nothing_left();
+}
+
 #[test]
 fn a_signal_to_one_node_stops_the_run() {
     let sandbox = sandbox().env("FAKE_STEP_MS", 50);

@@ -160,6 +160,11 @@ impl Members {
         self.members.get(node).is_some_and(|member| member.health != Health::Dead)
     }
 
+    /// The node of this name that is not dead.
+    pub fn alive_named(&self, name: &str) -> Option<NodeId> {
+        (0..self.members.len()).find(|&at| self.is_alive(at) && self.members[at].info.name == name)
+    }
+
     /// An agent wants to join.
     pub fn join(&mut self, info: NodeInfo, now: Instant) -> Joined {
         if self.members.iter().any(|m| m.is_replaced && m.info.agent == info.agent) {

@@ -19,24 +19,8 @@ impl Nodes {
         expected: &Adopt,
     ) -> Option<(Vec<NodeId>, Vec<RankHandle>, Vec<Outcome>)> {
         let generation = self.adopting?;
-        let node_of = |name: &String| {
-            self.running.keys().copied().find(|node| {
-                self.members.is_alive(*node)
-                    && self.members.info(*node).is_some_and(|info| info.name == *name)
-            })
-        };
-        let nodes: Vec<NodeId> = expected.nodes.iter().map(node_of).collect::<Option<_>>()?;
-        let num_ranks = expected.num_ranks;
-        let size = self.plan.sizes.of_ranks(num_ranks)?;
-        let per_node = self.plan.ranks_per_node;
-        let has_its_ranks = |(place, node): (usize, &NodeId)| {
-            let Some(running) = self.running.get(node) else { return false };
-            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
-            ranks.extend(&running.exited);
-            ranks.sort_unstable();
-            ranks.into_iter().eq(place * per_node..num_ranks.min((place + 1) * per_node))
-        };
-        if nodes.len() != size.nodes || !nodes.iter().enumerate().all(has_its_ranks) {
+        let (nodes, num_ranks) = (self.back(expected)?, expected.num_ranks);
+        if !self.have_their_ranks(&nodes, num_ranks) {
             return None;
         }
         self.adopting = None;
@@ -50,6 +34,33 @@ impl Nodes {
             }
         }
         Some((nodes, handles, outcomes))
+    }
+
+    /// Whether all nodes of the generation are back, and not with all of its ranks: then it is no
+    /// use to wait on, because an agent says what it runs when it joins.
+    pub fn is_in_vain(&self, expected: &Adopt) -> bool {
+        let nodes = self.back(expected).filter(|_| self.adopting.is_some());
+        nodes.is_some_and(|nodes| !self.have_their_ranks(&nodes, expected.num_ranks))
+    }
+
+    /// The nodes of the generation, by place, once all of them are back.
+    fn back(&self, expected: &Adopt) -> Option<Vec<NodeId>> {
+        expected.nodes.iter().map(|name| self.members.alive_named(name)).collect()
+    }
+
+    /// Whether each of these nodes runs the ranks of its place, or knows how they ended.
+    fn have_their_ranks(&self, nodes: &[NodeId], num_ranks: usize) -> bool {
+        let per_node = self.plan.ranks_per_node;
+        let has_its_ranks = |(place, node): (usize, &NodeId)| {
+            let Some(running) = self.running.get(node) else { return false };
+            let mut ranks: Vec<usize> = running.ranks.iter().map(|(rank, _)| *rank).collect();
+            ranks.extend(&running.exited);
+            ranks.sort_unstable();
+            ranks.into_iter().eq(place * per_node..num_ranks.min((place + 1) * per_node))
+        };
+        let size = self.plan.sizes.of_ranks(num_ranks);
+        size.is_some_and(|size| size.nodes == nodes.len())
+            && nodes.iter().enumerate().all(has_its_ranks)
     }
 
     /// Ends the ranks that were expected: not all of them are there.

@@ -355,7 +355,7 @@ impl Head {
             self.handle(Event::Adopted { committed: self.committed, num_ranks }, now, log);
             return self.take_outcomes(outcomes, now, log);
         }
-        if now < until {
+        if now < until && !self.nodes.is_in_vain(&adopt) {
             return;
         }
         self.adopt = None;

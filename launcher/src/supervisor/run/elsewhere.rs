@@ -290,14 +290,25 @@ impl Executor {
             }
             return self.update_status();
         }
-        if Instant::now() < until {
+        let in_vain = elsewhere.nodes.is_in_vain(adopt);
+        if Instant::now() < until && !in_vain {
             return;
         }
         elsewhere.adopt_until = None;
         elsewhere.nodes.abandon();
         let asked_by = elsewhere.asked_by.take();
-        let seconds = ADOPTION.as_secs();
-        tracing::warn!("not all ranks of the last generation were found within {seconds} s");
+        let found = match in_vain {
+            true => {
+                "all nodes of the last generation are back, without all of its ranks".to_owned()
+            }
+            false => {
+                format!(
+                    "not all ranks of the last generation were found in {} s",
+                    ADOPTION.as_secs()
+                )
+            }
+        };
+        tracing::warn!("{found}");
         if committed.is_none() && !self.plan.may_begin {
             let reason = "the ranks are gone, and nothing was saved; `--from-start` begins again \
                           from the initial weights";
