@@ -5,14 +5,15 @@
 //! and those that differ then find no message of each other's: where an operation takes long, each
 //! rank says in the store at which one it is.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use torch_shim::gloo::Store;
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Members, Result};
+use crate::whereabouts::messages_key;
 
 /// The longest wait for the store before the group's own state is looked at.
 const SLICE: Duration = Duration::from_millis(100);
@@ -61,6 +62,24 @@ impl Voice {
         CommError::Mismatch { group: self.members.group.clone(), operation, detail }
     }
 
+    /// Says that this rank has found the ranks to disagree, for those that lose it now.
+    pub(crate) fn tell(&self, verdict: &CommError) {
+        let CommError::Mismatch { group, operation, detail } = verdict else { return };
+        let text = format!("{group}\n{operation}\n{detail}");
+        if let Err(error) = self.store.set(&verdict_key(self.rank), text.as_bytes()) {
+            tracing::debug!("{}: {error}", self.members.group);
+        }
+    }
+
+    /// What a member has found so, if it has.
+    pub(crate) fn verdict_of(&self, member: usize) -> Option<CommError> {
+        let text = self.store.find(&verdict_key(member)).ok()??;
+        let text = String::from_utf8(text).ok()?;
+        let mut parts = text.splitn(3, '\n').map(str::to_string);
+        let (group, operation, detail) = (parts.next()?, parts.next()?, parts.next()?);
+        Some(CommError::Mismatch { group, operation, detail })
+    }
+
     /// Says at which operation this rank is, which takes long or has failed, and compares with the
     /// others that say so.
     ///
@@ -87,6 +106,10 @@ impl Voice {
         let detail = format!("{}, {}", self.issues(self.rank, own), differing.join(", "));
         Err(self.mismatch(number.to_string(), detail))
     }
+}
+
+fn verdict_key(member: usize) -> String {
+    format!("verdict/{member}")
 }
 
 /// `operation 7 (barrier)` in two.
@@ -173,8 +196,16 @@ impl Agreement {
 pub(crate) struct MessageAgreement {
     voice: Voice,
     check: Check,
-    /// By peer, tag and direction: what went that way, in the order of first use.
-    known: Mutex<HashMap<(usize, u32, bool), Vec<String>>>,
+    /// By peer, tag and direction.
+    known: Mutex<HashMap<(usize, u32, bool), Known>>,
+}
+
+/// What went one way.
+#[derive(Default)]
+struct Known {
+    /// Dtypes and shapes, in the order of first use.
+    list: Vec<String>,
+    count: u64,
 }
 
 impl MessageAgreement {
@@ -182,7 +213,20 @@ impl MessageAgreement {
         Self { voice, check, known: Mutex::default() }
     }
 
-    /// Compares a message to (or from) `peer`.
+    fn known(&self) -> MutexGuard<'_, HashMap<(usize, u32, bool), Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds how many messages went each way.
+    pub(crate) fn count(&self, counts: &mut BTreeMap<String, u64>) {
+        let (group, own) = (&self.voice.members.group, self.voice.rank);
+        for (&(peer, tag, is_sent), known) in self.known().iter() {
+            let (from, to) = if is_sent { (own, peer) } else { (peer, own) };
+            counts.insert(messages_key(group, from, to, tag, is_sent), known.count);
+        }
+    }
+
+    /// Compares a message to (or from) `peer`; returns how many came before it.
     ///
     /// # Errors
     /// Where the peer said that it takes (or sends) something else.
@@ -192,27 +236,29 @@ impl MessageAgreement {
         tag: u32,
         is_sent: bool,
         tensor: &Tensor,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         if self.check == Check::Off {
-            return Ok(());
+            return Ok(0);
         }
         let what = format!("{:?} {:?}", tensor.kind(), tensor.size());
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let list = known.entry((peer, tag, is_sent)).or_default();
-        if list.contains(&what) {
-            return Ok(());
+        let mut all = self.known();
+        let known = all.entry((peer, tag, is_sent)).or_default();
+        let before = known.count;
+        known.count += 1;
+        if known.list.contains(&what) {
+            return Ok(before);
         }
-        let index = list.len();
-        list.push(what.clone());
-        drop(known);
+        let index = known.list.len();
+        known.list.push(what.clone());
+        drop(all);
         let voice = &self.voice;
         let (from, to) = if is_sent { (voice.rank, peer) } else { (peer, voice.rank) };
         let side = |sent: bool| if sent { "sent" } else { "taken" };
         let key = |sent: bool| format!("message/{from}/{to}/{tag}/{index}/{}", side(sent));
         voice.store.set(&key(is_sent), what.as_bytes())?;
-        let Some(theirs) = voice.store.find(&key(!is_sent))? else { return Ok(()) };
+        let Some(theirs) = voice.store.find(&key(!is_sent))? else { return Ok(before) };
         if theirs == what.as_bytes() {
-            return Ok(());
+            return Ok(before);
         }
         let theirs = String::from_utf8_lossy(&theirs).into_owned();
         let (sent, taken) = if is_sent { (what, theirs) } else { (theirs, what) };
