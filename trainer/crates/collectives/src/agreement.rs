@@ -18,6 +18,9 @@ use crate::whereabouts::messages_key;
 /// The longest wait for the store before the group's own state is looked at.
 const SLICE: Duration = Duration::from_millis(100);
 
+/// What was not there is looked for again after so long.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// In a larger group each rank compares with one other, because all pairs would ask too much of
 /// the store.
 const ALL_PAIRS: usize = 64;
@@ -172,12 +175,17 @@ impl Agreement {
         alive: &dyn Fn(usize) -> Result<()>,
     ) -> Result<Vec<u8>> {
         let (start, voice) = (Instant::now(), &self.voice);
+        let mut look = AGAIN;
         loop {
             let error = match voice.store.get(key, SLICE) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
             alive(rank)?;
+            if start.elapsed() >= look {
+                look += AGAIN;
+                voice.verdict_of(rank).map_or(Ok(()), Err)?;
+            }
             if start.elapsed() >= self.timeout {
                 let own = voice.issues(voice.rank, operation);
                 let silent = voice.members.in_run(rank);
@@ -192,12 +200,29 @@ impl Agreement {
 
 /// Compares the single messages between two ranks, at the first of each dtype and shape.
 ///
-/// Neither waits for the other: whoever comes second sees what the first said.
+/// Neither waits for the other: whoever comes second sees what the first said, and the first looks
+/// again later.
 pub(crate) struct MessageAgreement {
     voice: Voice,
     check: Check,
     /// By peer, tag and direction.
     known: Mutex<HashMap<(usize, u32, bool), Known>>,
+    /// Of which the other has not said anything yet.
+    open: Mutex<Vec<Open>>,
+}
+
+/// One end of a message, of which the other end was not known.
+#[derive(Clone)]
+struct Open {
+    is_sent: bool,
+    /// The sender's and the receiver's number in the group.
+    between: (usize, usize),
+    what: String,
+    /// Where the other end says what it does.
+    key: String,
+    since: Instant,
+    /// When it is looked at next.
+    next: Duration,
 }
 
 /// What went one way.
@@ -210,7 +235,7 @@ struct Known {
 
 impl MessageAgreement {
     pub(crate) fn new(voice: Voice, check: Check) -> Self {
-        Self { voice, check, known: Mutex::default() }
+        Self { voice, check, known: Mutex::default(), open: Mutex::default() }
     }
 
     fn known(&self) -> MutexGuard<'_, HashMap<(usize, u32, bool), Known>> {
@@ -256,15 +281,54 @@ impl MessageAgreement {
         let side = |sent: bool| if sent { "sent" } else { "taken" };
         let key = |sent: bool| format!("message/{from}/{to}/{tag}/{index}/{}", side(sent));
         voice.store.set(&key(is_sent), what.as_bytes())?;
-        let Some(theirs) = voice.store.find(&key(!is_sent))? else { return Ok(before) };
-        if theirs == what.as_bytes() {
-            return Ok(before);
+        let (since, next) = (Instant::now(), AGAIN);
+        let open = Open { is_sent, between: (from, to), what, key: key(!is_sent), since, next };
+        if !self.is_known(&open)? {
+            self.open().push(open);
         }
-        let theirs = String::from_utf8_lossy(&theirs).into_owned();
-        let (sent, taken) = if is_sent { (what, theirs) } else { (theirs, what) };
+        Ok(before)
+    }
+
+    fn open(&self) -> MutexGuard<'_, Vec<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the other end has said what it does.
+    ///
+    /// # Errors
+    /// Where that is something else.
+    fn is_known(&self, open: &Open) -> Result<bool> {
+        let voice = &self.voice;
+        let Some(theirs) = voice.store.find(&open.key)? else { return Ok(false) };
+        if theirs == open.what.as_bytes() {
+            return Ok(true);
+        }
+        let (own, theirs) = (open.what.clone(), String::from_utf8_lossy(&theirs).into_owned());
+        let (sent, taken) = if open.is_sent { (own, theirs) } else { (theirs, own) };
+        let (from, to) = open.between;
         let (from, to) = (voice.members.in_run(from), voice.members.in_run(to));
         let detail = format!("rank {from} sends {sent}, rank {to} takes {taken}");
         let operation = format!("message from rank {from} to rank {to}");
         Err(voice.mismatch(operation, detail))
+    }
+
+    /// Looks again at what the other ends had not said, less and less often.
+    ///
+    /// # Errors
+    /// As [`MessageAgreement::compare`].
+    pub(crate) fn look_again(&self) -> Result<()> {
+        let is_due = |open: &Open| open.since.elapsed() >= open.next;
+        let due: Vec<Open> = self.open().iter().filter(|open| is_due(open)).cloned().collect();
+        for seen in due {
+            let is_known = self.is_known(&seen)?;
+            let mut all = self.open();
+            let Some(at) = all.iter().position(|open| open.key == seen.key) else { continue };
+            if is_known {
+                all.remove(at);
+            } else {
+                all[at].next *= 2;
+            }
+        }
+        Ok(())
     }
 }

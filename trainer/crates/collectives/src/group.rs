@@ -244,6 +244,9 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
 fn watch(shared: &Shared, ended: &Receiver<()>) {
     let (mut at, mut next) = (None, LONG);
     while ended.recv_timeout(LONG / 2) == Err(RecvTimeoutError::Timeout) {
+        if let Err(error @ CommError::Mismatch { .. }) = shared.messages.look_again() {
+            drop(shared.fail(&error));
+        }
         let Some((what, since)) = shared.under_way() else { continue };
         if at.as_ref() != Some(&what) {
             (at, next) = (Some(what.clone()), LONG);
@@ -279,7 +282,7 @@ fn next(shared: &Shared, jobs: &Receiver<Job>) -> Option<Job> {
 }
 
 impl Shared {
-    fn alive(&self) -> Result<()> {
+    pub(crate) fn alive(&self) -> Result<()> {
         match lock(&self.cause).as_ref() {
             None => Ok(()),
             Some(cause) => {
@@ -318,19 +321,31 @@ impl Shared {
         Some((whereabouts, Awaited { members, own: self.rank, size: self.size, what }))
     }
 
-    /// Says where a transport failed. Where the peer that it lost had found that the ranks do not
-    /// agree, this is the error, and the group's end here too.
+    /// Says where a transport failed. Where it was found here that the ranks do not agree, or by
+    /// the peer that was lost, this is the error, and the group's end.
     fn explain(&self, site: &Site, error: CommError) -> CommError {
-        let verdict = match &error {
-            CommError::Peer { peer, .. } if self.compares => self.voice.verdict_of(*peer),
+        let found = lock(&self.cause).clone();
+        let verdict = match (found, &error) {
+            (Some(found @ CommError::Mismatch { .. }), _) => Some(found),
+            (_, CommError::Peer { peer, .. }) if self.compares => self.voice.verdict_of(*peer),
             _ => None,
         };
         verdict.map_or_else(|| site.locate(error), |verdict| self.fail(&verdict))
     }
 
     /// Notes the first cause, and closes the connections so that every peer learns of it at once.
-    /// Returns the error that says more: that the ranks disagree ends an operation by an abort.
-    pub(crate) fn fail(&self, error: &CommError) -> CommError {
+    /// Returns the error that says more: that the ranks disagree ends an operation by an abort, and
+    /// all that this rank does.
+    fn fail(&self, error: &CommError) -> CommError {
+        let error = self.fail_alone(error);
+        if let (CommError::Mismatch { .. }, Some(all)) = (&error, self.whereabouts.get()) {
+            all.give_up(&error);
+        }
+        error
+    }
+
+    /// As [`Shared::fail`], of this group alone.
+    pub(crate) fn fail_alone(&self, error: &CommError) -> CommError {
         if self.compares && lock(&self.cause).is_none() {
             // Before anybody loses this rank by it.
             self.voice.tell(error);

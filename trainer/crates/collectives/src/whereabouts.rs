@@ -98,8 +98,11 @@ impl Awaited {
             }
             What::Message { peer, tag, index, is_sent } => {
                 let (from, to) = if is_sent { (own, peer) } else { (peer, own) };
-                let (sender, taker) = (self.members.in_run(from), self.members.in_run(to));
-                let words = format!("message {index} of tag {tag} from rank {sender} to {taker}");
+                let (verb, way) = if is_sent { ("send", "to") } else { ("receive", "from") };
+                let other = self.members.in_run(peer);
+                let words = format!(
+                    "the {verb} of message {index} with tag {tag} {way} rank {other}"
+                );
                 (messages_key(group, from, to, tag, !is_sent), index, words, vec![peer])
             }
         };
@@ -144,6 +147,12 @@ impl Whereabouts {
     /// From now on this group's operations count.
     pub(crate) fn enter(&self, group: Weak<Shared>) {
         self.0.state().groups.push(group);
+    }
+
+    /// The ranks do not agree: none of this one's groups can go on, and whoever waits for it in
+    /// one of them is told.
+    pub(crate) fn give_up(&self, error: &CommError) {
+        self.0.give_up(error);
     }
 
     /// The rank begins to wait.
@@ -198,18 +207,21 @@ impl Inner {
         }
     }
 
-    /// Ends all groups: no rank of the circle can go on, and whoever waits for this one is told.
-    fn give_up(&self, awaited: &Awaited, detail: String) {
-        let operation = match awaited.what {
-            What::Operation { index, .. } => format!("operation {index}"),
-            What::Message { .. } => "a message".to_string(),
-        };
-        let group = awaited.members.group.clone();
-        let error = CommError::Mismatch { group, operation, detail };
-        for group in self.groups() {
-            drop(group.fail(&error));
-        }
+    /// Ends all groups that are not dead yet.
+    fn give_up(&self, error: &CommError) {
+        let groups = self.groups();
+        let alive = groups.iter().filter(|group| group.alive().is_ok());
+        alive.for_each(|group| drop(group.fail_alone(error)));
     }
+}
+
+/// That this wait is part of a circle.
+fn mismatch(awaited: &Awaited, detail: String) -> CommError {
+    let operation = match awaited.what {
+        What::Operation { index, .. } => format!("operation {index}"),
+        What::Message { .. } => "a message".to_string(),
+    };
+    CommError::Mismatch { group: awaited.members.group.clone(), operation, detail }
 }
 
 /// Looks after the rank's waits, until its whereabouts are gone.
@@ -230,7 +242,7 @@ fn watch(whereabouts: &Weak<Inner>) {
         next *= 2;
         match inner.look(&waiting.awaited) {
             Ok(None) => {}
-            Ok(Some(detail)) => inner.give_up(&waiting.awaited, detail),
+            Ok(Some(detail)) => inner.give_up(&mismatch(&waiting.awaited, detail)),
             Err(error) => tracing::debug!("whereabouts of rank {}: {error}", inner.rank),
         }
     }
