@@ -114,6 +114,39 @@ fn path(steps: &[Step], last: usize) -> Vec<(usize, Position)> {
     path
 }
 
+/// Why a rank does nothing, as far as ranks say what they wait for: through those that wait
+/// themselves, to the first of which no wait is known. Empty where `rank` itself is such a one.
+pub(crate) fn held_up(rank: usize, read: &mut dyn FnMut(usize) -> Option<Position>) -> String {
+    /// Ranks that wait for each other in a row, at the most.
+    const MOST: usize = 8;
+    let (mut text, mut row) = (String::new(), vec![rank]);
+    while let Some(position) = row.last().and_then(|&at| read(at)).filter(|_| row.len() < MOST) {
+        let subject = if row.len() == 1 { "it".to_string() } else { "that one".to_string() };
+        let _ = write!(text, "; {subject} waits in {}", position.words);
+        let mut silent = Vec::new();
+        let mut next = None;
+        for &other in position.of.iter().filter(|other| !row.contains(other)) {
+            match read(other) {
+                None => silent.push(other.to_string()),
+                Some(theirs) if theirs.lacks(&position) => next = next.or(Some(other)),
+                Some(_) => {}
+            }
+        }
+        match next {
+            Some(next) => {
+                let _ = write!(text, " for rank {next}");
+                row.push(next);
+            }
+            None if silent.is_empty() => break,
+            None => {
+                let _ = write!(text, " for rank {}, which waits in nothing", silent.join(" or "));
+                break;
+            }
+        }
+    }
+    text
+}
+
 /// A circle in words.
 pub(crate) fn describe(circle: &[(usize, Position)]) -> String {
     let mut text = String::new();

@@ -112,11 +112,7 @@ impl Pending for OnItsWay {
         let since = Instant::now();
         self.message.wait(self.timeout).map_err(|error| match since.elapsed() < self.timeout {
             true => lost_by(self.peer, &error),
-            false => {
-                let did = if self.is_sent { "took" } else { "sent" };
-                let detail = format!("it {did} nothing in {} ms", self.timeout.as_millis());
-                CommError::lost(self.peer, format!("{detail} ({error})"))
-            }
+            false => CommError::late(self.peer, self.is_sent, self.timeout),
         })
     }
 

@@ -330,7 +330,17 @@ impl Shared {
             (_, CommError::Peer { peer, .. }) if self.compares => self.voice.verdict_of(*peer),
             _ => None,
         };
-        verdict.map_or_else(|| site.locate(error), |verdict| self.fail(&verdict))
+        if let Some(verdict) = verdict {
+            return self.fail(&verdict);
+        }
+        let located = site.locate(error);
+        match (&located, self.whereabouts.get()) {
+            (CommError::Peer { peer, is_late: true, .. }, Some(all)) => {
+                let because = all.held_up(*peer);
+                located.because(&because)
+            }
+            _ => located,
+        }
     }
 
     /// Notes the first cause, and closes the connections so that every peer learns of it at once.

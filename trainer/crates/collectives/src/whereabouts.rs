@@ -1,5 +1,6 @@
 //! What one rank does in all of its groups, said to the others where it waits for long: so that
-//! ranks which wait for each other in different groups are told so in seconds ([`crate::circle`]).
+//! ranks which wait for each other in different groups are told so in seconds ([`crate::circle`]),
+//! and a time-out says who holds up a rank that did nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ struct State {
     groups: Vec<Weak<Shared>>,
     waiting: Option<Waiting>,
     num_waits: u64,
+    /// Whether a wait has failed: what was said of it stays.
+    has_failed: bool,
 }
 
 /// A wait under way.
@@ -112,15 +115,17 @@ impl Awaited {
     }
 }
 
-/// As long as it lives, the rank waits.
+/// A wait that has begun.
 pub(crate) struct Standing {
     whereabouts: Whereabouts,
     number: u64,
 }
 
-impl Drop for Standing {
-    fn drop(&mut self) {
+impl Standing {
+    /// The wait is over, well or not.
+    pub(crate) fn over(self, is_well: bool) {
         let mut state = self.whereabouts.0.state();
+        state.has_failed |= !is_well;
         if state.waiting.as_ref().is_some_and(|waiting| waiting.number == self.number) {
             state.waiting = None;
         }
@@ -153,6 +158,11 @@ impl Whereabouts {
     /// one of them is told.
     pub(crate) fn give_up(&self, error: &CommError) {
         self.0.give_up(error);
+    }
+
+    /// Why a rank of the run does nothing, as far as it is known; nothing where it is not.
+    pub(crate) fn held_up(&self, rank: usize) -> String {
+        circle::held_up(rank, &mut |rank| self.0.read(rank).ok().flatten())
     }
 
     /// The rank begins to wait.
@@ -191,19 +201,30 @@ impl Inner {
         // None may live on here while the store is asked.
         drop(groups);
         self.store.set(&self.rank.to_string(), &position.encode())?;
-        let mut failure = None;
-        let mut read = |rank: usize| match self.store.find(&rank.to_string()) {
-            Ok(bytes) => Position::decode(&bytes?),
+        let mut failure = Ok(());
+        let mut read = |rank: usize| match self.read(rank) {
+            Ok(position) => position,
             Err(error) => {
-                failure.get_or_insert(error);
+                failure = Err(error);
                 None
             }
         };
-        let circle = circle::find(self.rank, &position, &mut read);
-        match (circle, failure) {
-            (Some(circle), _) => Ok(Some(circle::describe(&circle))),
-            (None, Some(error)) => Err(error.into()),
-            (None, None) => Ok(None),
+        match circle::find(self.rank, &position, &mut read) {
+            Some(circle) => Ok(Some(circle::describe(&circle))),
+            None => failure.map(|()| None),
+        }
+    }
+
+    /// What a rank has said last; nothing where it has taken that back.
+    fn read(&self, rank: usize) -> Result<Option<Position>> {
+        let said = self.store.find(&rank.to_string())?;
+        Ok(said.and_then(|bytes| Position::decode(&bytes)))
+    }
+
+    /// The rank goes on: what it said of a wait is no longer so.
+    fn take_back(&self) {
+        if let Err(error) = self.store.set(&self.rank.to_string(), b"") {
+            tracing::debug!("whereabouts of rank {}: {error}", self.rank);
         }
     }
 
@@ -227,10 +248,20 @@ fn mismatch(awaited: &Awaited, detail: String) -> CommError {
 /// Looks after the rank's waits, until its whereabouts are gone.
 fn watch(whereabouts: &Weak<Inner>) {
     let (mut at, mut next) = (0, LONG);
+    // The wait that was told of.
+    let mut told = None;
     loop {
         std::thread::sleep(LOOK);
         let Some(inner) = whereabouts.upgrade() else { return };
-        let waiting = inner.state().waiting.clone();
+        let (waiting, has_failed) = {
+            let state = inner.state();
+            (state.waiting.clone(), state.has_failed)
+        };
+        let number = waiting.as_ref().map(|waiting| waiting.number);
+        if told.is_some() && told != number && !has_failed {
+            inner.take_back();
+            told = None;
+        }
         let Some(waiting) = waiting else { continue };
         if waiting.number != at {
             (at, next) = (waiting.number, LONG);
@@ -240,6 +271,7 @@ fn watch(whereabouts: &Weak<Inner>) {
         }
         // Less and less often, for the sake of the store.
         next *= 2;
+        told = number;
         match inner.look(&waiting.awaited) {
             Ok(None) => {}
             Ok(Some(detail)) => inner.give_up(&mismatch(&waiting.awaited, detail)),

@@ -80,7 +80,9 @@ impl Work {
             Kind::Message(pending) => pending.wait(),
             Kind::Done => Ok(()),
         };
-        drop(standing);
+        if let Some(standing) = standing {
+            standing.over(result.is_ok());
+        }
         WAITED.set(WAITED.get() + since.elapsed());
         result.map_err(|error| match self.explain {
             Some(explain) => explain(error),

@@ -53,6 +53,30 @@ fn a_circle_in_words_names_who_waits_where() {
 }
 
 #[test]
+fn who_holds_up_a_rank_is_found_through_others() {
+    let check = |positions: &[Option<Position>], expected: &str| {
+        let mut read = |rank: usize| positions.get(rank).cloned().flatten();
+        assert_eq!(held_up(0, &mut read), expected);
+    };
+    let in_a = position("a", 0, &[1, 2], &[("a", 1)]);
+    let came = position("a", 0, &[0, 1], &[("a", 1)]);
+    let in_b = position("b", 3, &[3], &[("b", 4)]);
+    check(&[None, Some(in_a.clone())], "");
+    check(
+        &[Some(in_a.clone()), None, Some(came.clone())],
+        "; it waits in operation 0 of group a for rank 1, which waits in nothing",
+    );
+    check(
+        &[Some(in_a.clone()), Some(in_b), Some(came.clone()), None],
+        "; it waits in operation 0 of group a for rank 1; that one waits in operation 3 of group b \
+         for rank 3, which waits in nothing",
+    );
+    check(&[Some(in_a.clone())], "; it waits in operation 0 of group a for rank 1 or 2, which \
+         waits in nothing");
+    check(&[Some(in_a), Some(came.clone()), Some(came)], "; it waits in operation 0 of group a");
+}
+
+#[test]
 fn a_position_is_read_as_written() {
     let written = position("a key with spaces", 9, &[3, 12], &[("a", 1), ("b c", u64::MAX)]);
     assert_eq!(Position::decode(&written.encode()), Some(written));
