@@ -33,7 +33,9 @@ fn check(layout: &str, rank: usize) {
     let (survivors, stopped) = (Survivors::of(&sandbox, &status, rank), Instant::now());
     signal(pid, Signal::STOP);
     let words = survivors.assert_told(stopped, TIMEOUT + SLACK);
-    assert!(words.iter().all(|words| words.after >= TIMEOUT), "too soon: {words:?}");
+    // Some waited already when it stopped.
+    let least = TIMEOUT.mul_f64(0.9);
+    assert!(words.iter().all(|words| words.after >= least), "too soon: {words:?}");
     // Each that waited in vain names the one that stands still, be it that others wait for it too.
     let in_vain: Vec<&str> = words
         .iter()

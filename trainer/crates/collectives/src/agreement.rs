@@ -332,3 +332,59 @@ impl MessageAgreement {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::MemoryStore;
+    use crate::whereabouts::{Awaited, What};
+    use torch_shim::gloo::StoreBackend;
+    use torch_shim::tch::{Device, Kind};
+
+    /// Two ends of messages that share a store.
+    fn ends() -> [MessageAgreement; 2] {
+        let store = Store::new(Arc::new(MemoryStore::default()) as Arc<dyn StoreBackend>);
+        let members = Arc::new(Members { group: "pipeline".to_string(), ranks: vec![4, 9] });
+        [0, 1].map(|rank| {
+            let (store, members) = (store.clone(), members.clone());
+            let voice = Voice { store, members, rank, size: 2 };
+            MessageAgreement::new(voice, Check::FirstUse)
+        })
+    }
+
+    fn tensor(count: i64) -> Tensor {
+        Tensor::zeros([count], (Kind::Float, Device::Cpu))
+    }
+
+    /// Each end counts what the other's wait needs.
+    #[test]
+    fn messages_are_counted_at_both_ends() {
+        let [sender, taker] = ends();
+        let send = |count: i64| sender.compare(1, 7, true, &tensor(count)).unwrap();
+        assert_eq!([send(4), send(4), send(5)], [0, 1, 2]);
+        assert_eq!(taker.compare(0, 7, false, &tensor(4)).unwrap(), 0);
+        let counted = |end: &MessageAgreement, own: usize, is_sent: bool| {
+            let what = What::Message { peer: 1 - own, tag: 7, index: 0, is_sent };
+            let members = sender.voice.members.clone();
+            let needed = Awaited { members, own, size: 2, what }.position(None);
+            assert_eq!(needed.of, [[9, 4][own]]);
+            let mut counts = BTreeMap::new();
+            end.count(&mut counts);
+            counts.get(&needed.key).copied()
+        };
+        assert_eq!(counted(&sender, 1, false), Some(3), "what a receiver waits for");
+        assert_eq!(counted(&taker, 0, true), Some(1), "what a sender waits for");
+        assert_eq!(counted(&taker, 1, false), None);
+    }
+
+    #[test]
+    fn who_came_first_looks_again() {
+        let [sender, taker] = ends();
+        sender.compare(1, 7, true, &tensor(4)).unwrap();
+        let seen = taker.compare(0, 7, false, &tensor(5)).unwrap_err().to_string();
+        assert!(seen.contains("rank 4 sends Float [4], rank 9 takes Float [5]"), "{seen}");
+        sender.look_again().unwrap();
+        std::thread::sleep(AGAIN);
+        assert_eq!(sender.look_again().unwrap_err().to_string(), seen);
+    }
+}

@@ -81,7 +81,7 @@ pub(crate) fn messages_key(group: &str, from: usize, to: usize, tag: u32, is_sen
 
 impl Awaited {
     /// The need, without what the rank had issued; `under_way` is what the group is at.
-    fn position(&self, under_way: Option<&str>) -> Position {
+    pub(crate) fn position(&self, under_way: Option<&str>) -> Position {
         let (group, own) = (&self.members.group, self.own);
         let (key, index, words, of) = match self.what {
             What::Operation { index, needs } => {
