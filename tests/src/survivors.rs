@@ -63,8 +63,12 @@ impl<'a> Survivors<'a> {
             std::thread::sleep(Duration::from_millis(2));
         }
         let ended = ended.into_iter().map(|end| end.unwrap_or(Duration::MAX));
-        let words: Vec<LastWords> =
-            self.processes.iter().zip(ended).map(|((rank, _), after)| self.of_rank(*rank, after)).collect();
+        let words: Vec<LastWords> = self
+            .processes
+            .iter()
+            .zip(ended)
+            .map(|((rank, _), after)| self.of_rank(*rank, after))
+            .collect();
         for LastWords { rank, text, is_own, after } in &words {
             let by = if *is_own { "itself" } else { "told" };
             eprintln!("rank {rank}, {} ms after, {by}: {text}", after.as_millis());

@@ -103,9 +103,8 @@ impl Awaited {
                 let (from, to) = if is_sent { (own, peer) } else { (peer, own) };
                 let (verb, way) = if is_sent { ("send", "to") } else { ("receive", "from") };
                 let other = self.members.in_run(peer);
-                let words = format!(
-                    "the {verb} of message {index} with tag {tag} {way} rank {other}"
-                );
+                let words =
+                    format!("the {verb} of message {index} with tag {tag} {way} rank {other}");
                 (messages_key(group, from, to, tag, !is_sent), index, words, vec![peer])
             }
         };

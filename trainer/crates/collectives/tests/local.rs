@@ -5,9 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use collectives::{
-    Communicator, Group, GroupOptions, ReduceOp, Whereabouts, conformance, local,
-};
+use collectives::{Communicator, Group, GroupOptions, ReduceOp, Whereabouts, conformance, local};
 use torch_shim::gloo::{Store, StoreBackend};
 use torch_shim::tch::{Device, Kind, Tensor};
 

@@ -41,10 +41,7 @@ fn ranks_that_wait_for_each_other_are_found() {
 
 #[test]
 fn a_circle_in_words_names_who_waits_where() {
-    let circle = [
-        (4, position("a", 0, &[1], &[])),
-        (1, position("b", 3, &[4], &[])),
-    ];
+    let circle = [(4, position("a", 0, &[1], &[])), (1, position("b", 3, &[4], &[]))];
     assert_eq!(
         describe(&circle),
         "rank 4 waits in operation 0 of group a, which rank 1 has not issued; rank 1 waits in \
@@ -71,8 +68,11 @@ fn who_holds_up_a_rank_is_found_through_others() {
         "; it waits in operation 0 of group a for rank 1; that one waits in operation 3 of group b \
          for rank 3, which waits in nothing",
     );
-    check(&[Some(in_a.clone())], "; it waits in operation 0 of group a for rank 1 or 2, which \
-         waits in nothing");
+    check(
+        &[Some(in_a.clone())],
+        "; it waits in operation 0 of group a for rank 1 or 2, which \
+         waits in nothing",
+    );
     check(&[Some(in_a), Some(came.clone()), Some(came)], "; it waits in operation 0 of group a");
 }
 
@@ -267,5 +267,8 @@ fn what_is_found_is_a_deadlock_and_a_deadlock_is_found() {
         num_stuck += usize::from(stuck > 0);
         num_early += usize::from(!found.is_empty());
     }
-    assert!(num_stuck > 300 && num_early > 200, "{num_stuck} worlds stuck, {num_early} found early");
+    assert!(
+        num_stuck > 300 && num_early > 200,
+        "{num_stuck} worlds stuck, {num_early} found early"
+    );
 }
