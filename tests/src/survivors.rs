@@ -117,9 +117,9 @@ fn reported(error_file: &Path) -> Option<String> {
     error["lines"][0].as_str().map(str::to_owned)
 }
 
-/// What follows `mark` in a log's line.
+/// What follows `mark` in a log's message.
 fn line_of(log: &Path, mark: &str) -> Option<String> {
     let log = std::fs::read_to_string(log).ok()?;
     let (_, rest) = log.split_once(mark)?;
-    rest.lines().next().map(str::to_owned)
+    rest.split("\"}").next().map(str::to_owned)
 }

@@ -103,6 +103,8 @@ fn check_killed_in(layout: &str, rank: usize) {
     let status = sandbox.wait_for_step(1);
     let pid = status["ranks"][rank]["pid"].as_u64().unwrap();
     sandbox.wait_for_metrics(step, 1);
+    // It is written while training goes on.
+    sandbox.wait_for(|_| !sandbox.events_of("checkpoint_committed").is_empty());
     eprintln!("{layout}: killing rank {rank} after step {step}");
     let (survivors, killed) = (Survivors::of(&sandbox, &status, rank), Instant::now());
     signal(u32::try_from(pid).unwrap(), Signal::KILL);

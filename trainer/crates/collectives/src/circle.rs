@@ -8,8 +8,9 @@
 //!
 //! It holds for positions of any age, read at any time, provided that each is true of one moment in
 //! or after its wait, and that a rank issues nothing while it waits. Suppose that some of the waits
-//! of a circle ended, and take the one that ended first. The rank that it needed had issued, by
-//! then, more than its position says; so its own wait had ended before, which was to be the first.
+//! of a circle ended well, and take the one that did so first. The rank that it needed had issued,
+//! by then, more than its position says; so its own wait had ended before, which was to be the
+//! first. (A rank whose wait fails ends, or says that it is [over](Position::is_over).)
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -20,6 +21,8 @@ pub(crate) const MOST_READ: usize = 64;
 /// What a rank that waits says of itself. Ranks are numbers in the run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Position {
+    /// Whether the wait has failed. Then it proves nothing, and only tells what it was.
+    pub(crate) is_over: bool,
     /// What it waits in, for people: one line.
     pub(crate) words: String,
     /// What others have to issue: the `index`-th, from 0, of this.
@@ -38,10 +41,11 @@ impl Position {
         self.issued.get(&needed_by.key).copied().unwrap_or(0) <= needed_by.index
     }
 
-    /// As lines: the words, the need, and a line for each thing issued.
+    /// As lines: whether it is over, the words, the need, and a line for each thing issued.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let of: Vec<String> = self.of.iter().map(usize::to_string).collect();
-        let mut text = format!("{}\n{} {}\n{}\n", self.words, self.index, self.key, of.join(" "));
+        let Position { is_over, words, key, index, .. } = self;
+        let mut text = format!("{is_over}\n{words}\n{index} {key}\n{}\n", of.join(" "));
         for (key, count) in &self.issued {
             // Writing into a string cannot fail.
             let _ = writeln!(text, "{count} {key}");
@@ -56,12 +60,13 @@ impl Position {
             let (count, key) = line.split_once(' ')?;
             Some((key.to_string(), count.parse::<u64>().ok()?))
         };
+        let is_over = lines.next()?.parse().ok()?;
         let words = lines.next()?.to_string();
         let (key, index) = counted(lines.next()?)?;
         let of = lines.next()?.split_whitespace().map(|rank| rank.parse().ok());
         let of = of.collect::<Option<Vec<usize>>>()?;
         let issued = lines.map(counted).collect::<Option<_>>()?;
-        Some(Position { words, key, index, of, issued })
+        Some(Position { is_over, words, key, index, of, issued })
     }
 }
 
@@ -97,7 +102,8 @@ pub(crate) fn find(
                 return None;
             }
             let theirs = known.entry(rank).or_insert_with(|| read(rank)).clone();
-            let stuck = theirs.filter(|theirs| theirs.lacks(&steps[at].position));
+            let waits = theirs.filter(|theirs| !theirs.is_over);
+            let stuck = waits.filter(|theirs| theirs.lacks(&steps[at].position));
             steps.extend(stuck.map(|position| Step { rank, position, before: Some(at) }));
         }
         at += 1;

@@ -32,8 +32,8 @@ struct State {
     groups: Vec<Weak<Shared>>,
     waiting: Option<Waiting>,
     num_waits: u64,
-    /// Whether a wait has failed: what was said of it stays.
-    has_failed: bool,
+    /// The last wait that failed.
+    failed: Option<u64>,
 }
 
 /// A wait under way.
@@ -110,7 +110,7 @@ impl Awaited {
         };
         let of = of.into_iter().take(MOST_READ).map(|member| self.members.in_run(member));
         let words = format!("{words} of group {group}");
-        Position { words, key, index, of: of.collect(), issued: Default::default() }
+        Position { words, key, index, of: of.collect(), ..Position::default() }
     }
 }
 
@@ -124,7 +124,9 @@ impl Standing {
     /// The wait is over, well or not.
     pub(crate) fn over(self, is_well: bool) {
         let mut state = self.whereabouts.0.state();
-        state.has_failed |= !is_well;
+        if !is_well {
+            state.failed = Some(self.number);
+        }
         if state.waiting.as_ref().is_some_and(|waiting| waiting.number == self.number) {
             state.waiting = None;
         }
@@ -184,21 +186,20 @@ impl Inner {
         self.state().groups.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Says what this wait needs, and looks whether it is part of a circle.
-    ///
-    /// The counts are read after the wait has begun, as a circle's proof wants it. Whoever of a
-    /// circle says it last, sees all others.
-    fn look(&self, awaited: &Awaited) -> Result<Option<String>> {
+    /// What this wait needs, if anything, and what was issued. The counts are read after the wait has
+    /// begun, as a circle's proof wants it.
+    fn position(&self, awaited: &Awaited) -> Option<Position> {
         let groups = self.groups();
         let own_group = groups.iter().find(|group| Arc::ptr_eq(group.members(), &awaited.members));
         let under_way = own_group.and_then(|group| group.under_way()).map(|(what, _)| what);
         let mut position = awaited.position(under_way.as_deref());
-        if position.of.is_empty() {
-            return Ok(None);
-        }
         groups.iter().for_each(|group| group.count(&mut position.issued));
-        // None may live on here while the store is asked.
-        drop(groups);
+        Some(position).filter(|position| !position.of.is_empty())
+    }
+
+    /// Says what a wait needs, and looks whether it is part of a circle. Whoever of a circle says it
+    /// last, sees all others.
+    fn look(&self, position: &Position) -> Result<Option<String>> {
         self.store.set(&self.rank.to_string(), &position.encode())?;
         let mut failure = Ok(());
         let mut read = |rank: usize| match self.read(rank) {
@@ -208,7 +209,7 @@ impl Inner {
                 None
             }
         };
-        match circle::find(self.rank, &position, &mut read) {
+        match circle::find(self.rank, position, &mut read) {
             Some(circle) => Ok(Some(circle::describe(&circle))),
             None => failure.map(|()| None),
         }
@@ -220,9 +221,13 @@ impl Inner {
         Ok(said.and_then(|bytes| Position::decode(&bytes)))
     }
 
-    /// The rank goes on: what it said of a wait is no longer so.
-    fn take_back(&self) {
-        if let Err(error) = self.store.set(&self.rank.to_string(), b"") {
+    /// The rank has failed in a wait that it told of, or goes on: what it said is no longer so.
+    fn take_back(&self, position: Position, has_failed: bool) {
+        let text = match has_failed {
+            true => Position { is_over: true, ..position }.encode(),
+            false => Vec::new(),
+        };
+        if let Err(error) = self.store.set(&self.rank.to_string(), &text) {
             tracing::debug!("whereabouts of rank {}: {error}", self.rank);
         }
     }
@@ -247,19 +252,18 @@ fn mismatch(awaited: &Awaited, detail: String) -> CommError {
 /// Looks after the rank's waits, until its whereabouts are gone.
 fn watch(whereabouts: &Weak<Inner>) {
     let (mut at, mut next) = (0, LONG);
-    // The wait that was told of.
-    let mut told = None;
+    // The wait that was told of, and what.
+    let mut told: Option<(u64, Position)> = None;
     loop {
         std::thread::sleep(LOOK);
         let Some(inner) = whereabouts.upgrade() else { return };
-        let (waiting, has_failed) = {
+        let (waiting, failed) = {
             let state = inner.state();
-            (state.waiting.clone(), state.has_failed)
+            (state.waiting.clone(), state.failed)
         };
-        let number = waiting.as_ref().map(|waiting| waiting.number);
-        if told.is_some() && told != number && !has_failed {
-            inner.take_back();
-            told = None;
+        let now = waiting.as_ref().map(|waiting| waiting.number);
+        if let Some((number, position)) = told.take_if(|(number, _)| now != Some(*number)) {
+            inner.take_back(position, failed == Some(number));
         }
         let Some(waiting) = waiting else { continue };
         if waiting.number != at {
@@ -270,8 +274,10 @@ fn watch(whereabouts: &Weak<Inner>) {
         }
         // Less and less often, for the sake of the store.
         next *= 2;
-        told = number;
-        match inner.look(&waiting.awaited) {
+        let Some(position) = inner.position(&waiting.awaited) else { continue };
+        let found = inner.look(&position);
+        told = Some((waiting.number, position));
+        match found {
             Ok(None) => {}
             Ok(Some(detail)) => inner.give_up(&mismatch(&waiting.awaited, detail)),
             Err(error) => tracing::debug!("whereabouts of rank {}: {error}", inner.rank),

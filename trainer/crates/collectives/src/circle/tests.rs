@@ -6,7 +6,7 @@ use super::*;
 fn position(key: &str, index: u64, of: &[usize], issued: &[(&str, u64)]) -> Position {
     let issued = issued.iter().map(|(key, count)| ((*key).to_string(), *count)).collect();
     let words = format!("operation {index} of group {key}");
-    Position { words, key: key.to_string(), index, of: of.to_vec(), issued }
+    Position { is_over: false, words, key: key.to_string(), index, of: of.to_vec(), issued }
 }
 
 /// The ranks of the circle that rank 0 finds itself in.
@@ -22,8 +22,9 @@ fn ranks_that_wait_for_each_other_are_found() {
     let in_a = position("a", 0, &[1], &[("a", 1)]);
     let in_b = position("b", 3, &[0], &[("a", 0), ("b", 4)]);
     check(&[Some(in_a.clone()), Some(in_b.clone())], &[0, 1]);
-    // The other is late, or does something else, or waits for a third.
+    // The other is late, or its wait has failed; or it does something else, or waits for a third.
     check(&[Some(in_a.clone()), None], &[]);
+    check(&[Some(in_a.clone()), Some(Position { is_over: true, ..in_b.clone() })], &[]);
     let came = position("b", 3, &[0], &[("a", 1), ("b", 4)]);
     check(&[Some(in_a.clone()), Some(came)], &[]);
     let of_third = position("c", 0, &[2], &[("c", 1)]);
@@ -80,9 +81,10 @@ fn who_holds_up_a_rank_is_found_through_others() {
 fn a_position_is_read_as_written() {
     let written = position("a key with spaces", 9, &[3, 12], &[("a", 1), ("b c", u64::MAX)]);
     assert_eq!(Position::decode(&written.encode()), Some(written));
-    let alone = Position { words: String::new(), ..position("a", 0, &[], &[]) };
+    let alone = Position { is_over: true, words: String::new(), ..position("a", 0, &[], &[]) };
     assert_eq!(Position::decode(&alone.encode()), Some(alone));
-    for garbage in ["", "words", "words\nx a\n", "words\n1 a\nb\n", "words\n1 a\n2\nmany b\n"] {
+    for garbage in ["", "words", "words\n1 a\n2", "true\nw\n1 a\nb\n", "true\nw\n1 a\n2\nmany b\n"]
+    {
         assert_eq!(Position::decode(garbage.as_bytes()), None, "{garbage:?}");
     }
 }
@@ -120,15 +122,20 @@ enum Act {
     Wait(usize, u64),
 }
 
-/// Stands for an act that is not there.
-const LAST: Act = Act::Issue(0);
-
-impl Act {
-    fn group(self) -> usize {
-        match self {
-            Act::Issue(group) | Act::Wait(group, _) => group,
+/// Issues operations in this order, given by their groups, and waits for some of them at once, for
+/// others with one that comes later.
+fn program(order: &[usize], num_groups: usize, random: &mut Random) -> Vec<Act> {
+    let (mut acts, mut owed, mut counts) = (Vec::new(), Vec::new(), vec![0; num_groups]);
+    for &group in order {
+        acts.push(Act::Issue(group));
+        owed.push(Act::Wait(group, counts[group]));
+        counts[group] += 1;
+        if random.below(3) > 0 {
+            acts.append(&mut owed);
         }
     }
+    acts.append(&mut owed);
+    acts
 }
 
 /// What ranks do, and how far they have come.
@@ -143,8 +150,8 @@ struct World {
 }
 
 impl World {
-    /// Programs in one order of operations, with waits some way behind; where `broken`, the acts of
-    /// some ranks change places.
+    /// Programs in one order of operations, with waits some way behind; where `broken`, some ranks
+    /// have some neighbours in another order.
     fn new(random: &mut Random, broken: bool) -> World {
         let num_ranks = 2 + random.below(4);
         let groups: Vec<Vec<usize>> = (0..1 + random.below(4))
@@ -154,33 +161,19 @@ impl World {
                 (0..size).map(|at| (first + at) % num_ranks).collect()
             })
             .collect();
-        let mut programs = vec![Vec::new(); num_ranks];
-        let mut numbers = vec![0; groups.len()];
-        let mut owed: Vec<Vec<Act>> = vec![Vec::new(); num_ranks];
-        for _ in 0..12 {
-            let group = random.below(groups.len());
-            for &rank in &groups[group] {
-                programs[rank].push(Act::Issue(group));
-                owed[rank].push(Act::Wait(group, numbers[group]));
-                if random.below(3) > 0 {
-                    programs[rank].append(&mut owed[rank]);
-                }
-            }
-            numbers[group] += 1;
-        }
-        for (program, owed) in programs.iter_mut().zip(&mut owed) {
-            program.append(owed);
-        }
+        let all: Vec<usize> = (0..12).map(|_| random.below(groups.len())).collect();
+        let is_in = |rank: usize, group: usize| groups[group].contains(&rank);
+        let mut orders: Vec<Vec<usize>> = (0..num_ranks)
+            .map(|rank| all.iter().copied().filter(|group| is_in(rank, *group)).collect())
+            .collect();
         for _ in 0..if broken { 3 } else { 0 } {
-            let program = &mut programs[random.below(num_ranks)];
-            let at = random.below(program.len().max(2) - 1);
-            // Nobody waits for what he has not issued.
-            if let [first, second] = program[at..].first_chunk().copied().unwrap_or([LAST; 2])
-                && first.group() != second.group()
-            {
-                program.swap(at, at + 1);
+            let order = &mut orders[random.below(num_ranks)];
+            if order.len() > 1 {
+                let at = random.below(order.len() - 1);
+                order.swap(at, at + 1);
             }
         }
+        let programs = orders.iter().map(|order| program(order, groups.len(), random)).collect();
         let issued = vec![vec![0; groups.len()]; num_ranks];
         let (done, said) = (vec![0; num_ranks], vec![None; num_ranks]);
         World { groups, programs, done, issued, said }
@@ -215,6 +208,7 @@ impl World {
         let others = self.groups[group].iter().copied().filter(|other| *other != rank);
         let issued = self.issued[rank].iter().enumerate();
         Some(Position {
+            is_over: false,
             words: String::new(),
             key: group.to_string(),
             index: number,
