@@ -1,8 +1,9 @@
 //! What end-to-end tests share: a sandbox in which real `phalanx` processes run, a text to learn
-//! from, an etcd of one's own, and comparisons of what was learned.
+//! from, an etcd of one's own, comparisons of what was learned, and what ranks say that lose one.
 
 pub mod etcd;
 pub mod losses;
 pub mod random;
 pub mod sandbox;
+pub mod survivors;
 pub mod text;

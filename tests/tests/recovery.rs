@@ -5,11 +5,16 @@
 use end_to_end::losses::{assert_bit_equal, assert_close};
 use end_to_end::random::Random;
 use end_to_end::sandbox::{Sandbox, signal};
+use end_to_end::survivors::Survivors;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const STEPS: usize = 60;
+
+/// In which the survivors of a rank that was killed have an error, and have ended.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Steps that take long enough to be hit.
 const SETS: [&str; 4] = ["--set", "training.steps=60", "--set", "training.global_batch=16"];
@@ -51,14 +56,16 @@ fn check_killed_rank(rank: usize) {
         let generation = index as u64 + 1;
         let step = random.from_to(range.0, range.1);
         let is_up = |status: &Value| {
-            let pid = status["ranks"][rank]["pid"].as_u64();
-            status["generation"] == generation && pid.is_some()
+            let has_pid = |rank: usize| status["ranks"][rank]["pid"].as_u64().is_some();
+            status["generation"] == generation && (0..2).all(has_pid)
         };
         let status = sandbox.wait_for(is_up);
         let pid = status["ranks"][rank]["pid"].as_u64().unwrap();
         sandbox.wait_for_metrics(step, generation);
         eprintln!("killing rank {rank} after step {step}");
+        let (survivors, killed) = (Survivors::of(&sandbox, &status, rank), Instant::now());
         signal(u32::try_from(pid).unwrap(), Signal::KILL);
+        survivors.assert_told(killed, SOON);
     }
     running.expect(0);
     let causes = sandbox.events_of("first_cause");
@@ -78,8 +85,8 @@ fn rank_1_killed_three_times_ends_with_the_same_bits() {
     check_killed_rank(1);
 }
 
-/// Four ranks in this layout, one of which is killed: the same bits as a run to which nothing
-/// happened, in every parallel form.
+/// Four ranks in this layout, one of which is killed: each of the others has an error soon, and in
+/// the end there are the same bits as of a run to which nothing happened, in every parallel form.
 fn check_killed_in(layout: &str, rank: usize) {
     let sandbox = sandbox();
     let sets = [
@@ -96,8 +103,12 @@ fn check_killed_in(layout: &str, rank: usize) {
     let status = sandbox.wait_for_step(1);
     let pid = status["ranks"][rank]["pid"].as_u64().unwrap();
     sandbox.wait_for_metrics(step, 1);
+    // It is written while training goes on.
+    sandbox.wait_for(|_| !sandbox.events_of("checkpoint_committed").is_empty());
     eprintln!("{layout}: killing rank {rank} after step {step}");
+    let (survivors, killed) = (Survivors::of(&sandbox, &status, rank), Instant::now());
     signal(u32::try_from(pid).unwrap(), Signal::KILL);
+    survivors.assert_told(killed, SOON);
     running.expect(0);
     let causes = sandbox.events_of("first_cause");
     assert!(causes.len() == 1 && causes[0]["rank"] == rank, "{causes:?}");
@@ -138,7 +149,7 @@ fn a_launcher_killed_twice_and_resumed_ends_with_the_same_bits() {
         sandbox.wait_for_metrics(step, generation);
         eprintln!("killing the launcher after step {step}");
         running.signal(Signal::KILL);
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        std::thread::sleep(Duration::from_millis(500));
         assert_eq!(sandbox.processes(), []);
         running = sandbox.start(&["resume", "test"]);
     }

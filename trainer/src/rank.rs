@@ -53,6 +53,8 @@ pub fn run() -> i32 {
                 lines: error.lines(),
                 roll_back: error.roll_back(),
             };
+            // An agent that has told the ranks to end meanwhile takes no report any more.
+            tracing::debug!("rank {} fails: {}", client.assignment().rank, report.lines.join("; "));
             // Without an agent there is nobody to tell, and the control thread ends the process.
             let _ = client.failure(report);
             error.exit_code()

@@ -8,7 +8,7 @@ use checkpoint_format::hf::HfSource;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
 use checkpoint_format::{Checkpoint, FormatError, WeightSource, scan};
-use collectives::{CommError, Communicator, GroupOptions};
+use collectives::{CommError, Communicator, Group, GroupOptions, Whereabouts};
 use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};
 use model_spec::LocalParameter;
@@ -199,12 +199,22 @@ pub fn connect(
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,
     };
-    let mut connect =
-        |name: &str, ranks: &[usize]| join(client, backend, ranks, &options(name), gpu.as_ref());
+    // Those in which the thread that trains waits: the storage's is used by another beside it.
+    let whereabouts = Whereabouts::new(&store(client), place.generation, place.rank)?;
+    let mut connect = |name: &str, ranks: &[usize]| -> Result<Arc<dyn Communicator>, CommError> {
+        let group = join(client, backend, ranks, &options(name), gpu.as_ref())?;
+        Ok(shared(client, group.among(&whereabouts), false))
+    };
     Ok(Connections {
         groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
-        storage: join(client, backend, &all, &storage, None)?,
+        storage: shared(client, join(client, backend, &all, &storage, None)?, true),
     })
+}
+
+/// The launcher's store, for this run alone.
+fn store(client: &RankClient) -> Store {
+    let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
+    store.with_prefix(&client.assignment().run_id)
 }
 
 /// NCCL: the library that `PHALANX_NCCL` names, or libtorch's.
@@ -227,21 +237,24 @@ fn join(
     ranks: &[usize],
     options: &GroupOptions,
     gpu: Option<&(Nccl, usize)>,
-) -> std::result::Result<Arc<dyn Communicator>, CommError> {
+) -> std::result::Result<Group, CommError> {
+    let store = store(client);
     let place = client.assignment();
-    let store = Store::new(Arc::new(LauncherStore(client.store())) as Arc<_>);
-    let store = store.with_prefix(&place.run_id);
     let rank = ranks.iter().position(|&rank| rank == place.rank).unwrap_or(0);
     let options = &options.clone().of(ranks);
-    let group = match gpu {
+    match gpu {
         Some((nccl, device)) => {
-            collectives::nccl::connect(nccl, *device, &store, (rank, ranks.len()), options)?
+            collectives::nccl::connect(nccl, *device, &store, (rank, ranks.len()), options)
         }
-        None => backend.connect(&store, rank, ranks.len(), options)?,
-    };
+        None => backend.connect(&store, rank, ranks.len(), options),
+    }
+}
+
+/// The group for all who use it, and for the agent, which asks what it waits for and ends its
+/// waits.
+fn shared(client: &RankClient, group: Group, is_storage: bool) -> Arc<dyn Communicator> {
     let group = Arc::new(group);
     let weak = Arc::downgrade(&group);
-    let is_storage = options.name == STORAGE;
     client.on_where(move |phase| {
         // Training goes on while a checkpoint is written.
         let is_held_up = !(is_storage && phase == Phase::Train);
@@ -253,7 +266,7 @@ fn join(
             group.abort();
         }
     });
-    Ok(group)
+    group
 }
 
 #[cfg(test)]

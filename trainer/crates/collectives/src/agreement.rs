@@ -5,17 +5,21 @@
 //! and those that differ then find no message of each other's: where an operation takes long, each
 //! rank says in the store at which one it is.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use torch_shim::gloo::Store;
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Members, Result};
+use crate::whereabouts::messages_key;
 
 /// The longest wait for the store before the group's own state is looked at.
 const SLICE: Duration = Duration::from_millis(100);
+
+/// What was not there is looked for again after so long.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// In a larger group each rank compares with one other, because all pairs would ask too much of
 /// the store.
@@ -61,6 +65,24 @@ impl Voice {
         CommError::Mismatch { group: self.members.group.clone(), operation, detail }
     }
 
+    /// Says that this rank has found the ranks to disagree, for those that lose it now.
+    pub(crate) fn tell(&self, verdict: &CommError) {
+        let CommError::Mismatch { group, operation, detail } = verdict else { return };
+        let text = format!("{group}\n{operation}\n{detail}");
+        if let Err(error) = self.store.set(&verdict_key(self.rank), text.as_bytes()) {
+            tracing::debug!("{}: {error}", self.members.group);
+        }
+    }
+
+    /// What a member has found so, if it has.
+    pub(crate) fn verdict_of(&self, member: usize) -> Option<CommError> {
+        let text = self.store.find(&verdict_key(member)).ok()??;
+        let text = String::from_utf8(text).ok()?;
+        let mut parts = text.splitn(3, '\n').map(str::to_string);
+        let (group, operation, detail) = (parts.next()?, parts.next()?, parts.next()?);
+        Some(CommError::Mismatch { group, operation, detail })
+    }
+
     /// Says at which operation this rank is, which takes long or has failed, and compares with the
     /// others that say so.
     ///
@@ -87,6 +109,10 @@ impl Voice {
         let detail = format!("{}, {}", self.issues(self.rank, own), differing.join(", "));
         Err(self.mismatch(number.to_string(), detail))
     }
+}
+
+fn verdict_key(member: usize) -> String {
+    format!("verdict/{member}")
 }
 
 /// `operation 7 (barrier)` in two.
@@ -149,12 +175,17 @@ impl Agreement {
         alive: &dyn Fn(usize) -> Result<()>,
     ) -> Result<Vec<u8>> {
         let (start, voice) = (Instant::now(), &self.voice);
+        let mut look = AGAIN;
         loop {
             let error = match voice.store.get(key, SLICE) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
             alive(rank)?;
+            if start.elapsed() >= look {
+                look += AGAIN;
+                voice.verdict_of(rank).map_or(Ok(()), Err)?;
+            }
             if start.elapsed() >= self.timeout {
                 let own = voice.issues(voice.rank, operation);
                 let silent = voice.members.in_run(rank);
@@ -169,20 +200,58 @@ impl Agreement {
 
 /// Compares the single messages between two ranks, at the first of each dtype and shape.
 ///
-/// Neither waits for the other: whoever comes second sees what the first said.
+/// Neither waits for the other: whoever comes second sees what the first said, and the first looks
+/// again later.
 pub(crate) struct MessageAgreement {
     voice: Voice,
     check: Check,
-    /// By peer, tag and direction: what went that way, in the order of first use.
-    known: Mutex<HashMap<(usize, u32, bool), Vec<String>>>,
+    /// By peer, tag and direction.
+    known: Mutex<HashMap<(usize, u32, bool), Known>>,
+    /// Of which the other has not said anything yet.
+    open: Mutex<Vec<Open>>,
+}
+
+/// One end of a message, of which the other end was not known.
+#[derive(Clone)]
+struct Open {
+    is_sent: bool,
+    /// The sender's and the receiver's number in the group.
+    between: (usize, usize),
+    what: String,
+    /// Where the other end says what it does.
+    key: String,
+    since: Instant,
+    /// When it is looked at next.
+    next: Duration,
+}
+
+/// What went one way.
+#[derive(Default)]
+struct Known {
+    /// Dtypes and shapes, in the order of first use.
+    list: Vec<String>,
+    count: u64,
 }
 
 impl MessageAgreement {
     pub(crate) fn new(voice: Voice, check: Check) -> Self {
-        Self { voice, check, known: Mutex::default() }
+        Self { voice, check, known: Mutex::default(), open: Mutex::default() }
     }
 
-    /// Compares a message to (or from) `peer`.
+    fn known(&self) -> MutexGuard<'_, HashMap<(usize, u32, bool), Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds how many messages went each way.
+    pub(crate) fn count(&self, counts: &mut BTreeMap<String, u64>) {
+        let (group, own) = (&self.voice.members.group, self.voice.rank);
+        for (&(peer, tag, is_sent), known) in self.known().iter() {
+            let (from, to) = if is_sent { (own, peer) } else { (peer, own) };
+            counts.insert(messages_key(group, from, to, tag, is_sent), known.count);
+        }
+    }
+
+    /// Compares a message to (or from) `peer`; returns how many came before it.
     ///
     /// # Errors
     /// Where the peer said that it takes (or sends) something else.
@@ -192,33 +261,130 @@ impl MessageAgreement {
         tag: u32,
         is_sent: bool,
         tensor: &Tensor,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         if self.check == Check::Off {
-            return Ok(());
+            return Ok(0);
         }
         let what = format!("{:?} {:?}", tensor.kind(), tensor.size());
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let list = known.entry((peer, tag, is_sent)).or_default();
-        if list.contains(&what) {
-            return Ok(());
+        let mut all = self.known();
+        let known = all.entry((peer, tag, is_sent)).or_default();
+        let before = known.count;
+        known.count += 1;
+        if known.list.contains(&what) {
+            return Ok(before);
         }
-        let index = list.len();
-        list.push(what.clone());
-        drop(known);
+        let index = known.list.len();
+        known.list.push(what.clone());
+        drop(all);
         let voice = &self.voice;
         let (from, to) = if is_sent { (voice.rank, peer) } else { (peer, voice.rank) };
         let side = |sent: bool| if sent { "sent" } else { "taken" };
         let key = |sent: bool| format!("message/{from}/{to}/{tag}/{index}/{}", side(sent));
         voice.store.set(&key(is_sent), what.as_bytes())?;
-        let Some(theirs) = voice.store.find(&key(!is_sent))? else { return Ok(()) };
-        if theirs == what.as_bytes() {
-            return Ok(());
+        let (since, next) = (Instant::now(), AGAIN);
+        let open = Open { is_sent, between: (from, to), what, key: key(!is_sent), since, next };
+        if !self.is_known(&open)? {
+            self.open().push(open);
         }
-        let theirs = String::from_utf8_lossy(&theirs).into_owned();
-        let (sent, taken) = if is_sent { (what, theirs) } else { (theirs, what) };
+        Ok(before)
+    }
+
+    fn open(&self) -> MutexGuard<'_, Vec<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the other end has said what it does.
+    ///
+    /// # Errors
+    /// Where that is something else.
+    fn is_known(&self, open: &Open) -> Result<bool> {
+        let voice = &self.voice;
+        let Some(theirs) = voice.store.find(&open.key)? else { return Ok(false) };
+        if theirs == open.what.as_bytes() {
+            return Ok(true);
+        }
+        let (own, theirs) = (open.what.clone(), String::from_utf8_lossy(&theirs).into_owned());
+        let (sent, taken) = if open.is_sent { (own, theirs) } else { (theirs, own) };
+        let (from, to) = open.between;
         let (from, to) = (voice.members.in_run(from), voice.members.in_run(to));
         let detail = format!("rank {from} sends {sent}, rank {to} takes {taken}");
         let operation = format!("message from rank {from} to rank {to}");
         Err(voice.mismatch(operation, detail))
+    }
+
+    /// Looks again at what the other ends had not said, less and less often.
+    ///
+    /// # Errors
+    /// As [`MessageAgreement::compare`].
+    pub(crate) fn look_again(&self) -> Result<()> {
+        let is_due = |open: &Open| open.since.elapsed() >= open.next;
+        let due: Vec<Open> = self.open().iter().filter(|open| is_due(open)).cloned().collect();
+        for seen in due {
+            let is_known = self.is_known(&seen)?;
+            let mut all = self.open();
+            let Some(at) = all.iter().position(|open| open.key == seen.key) else { continue };
+            if is_known {
+                all.remove(at);
+            } else {
+                all[at].next *= 2;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::MemoryStore;
+    use crate::whereabouts::{Awaited, What};
+    use torch_shim::gloo::StoreBackend;
+    use torch_shim::tch::{Device, Kind};
+
+    /// Two ends of messages that share a store.
+    fn ends() -> [MessageAgreement; 2] {
+        let store = Store::new(Arc::new(MemoryStore::default()) as Arc<dyn StoreBackend>);
+        let members = Arc::new(Members { group: "pipeline".to_string(), ranks: vec![4, 9] });
+        [0, 1].map(|rank| {
+            let (store, members) = (store.clone(), members.clone());
+            let voice = Voice { store, members, rank, size: 2 };
+            MessageAgreement::new(voice, Check::FirstUse)
+        })
+    }
+
+    fn tensor(count: i64) -> Tensor {
+        Tensor::zeros([count], (Kind::Float, Device::Cpu))
+    }
+
+    /// Each end counts what the other's wait needs.
+    #[test]
+    fn messages_are_counted_at_both_ends() {
+        let [sender, taker] = ends();
+        let send = |count: i64| sender.compare(1, 7, true, &tensor(count)).unwrap();
+        assert_eq!([send(4), send(4), send(5)], [0, 1, 2]);
+        assert_eq!(taker.compare(0, 7, false, &tensor(4)).unwrap(), 0);
+        let counted = |end: &MessageAgreement, own: usize, is_sent: bool| {
+            let what = What::Message { peer: 1 - own, tag: 7, index: 0, is_sent };
+            let members = sender.voice.members.clone();
+            let needed = Awaited { members, own, size: 2, what }.position(None);
+            assert_eq!(needed.of, [[9, 4][own]]);
+            let mut counts = BTreeMap::new();
+            end.count(&mut counts);
+            counts.get(&needed.key).copied()
+        };
+        assert_eq!(counted(&sender, 1, false), Some(3), "what a receiver waits for");
+        assert_eq!(counted(&taker, 0, true), Some(1), "what a sender waits for");
+        assert_eq!(counted(&taker, 1, false), None);
+    }
+
+    #[test]
+    fn who_came_first_looks_again() {
+        let [sender, taker] = ends();
+        sender.compare(1, 7, true, &tensor(4)).unwrap();
+        let seen = taker.compare(0, 7, false, &tensor(5)).unwrap_err().to_string();
+        assert!(seen.contains("rank 4 sends Float [4], rank 9 takes Float [5]"), "{seen}");
+        sender.look_again().unwrap();
+        std::thread::sleep(AGAIN);
+        assert_eq!(sender.look_again().unwrap_err().to_string(), seen);
     }
 }

@@ -13,6 +13,7 @@ use crate::ReduceOp;
 use crate::error::{CommError, Result};
 use crate::ring::{self, Exchange};
 use crate::transport::{Pending, Transport};
+use crate::whereabouts::Needs;
 use crate::work::{Behind, Completion, Finisher, Work};
 
 /// Tags from here on belong to the collectives.
@@ -43,6 +44,26 @@ impl Operation {
             Operation::Barrier => "barrier".to_string(),
         }
     }
+
+    /// Who else must have issued it before it can end.
+    pub(crate) fn needs(&self) -> Needs {
+        match self {
+            Operation::AllReduce(tensor, _) | Operation::Broadcast(tensor, _)
+                if tensor.numel() == 0 =>
+            {
+                Needs::Nobody
+            }
+            Operation::AllGather(_, input)
+            | Operation::ReduceScatter(_, input, _)
+            | Operation::AllToAll(_, input)
+                if input.numel() == 0 =>
+            {
+                Needs::Nobody
+            }
+            Operation::Broadcast(_, root) => Needs::Root(*root),
+            _ => Needs::All,
+        }
+    }
 }
 
 /// What carries out the operations of a group. Errors that name a peer are those of
@@ -66,6 +87,11 @@ pub(crate) trait Backend: Send + Sync {
 
     /// Starts to receive into a contiguous tensor of at least one element.
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work>;
+
+    /// Whether a message that was sent is through only once the peer has begun to take it.
+    fn waits_for_taker(&self) -> bool {
+        false
+    }
 
     /// An error where it is known, without a message, that a peer is gone.
     fn reachable(&self, _peer: usize) -> Result<()> {
@@ -159,6 +185,10 @@ impl Backend for OverMessages {
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
         Ok(Work::message(self.transport.recv(tensor, peer, tag)?))
+    }
+
+    fn waits_for_taker(&self) -> bool {
+        self.transport.waits_for_taker()
     }
 
     fn reachable(&self, peer: usize) -> Result<()> {

@@ -255,9 +255,8 @@ fn renumbered(connect: &Connect<'_>, name: &str) -> Result<Group> {
     connect(&GroupOptions::new(name, 1).of(&in_run))
 }
 
-/// The operation ends soon with an error that names rank 101 and what it issued, and the group is
-/// dead.
-fn disagrees(comm: &Group, start: Instant, outcome: Result<()>, issued: &str) -> Result<()> {
+/// The operation ends soon with an error that names who issued what, and the group is dead.
+fn disagrees(comm: &Group, start: Instant, outcome: Result<()>, issued: &[&str]) -> Result<()> {
     let mut outcome = outcome;
     // On a GPU the host has not waited.
     while outcome.is_ok() && comm.device() != Device::Cpu && start.elapsed() < SOON {
@@ -266,7 +265,7 @@ fn disagrees(comm: &Group, start: Instant, outcome: Result<()>, issued: &str) ->
     }
     let elapsed = start.elapsed();
     let text = outcome.map_or_else(|error| error.to_string(), |()| "no error".to_string());
-    let names = text.contains("do not agree") && text.contains(issued);
+    let names = text.contains("do not agree") && issued.iter().all(|part| text.contains(part));
     if !names || elapsed > SOON {
         return fail(format!("ranks disagreed: {text:?} after {} ms", elapsed.as_millis()));
     }
@@ -297,31 +296,98 @@ fn disagreement(connect: &Connect<'_>) -> Result<()> {
         let tensor = own(&comm, comm.rank(), count, Kind::Float)?;
         let start = Instant::now();
         let outcome = comm.all_reduce(&tensor, ReduceOp::Sum)?.wait();
-        disagrees(&comm, start, outcome, OTHER)?;
+        disagrees(&comm, start, outcome, &[OTHER])?;
     }
     let comm = renumbered(connect, "disagreement-of-messages")?;
     let start = Instant::now();
+    let barrier = || comm.barrier().and_then(Work::wait);
     let outcome = match comm.rank() {
-        0 => comm.send(&own(&comm, 0, 4, Kind::Float)?, 1, 7).and_then(Work::wait),
+        // Where a message can be through before it is taken, the next operation fails of it.
+        0 => comm
+            .send(&own(&comm, 0, 4, Kind::Float)?, 1, 7)
+            .and_then(Work::wait)
+            .and_then(|()| barrier()),
         1 => {
             // So that rank 0 comes first.
             std::thread::sleep(Duration::from_millis(200));
             comm.recv(&own(&comm, 1, 4, Kind::Double)?, 0, 7).and_then(Work::wait)
         }
-        _ => return Ok(()),
+        // Those whom it does not concern lose rank 1 by it, and are told why.
+        _ => barrier(),
     };
-    match comm.rank() {
-        0 if start.elapsed() < SOON => Ok(()),
-        0 => fail(format!("a message that nobody took: {outcome:?}")),
-        _ => {
-            disagrees(&comm, start, outcome, "rank 100 sends Float [4], rank 101 takes Double [4]")
+    disagrees(&comm, start, outcome, &["rank 100 sends Float [4], rank 101 takes Double [4]"])
+}
+
+/// Ranks that wait for each other in different groups are told so soon, each of them, with who
+/// waits where. A rank that is late is not accused, whatever it has under way. The groups of
+/// `connect` share a [`crate::Whereabouts`].
+///
+/// # Errors
+/// The first thing that is not as it must be.
+pub fn test_elsewhere(connect: &Connect<'_>) -> Result<()> {
+    late(connect)?;
+    let pair = |name: &str| -> Result<[Group; 2]> {
+        let other = format!("{name}-other");
+        Ok([connect(&GroupOptions::new(name, 1))?, connect(&GroupOptions::new(other, 1))?])
+    };
+    // Rank 0 waits in the first, all others in the second. In the end both are dead, everywhere.
+    let check = |[first, second]: &[Group; 2], start, outcome, waits: &[&str]| {
+        let (here, there) = if first.rank() == 0 { (first, second) } else { (second, first) };
+        disagrees(here, start, outcome, waits)?;
+        match there.alive() {
+            Err(CommError::Dead { .. }) => Ok(()),
+            other => fail(format!("a rank that waited elsewhere goes on: {other:?}")),
         }
+    };
+    let groups = pair("elsewhere")?;
+    let [first, second] = &groups;
+    let (start, tensor) = (Instant::now(), own(first, 0, 5, Kind::Float)?);
+    let outcome = match first.rank() {
+        0 => first.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait),
+        _ => second.barrier().and_then(Work::wait),
+    };
+    let waits = [
+        "rank 0 waits in operation 0 (all_reduce Sum Float [5]) of group elsewhere, which rank",
+        "waits in operation 0 (barrier) of group elsewhere-other, which rank 0 has not issued",
+    ];
+    check(&groups, start, outcome, &waits)?;
+
+    let groups = pair("elsewhere-message")?;
+    let [first, second] = &groups;
+    let start = Instant::now();
+    let outcome = match first.rank() {
+        0 => first.recv(&tensor, 1, 3).and_then(Work::wait),
+        _ => second.barrier().and_then(Work::wait),
+    };
+    let waits = [
+        "rank 0 waits in the receive of message 0 with tag 3 from rank 1 of group \
+         elsewhere-message, which rank 1 has not issued",
+        "rank 1 waits in operation 0 (barrier) of group elsewhere-message-other, which rank 0 has \
+         not issued",
+    ];
+    check(&groups, start, outcome, &waits)
+}
+
+/// Rank 1 has an operation under way in one group, and is slow before it comes to another, in which
+/// the others wait for it meanwhile.
+fn late(connect: &Connect<'_>) -> Result<()> {
+    /// Longer than ranks wait before they look for each other, twice.
+    const SLOW: Duration = Duration::from_millis(2500);
+    let first = connect(&GroupOptions::new("late", 1))?;
+    let second = connect(&GroupOptions::new("late-second", 1))?;
+    let tensors = [own(&first, first.rank(), 5, Kind::Float)?, own(&second, 0, 5, Kind::Float)?];
+    let begin = || second.all_reduce(&tensors[1], ReduceOp::Max);
+    let ahead = if first.rank() == 1 { Some(begin()?) } else { None };
+    if ahead.is_some() {
+        std::thread::sleep(SLOW);
     }
+    first.all_reduce(&tensors[0], ReduceOp::Sum)?.wait()?;
+    ahead.map_or_else(begin, Ok)?.wait()?;
+    check("a sum with a rank that is late", &tensors[0], &reduced(first.size(), 5, ReduceOp::Sum)?)
 }
 
 /// The last rank dies (`die` must not return on it, or drops what is its) after some rounds; every
-/// other rank must get an error within a second, and a new generation of the survivors' group must
-/// work.
+/// other rank must get an error within a second.
 ///
 /// # Errors
 /// When a survivor notices nothing, or too late.
@@ -341,6 +407,69 @@ pub fn test_death(comm: Group, die: impl FnOnce(Group)) -> Result<()> {
         Err(CommError::Peer { .. }) if elapsed < Duration::from_secs(1) => Ok(()),
         other => fail(format!("a peer died: {other:?} after {} ms", elapsed.as_millis())),
     }
+}
+
+/// As [`test_death`], where half of the others wait for a message from the last rank, and half for
+/// one to be taken by it: each says that it lost that one.
+///
+/// # Errors
+/// When a survivor notices nothing, or too late, or says something else.
+pub fn test_death_in_messages(comm: Group, die: impl FnOnce(Group)) -> Result<()> {
+    let tensor = Tensor::f_ones([200_000], (Kind::Float, comm.device()))?;
+    comm.all_reduce(&tensor, ReduceOp::Avg)?.wait()?;
+    let last = comm.size() - 1;
+    if comm.rank() == last {
+        die(comm);
+        return Ok(());
+    }
+    let start = Instant::now();
+    let mut outcome = Ok(());
+    if comm.rank() % 2 == 0 {
+        outcome = comm.recv(&tensor, last, 1).and_then(Work::wait);
+    }
+    // One that is sent may be through before anybody takes it.
+    while outcome.is_ok() && comm.rank() % 2 == 1 && start.elapsed() < Duration::from_secs(1) {
+        outcome = comm.send(&tensor, last, 1).and_then(Work::wait);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let elapsed = start.elapsed();
+    match outcome {
+        Err(CommError::Peer { peer, .. }) if peer == last && elapsed < Duration::from_secs(1) => {
+            Ok(())
+        }
+        other => fail(format!("rank {last} died: {other:?} after {} ms", elapsed.as_millis())),
+    }
+}
+
+/// Rank 1 of four or more stops altogether, and `stop` returns on it once it runs again, well after
+/// `timeout`, which is the group's. A wait for its message, one for it to take a message, and a
+/// collective end with the time-out, and say that it is rank 1 that did nothing.
+///
+/// # Errors
+/// When a wait ends too early or too late, or says something else.
+pub fn test_stall(comm: &Group, timeout: Duration, stop: impl FnOnce()) -> Result<()> {
+    /// What a time-out may take beyond itself.
+    const SLACK: Duration = Duration::from_secs(1);
+    let tensor = Tensor::f_ones([300_000], (Kind::Float, comm.device()))?;
+    comm.all_reduce(&tensor, ReduceOp::Sum)?.wait()?;
+    if comm.rank() == 1 {
+        stop();
+        return Ok(());
+    }
+    let start = Instant::now();
+    let outcome = match comm.rank() {
+        0 => comm.recv(&tensor, 1, 1).and_then(Work::wait),
+        3 => comm.send(&tensor, 1, 1).and_then(Work::wait),
+        _ => comm.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait),
+    };
+    let elapsed = start.elapsed();
+    let text = outcome.map_or_else(|error| error.to_string(), |()| "no error".to_string());
+    let did_nothing = format!("nothing in {} ms", timeout.as_millis());
+    let names = text.contains("lost rank 1: it ") && text.contains(&did_nothing);
+    if !names || elapsed < timeout.mul_f64(0.9) || elapsed > timeout + SLACK {
+        return fail(format!("rank 1 stopped: {text:?} after {} ms", elapsed.as_millis()));
+    }
+    Ok(())
 }
 
 /// Rank 0 aborts while the others wait for it: all end with an error within a second.

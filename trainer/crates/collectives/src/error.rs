@@ -1,6 +1,7 @@
 //! What can go wrong between ranks.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 use torch_shim::{ShimError, tch::TchError};
@@ -19,6 +20,8 @@ pub enum CommError {
         peer: usize,
         /// The transport's own words.
         detail: String,
+        /// Whether it did nothing in time, for all that is known of it.
+        is_late: bool,
     },
     /// The ranks did not issue the same operation.
     #[error("group {group}, {operation}: the ranks do not agree: {detail}")]
@@ -51,7 +54,26 @@ impl CommError {
     /// says the rest.
     pub(crate) fn lost(peer: usize, detail: impl Into<String>) -> CommError {
         let (group, operation) = (String::new(), String::new());
-        CommError::Peer { group, operation, peer, detail: detail.into() }
+        CommError::Peer { group, operation, peer, detail: detail.into(), is_late: false }
+    }
+
+    /// The same, of a peer that sent nothing within the time-out, or took nothing.
+    pub(crate) fn late(peer: usize, is_sent: bool, timeout: Duration) -> CommError {
+        let did = if is_sent { "took" } else { "sent" };
+        let detail = format!("it {did} nothing in {} ms", timeout.as_millis());
+        let (group, operation) = (String::new(), String::new());
+        CommError::Peer { group, operation, peer, detail, is_late: true }
+    }
+
+    /// The same, of a peer that did nothing because of others.
+    pub(crate) fn because(self, of: &str) -> CommError {
+        match self {
+            CommError::Peer { group, operation, peer, detail, is_late } => {
+                let detail = format!("{detail}{of}");
+                CommError::Peer { group, operation, peer, detail, is_late }
+            }
+            other => other,
+        }
     }
 }
 
@@ -84,11 +106,12 @@ impl Site {
     /// Says in which group and operation a transport lost a peer, and who that is.
     pub(crate) fn locate(&self, error: CommError) -> CommError {
         match error {
-            CommError::Peer { peer, detail, .. } => CommError::Peer {
+            CommError::Peer { peer, detail, is_late, .. } => CommError::Peer {
                 group: self.members.group.clone(),
                 operation: self.operation.clone(),
                 peer: self.members.in_run(peer),
                 detail,
+                is_late,
             },
             other => other,
         }

@@ -1,7 +1,7 @@
 //! The backend between processes on CPUs: Gloo's connections, as libtorch has them.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use torch_shim::ShimError;
 use torch_shim::gloo::{Gloo, Message, Store};
@@ -50,6 +50,7 @@ impl GlooTransport {
     fn start(
         &self,
         peer: usize,
+        is_sent: bool,
         start: impl FnOnce(&Gloo) -> torch_shim::Result<Message>,
     ) -> Result<Box<dyn Pending>> {
         let gloo = self.gloo.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -59,7 +60,7 @@ impl GlooTransport {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         under_way.retain(|message| message.strong_count() > 0);
         under_way.push(Arc::downgrade(&message));
-        Ok(Box::new(OnItsWay { message, _gloo: gloo, peer, timeout: self.timeout }))
+        Ok(Box::new(OnItsWay { message, _gloo: gloo, peer, is_sent, timeout: self.timeout }))
     }
 }
 
@@ -69,15 +70,20 @@ fn lost_by(peer: usize, error: &ShimError) -> CommError {
 
 impl Transport for GlooTransport {
     fn send(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
-        self.start(peer, |gloo| gloo.send(tensor, peer, tag))
+        self.start(peer, true, |gloo| gloo.send(tensor, peer, tag))
     }
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Box<dyn Pending>> {
-        self.start(peer, |gloo| gloo.recv(tensor, peer, tag))
+        self.start(peer, false, |gloo| gloo.recv(tensor, peer, tag))
     }
 
     fn tells_when_sent(&self) -> bool {
         false
+    }
+
+    fn waits_for_taker(&self) -> bool {
+        // A sender announces a message, and its bytes go once the receiver has answered.
+        true
     }
 
     fn abort(&self, _cause: &str) {
@@ -97,12 +103,17 @@ struct OnItsWay {
     message: Arc<Message>,
     _gloo: Arc<Gloo>,
     peer: usize,
+    is_sent: bool,
     timeout: Duration,
 }
 
 impl Pending for OnItsWay {
     fn wait(self: Box<Self>) -> Result<()> {
-        self.message.wait(self.timeout).map_err(|error| lost_by(self.peer, &error))
+        let since = Instant::now();
+        self.message.wait(self.timeout).map_err(|error| match since.elapsed() < self.timeout {
+            true => lost_by(self.peer, &error),
+            false => CommError::late(self.peer, self.is_sent, self.timeout),
+        })
     }
 
     fn is_done(&self) -> bool {

@@ -1,8 +1,9 @@
 //! A communicator over any backend: one thread carries out its operations in the order of issue.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,11 +15,12 @@ use crate::agreement::{Agreement, Check, MessageAgreement, Voice};
 use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT};
 use crate::error::{CommError, Members, Result, Site};
 use crate::transport::Transport;
+use crate::whereabouts::{Awaited, What, Whereabouts};
 use crate::work::{Completion, Finisher, Work};
 use crate::{Communicator, ReduceOp};
 
 /// An operation takes long from here on: the ranks compare where they are.
-const LONG: Duration = Duration::from_secs(1);
+pub(crate) const LONG: Duration = Duration::from_secs(1);
 
 /// What a group is made with.
 #[derive(Clone, Debug)]
@@ -60,17 +62,24 @@ impl GroupOptions {
 pub struct Group {
     shared: Arc<Shared>,
     queue: Mutex<Option<Sender<Job>>>,
-    messages: MessageAgreement,
     threads: Vec<JoinHandle<()>>,
     /// Dropped, it ends the watch.
     watching: Option<Sender<()>>,
 }
 
-struct Shared {
+/// What a group's threads share.
+pub(crate) struct Shared {
     backend: Box<dyn Backend>,
     members: Arc<Members>,
     rank: usize,
     size: usize,
+    voice: Voice,
+    /// Whether the ranks compare what they do.
+    compares: bool,
+    messages: MessageAgreement,
+    /// Collectives so far.
+    issued: AtomicU64,
+    whereabouts: OnceLock<Whereabouts>,
     cause: Mutex<Option<CommError>>,
     running: Mutex<Option<Running>>,
 }
@@ -108,26 +117,28 @@ impl Group {
         (rank, size): (usize, usize),
         options: &GroupOptions,
     ) -> Result<Group> {
-        let shared = Arc::new(Shared {
-            backend,
-            members: Arc::new(Members {
-                group: options.name.clone(),
-                ranks: options.ranks.clone(),
-            }),
-            rank,
-            size,
-            cause: Mutex::new(None),
-            running: Mutex::new(None),
-        });
-        let voice = Voice { store, members: shared.members.clone(), rank, size };
+        let ranks = options.ranks.clone();
+        let members = Arc::new(Members { group: options.name.clone(), ranks });
+        let voice = Voice { store, members: members.clone(), rank, size };
         let agreement = Agreement {
             voice: voice.clone(),
             check: options.check,
             timeout: options.timeout,
             seen: HashSet::new(),
         };
-        let agreement_is_on = agreement.is_on();
-        let messages = MessageAgreement::new(voice.clone(), options.check);
+        let shared = Arc::new(Shared {
+            backend,
+            members,
+            rank,
+            size,
+            compares: agreement.is_on(),
+            messages: MessageAgreement::new(voice.clone(), options.check),
+            voice,
+            issued: AtomicU64::new(0),
+            whereabouts: OnceLock::new(),
+            cause: Mutex::new(None),
+            running: Mutex::new(None),
+        });
         let (sender, receiver) = channel();
         let own = shared.clone();
         let worker = move || work(&own, agreement, &receiver);
@@ -135,41 +146,50 @@ impl Group {
             threads: vec![thread(format!("comm-{}", options.name), worker)?],
             shared,
             queue: Mutex::new(Some(sender)),
-            messages,
             watching: None,
         };
-        if agreement_is_on {
+        if group.shared.compares {
             let (watching, ended) = channel();
             let own = group.shared.clone();
             let name = format!("watch-{}", options.name);
-            group.threads.push(thread(name, move || watch(&own, &voice, &ended))?);
+            group.threads.push(thread(name, move || watch(&own, &ended))?);
             group.watching = Some(watching);
         }
         Ok(group)
     }
 
+    /// One of the groups that this rank's thread works with: where it waits here for a rank that
+    /// waits in another of them for this one, both are told.
+    #[must_use]
+    pub fn among(self, whereabouts: &Whereabouts) -> Group {
+        if self.shared.compares && self.shared.whereabouts.set(whereabouts.clone()).is_ok() {
+            whereabouts.enter(Arc::downgrade(&self.shared));
+        }
+        self
+    }
+
     /// The operation that is under way, and for how long; for people who ask what a rank waits for.
     pub fn waits_in(&self) -> Option<String> {
-        let shared = &self.shared;
-        let on_stream = || shared.backend.oldest().map(|(what, since)| Running { what, since });
-        let running = lock(&shared.running).clone().or_else(on_stream)?;
-        let seconds = running.since.elapsed().as_secs_f64();
-        Some(format!("{} of group {} for {seconds:.1} s", running.what, shared.members.group))
+        let (what, since) = self.shared.under_way()?;
+        let seconds = since.elapsed().as_secs_f64();
+        Some(format!("{what} of group {} for {seconds:.1} s", self.shared.members.group))
     }
 
     fn enqueue(&self, operation: Operation) -> Result<Work> {
         self.shared.alive()?;
         let completion = Arc::new(Completion::default());
         let after = self.shared.backend.issued()?;
+        let needs = operation.needs();
         let job = Job { operation, after, finisher: Finisher(completion.clone()) };
         let queue = lock(&self.queue);
-        let sent = queue.as_ref().is_some_and(|queue| queue.send(job).is_ok());
-        if sent { Ok(Work::queued(completion)) } else { Err(self.shared.dead()) }
-    }
-
-    fn agree(&self, peer: usize, tag: u32, is_sent: bool, tensor: &Tensor) -> Result<()> {
-        let compared = self.messages.compare(peer, tag, is_sent, tensor);
-        compared.map_err(|error| self.shared.fail(&error))
+        // Counted before another rank can see anything of it.
+        let index = self.shared.issued.fetch_add(1, Ordering::SeqCst);
+        if !queue.as_ref().is_some_and(|queue| queue.send(job).is_ok()) {
+            return Err(self.shared.dead());
+        }
+        drop(queue);
+        let awaited = self.shared.awaited(What::Operation { index, needs });
+        Ok(Work::queued(completion).awaited(awaited))
     }
 
     fn peer(&self, peer: usize, tag: u32) -> Result<()> {
@@ -206,12 +226,13 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
         });
         *lock(&shared.running) = None;
         let result = result.map_err(|error| {
-            // A peer may be gone because it found that this rank does something else.
-            let disagree = matches!(error, CommError::Peer { .. }) && agreement.is_on();
-            let compared = if disagree { agreement.voice.stalls(&what) } else { Ok(()) };
+            let error = shared.explain(&site, error);
+            // A peer may be gone because this rank does something else.
+            let disagree = matches!(error, CommError::Peer { .. }) && shared.compares;
+            let compared = if disagree { shared.voice.stalls(&what) } else { Ok(()) };
             match compared {
                 Err(mismatch @ CommError::Mismatch { .. }) => shared.fail(&mismatch),
-                _ => shared.fail(&site.locate(error)),
+                _ => shared.fail(&error),
             }
         });
         job.finisher.finish(result);
@@ -220,21 +241,22 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
 }
 
 /// Looks after an operation that takes long: do the other ranks wait in another one?
-fn watch(shared: &Shared, voice: &Voice, ended: &Receiver<()>) {
+fn watch(shared: &Shared, ended: &Receiver<()>) {
     let (mut at, mut next) = (None, LONG);
     while ended.recv_timeout(LONG / 2) == Err(RecvTimeoutError::Timeout) {
-        let running = lock(&shared.running).clone();
-        let on_stream = || shared.backend.oldest().map(|(what, since)| Running { what, since });
-        let Some(running) = running.or_else(on_stream) else { continue };
-        if at.as_ref() != Some(&running.what) {
-            (at, next) = (Some(running.what.clone()), LONG);
+        if let Err(error @ CommError::Mismatch { .. }) = shared.messages.look_again() {
+            drop(shared.fail(&error));
         }
-        if running.since.elapsed() < next {
+        let Some((what, since)) = shared.under_way() else { continue };
+        if at.as_ref() != Some(&what) {
+            (at, next) = (Some(what.clone()), LONG);
+        }
+        if since.elapsed() < next {
             continue;
         }
         // Less and less often, for the sake of the store.
         next *= 2;
-        match voice.stalls(&running.what) {
+        match shared.voice.stalls(&what) {
             Ok(()) => {}
             Err(error @ CommError::Mismatch { .. }) => drop(shared.fail(&error)),
             Err(error) => tracing::debug!("{}: {error}", shared.members.group),
@@ -260,7 +282,7 @@ fn next(shared: &Shared, jobs: &Receiver<Job>) -> Option<Job> {
 }
 
 impl Shared {
-    fn alive(&self) -> Result<()> {
+    pub(crate) fn alive(&self) -> Result<()> {
         match lock(&self.cause).as_ref() {
             None => Ok(()),
             Some(cause) => {
@@ -276,9 +298,68 @@ impl Shared {
         self.alive().err().unwrap_or(CommError::Dead { group, cause })
     }
 
+    pub(crate) fn members(&self) -> &Arc<Members> {
+        &self.members
+    }
+
+    /// The operation under way, and since when.
+    pub(crate) fn under_way(&self) -> Option<(String, Instant)> {
+        let running = lock(&self.running).clone();
+        running.map(|running| (running.what, running.since)).or_else(|| self.backend.oldest())
+    }
+
+    /// Adds how much was issued here, of collectives and of messages.
+    pub(crate) fn count(&self, counts: &mut BTreeMap<String, u64>) {
+        counts.insert(self.members.group.clone(), self.issued.load(Ordering::SeqCst));
+        self.messages.count(counts);
+    }
+
+    /// What a wait for it is told of, where somebody wants to know.
+    fn awaited(&self, what: What) -> Option<(Whereabouts, Awaited)> {
+        let whereabouts = self.whereabouts.get()?.clone();
+        let members = self.members.clone();
+        Some((whereabouts, Awaited { members, own: self.rank, size: self.size, what }))
+    }
+
+    /// Says where a transport failed. Where it was found here that the ranks do not agree, or by
+    /// the peer that was lost, this is the error, and the group's end.
+    fn explain(&self, site: &Site, error: CommError) -> CommError {
+        let found = lock(&self.cause).clone();
+        let verdict = match (found, &error) {
+            (Some(found @ CommError::Mismatch { .. }), _) => Some(found),
+            (_, CommError::Peer { peer, .. }) if self.compares => self.voice.verdict_of(*peer),
+            _ => None,
+        };
+        if let Some(verdict) = verdict {
+            return self.fail(&verdict);
+        }
+        let located = site.locate(error);
+        match (&located, self.whereabouts.get()) {
+            (CommError::Peer { peer, is_late: true, .. }, Some(all)) => {
+                let because = all.held_up(*peer);
+                located.because(&because)
+            }
+            _ => located,
+        }
+    }
+
     /// Notes the first cause, and closes the connections so that every peer learns of it at once.
-    /// Returns the error that says more: that the ranks disagree ends an operation by an abort.
+    /// Returns the error that says more: that the ranks disagree ends an operation by an abort, and
+    /// all that this rank does.
     fn fail(&self, error: &CommError) -> CommError {
+        let error = self.fail_alone(error);
+        if let (CommError::Mismatch { .. }, Some(all)) = (&error, self.whereabouts.get()) {
+            all.give_up(&error);
+        }
+        error
+    }
+
+    /// As [`Shared::fail`], of this group alone.
+    pub(crate) fn fail_alone(&self, error: &CommError) -> CommError {
+        if self.compares && lock(&self.cause).is_none() {
+            // Before anybody loses this rank by it.
+            self.voice.tell(error);
+        }
         let first = lock(&self.cause).get_or_insert_with(|| error.clone()).clone();
         self.backend.abort(&error.to_string());
         if matches!(first, CommError::Mismatch { .. }) { first } else { error.clone() }
@@ -286,12 +367,13 @@ impl Shared {
 
     /// Starts a single message, whose failure says where it was.
     fn message(
-        &self,
+        self: &Arc<Self>,
         is_sent: bool,
-        peer: usize,
+        (peer, tag): (usize, u32),
         tensor: &Tensor,
-        start: impl FnOnce() -> Result<Work>,
     ) -> Result<Work> {
+        let compared = self.messages.compare(peer, tag, is_sent, tensor);
+        let index = compared.map_err(|error| self.fail(&error))?;
         let (verb, way) = if is_sent { ("send", "to") } else { ("receive", "from") };
         let operation = format!(
             "{verb} {:?} {:?} {way} rank {}",
@@ -300,10 +382,20 @@ impl Shared {
             self.members.in_run(peer)
         );
         let site = Site { members: self.members.clone(), operation };
-        match start() {
-            Ok(work) => Ok(work.at(site)),
-            Err(error) => Err(site.locate(error)),
+        let started = match is_sent {
+            true => self.backend.send(tensor, peer, tag),
+            false => self.backend.recv(tensor, peer, tag),
+        };
+        let work = started.map_err(|error| self.explain(&site, error))?;
+        let shared = Arc::downgrade(self);
+        let work = work.explained(Box::new(move |error| match shared.upgrade() {
+            Some(shared) => shared.explain(&site, error),
+            None => site.locate(error),
+        }));
+        if is_sent && !self.backend.waits_for_taker() {
+            return Ok(work);
         }
+        Ok(work.awaited(self.awaited(What::Message { peer, tag, index, is_sent })))
     }
 }
 
@@ -405,8 +497,7 @@ impl Communicator for Group {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        self.agree(peer, tag, true, tensor)?;
-        self.shared.message(true, peer, tensor, || self.shared.backend.send(tensor, peer, tag))
+        self.shared.message(true, (peer, tag), tensor)
     }
 
     fn recv(&self, tensor: &Tensor, peer: usize, tag: u32) -> Result<Work> {
@@ -416,8 +507,7 @@ impl Communicator for Group {
         if tensor.numel() == 0 {
             return Ok(Work::done());
         }
-        self.agree(peer, tag, false, tensor)?;
-        self.shared.message(false, peer, tensor, || self.shared.backend.recv(tensor, peer, tag))
+        self.shared.message(false, (peer, tag), tensor)
     }
 
     fn all_to_all(&self, output: &Tensor, input: &Tensor) -> Result<Work> {

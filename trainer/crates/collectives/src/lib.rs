@@ -8,6 +8,7 @@
 
 mod agreement;
 mod backend;
+mod circle;
 pub mod conformance;
 mod error;
 pub mod gloo;
@@ -18,6 +19,7 @@ pub mod mpi;
 pub mod nccl;
 mod ring;
 mod transport;
+mod whereabouts;
 mod work;
 
 use torch_shim::tch::{Device, Tensor};
@@ -25,6 +27,7 @@ use torch_shim::tch::{Device, Tensor};
 pub use agreement::Check;
 pub use error::{CommError, Result};
 pub use group::{Group, GroupOptions};
+pub use whereabouts::Whereabouts;
 pub use work::{Work, waited};
 
 /// How the tensors of the ranks become one.

@@ -132,10 +132,7 @@ impl Pending for Expected {
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(CommError::lost(
-                    peer,
-                    format!("no message in {} ms", self.timeout.as_millis()),
-                ));
+                return Err(CommError::late(peer, false, self.timeout));
             }
             state = self
                 .post

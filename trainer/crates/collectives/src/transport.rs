@@ -34,6 +34,11 @@ pub(crate) trait Transport: Send + Sync {
         true
     }
 
+    /// Whether a message that was sent is through only once the peer has begun to take it.
+    fn waits_for_taker(&self) -> bool {
+        false
+    }
+
     /// Ends all messages, here and at the peers, with an error.
     fn abort(&self, cause: &str);
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use torch_shim::cuda::{Event, Stream};
 use torch_shim::tch::Tensor;
 
-use crate::error::{CommError, Result, Site};
+use crate::error::{CommError, Result};
 use crate::transport::Pending;
+use crate::whereabouts::{Awaited, Whereabouts};
 
 thread_local! {
     static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
@@ -23,9 +24,13 @@ pub fn waited() -> Duration {
 #[must_use = "an operation is done only when it has been waited for"]
 pub struct Work {
     kind: Kind,
-    /// Where a single message goes.
-    site: Option<Site>,
+    /// What is known of the failure of a single message.
+    explain: Option<Box<Explain>>,
+    awaited: Option<(Whereabouts, Awaited)>,
 }
+
+/// Makes a transport's error one for people.
+pub(crate) type Explain = dyn FnOnce(CommError) -> CommError + Send;
 
 enum Kind {
     Queued(Arc<Completion>),
@@ -35,20 +40,29 @@ enum Kind {
 
 impl Work {
     pub(crate) fn queued(completion: Arc<Completion>) -> Work {
-        Work { kind: Kind::Queued(completion), site: None }
+        Work::of(Kind::Queued(completion))
     }
 
     pub(crate) fn message(pending: Box<dyn Pending>) -> Work {
-        Work { kind: Kind::Message(pending), site: None }
+        Work::of(Kind::Message(pending))
     }
 
     pub(crate) fn done() -> Work {
-        Work { kind: Kind::Done, site: None }
+        Work::of(Kind::Done)
     }
 
-    /// Its failure says where it was.
-    pub(crate) fn at(self, site: Site) -> Work {
-        Work { site: Some(site), ..self }
+    fn of(kind: Kind) -> Work {
+        Work { kind, explain: None, awaited: None }
+    }
+
+    /// What it fails with is told by `explain`.
+    pub(crate) fn explained(self, explain: Box<Explain>) -> Work {
+        Work { explain: Some(explain), ..self }
+    }
+
+    /// A wait for it is told to the rank's whereabouts.
+    pub(crate) fn awaited(self, awaited: Option<(Whereabouts, Awaited)>) -> Work {
+        Work { awaited, ..self }
     }
 
     /// Waits until the operation is done here. Every wait of a transport is bounded, so this one
@@ -60,14 +74,18 @@ impl Work {
     /// What the operation failed with.
     pub fn wait(self) -> Result<()> {
         let since = Instant::now();
+        let standing = self.awaited.map(|(whereabouts, awaited)| whereabouts.stand(awaited));
         let result = match self.kind {
             Kind::Queued(completion) => completion.wait(),
             Kind::Message(pending) => pending.wait(),
             Kind::Done => Ok(()),
         };
+        if let Some(standing) = standing {
+            standing.over(result.is_ok());
+        }
         WAITED.set(WAITED.get() + since.elapsed());
-        result.map_err(|error| match &self.site {
-            Some(site) => site.locate(error),
+        result.map_err(|error| match self.explain {
+            Some(explain) => explain(error),
             None => error,
         })
     }

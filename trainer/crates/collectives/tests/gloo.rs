@@ -6,14 +6,19 @@ mod common;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use collectives::{CommError, Group, GroupOptions, conformance, gloo};
+use collectives::{
+    CommError, Communicator, Group, GroupOptions, Whereabouts, Work, conformance, gloo,
+};
 use common::Files;
 use torch_shim::gloo::{Store, StoreBackend};
+use torch_shim::tch::{Device, Kind, Tensor};
 
 const RANK: &str = "CONFORMANCE_RANK";
 const SIZE: &str = "CONFORMANCE_SIZE";
 const FOLDER: &str = "CONFORMANCE_STORE";
 const CASE: &str = "CONFORMANCE_CASE";
+/// Longest wait for one message, where a test waits for it to pass.
+const TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// What a child process runs; without the environment of one, nothing.
 #[test]
@@ -24,14 +29,27 @@ fn rank() {
         (rank.parse().unwrap(), variable(SIZE).unwrap().parse().unwrap());
     let store =
         Store::new(Box::new(Files(variable(FOLDER).unwrap().into())) as Box<dyn StoreBackend>);
+    let whereabouts = Whereabouts::new(&store, 1, rank).unwrap();
     let connect = |options: &GroupOptions| -> Result<Group, CommError> {
-        gloo::connect(&store, rank, size, "127.0.0.1", options)
+        let group = gloo::connect(&store, rank, size, "127.0.0.1", options)?;
+        Ok(group.among(&whereabouts))
     };
     match variable(CASE).unwrap().as_str() {
         "all" => conformance::test_all(&connect).unwrap(),
+        "elsewhere" => conformance::test_elsewhere(&connect).unwrap(),
+        "untaken" => untaken(&connect),
         "death" => {
             let comm = connect(&GroupOptions::new("death", 1)).unwrap();
             conformance::test_death(comm, |_| std::process::abort()).unwrap();
+        }
+        "death-in-messages" => {
+            let comm = connect(&GroupOptions::new("death", 1)).unwrap();
+            conformance::test_death_in_messages(comm, |_| std::process::abort()).unwrap();
+        }
+        "stall" => {
+            let options = GroupOptions { timeout: TIMEOUT, ..GroupOptions::new("stall", 1) };
+            let comm = connect(&options).unwrap();
+            conformance::test_stall(&comm, TIMEOUT, || common::stop_for(4)).unwrap();
         }
         "abort" => {
             let comm = connect(&GroupOptions::new("abort", 1)).unwrap();
@@ -40,6 +58,22 @@ fn rank() {
         }
         case => panic!("no case {case}"),
     }
+}
+
+/// Rank 0 waits for a message to be taken, which Gloo's senders do; rank 1 waits for rank 0 in
+/// another group.
+fn untaken(connect: &conformance::Connect<'_>) {
+    let [messages, barriers] =
+        ["messages", "barriers"].map(|name| connect(&GroupOptions::new(name, 1)).unwrap());
+    let (start, tensor) = (Instant::now(), Tensor::ones([4], (Kind::Float, Device::Cpu)));
+    let outcome = match messages.rank() {
+        0 => messages.send(&tensor, 1, 3).and_then(Work::wait),
+        _ => barriers.barrier().and_then(Work::wait),
+    };
+    let text = outcome.unwrap_err().to_string();
+    let waits = "rank 0 waits in the send of message 0 with tag 3 to rank 1 of group messages";
+    assert!(text.contains(waits) && text.contains("(barrier) of group barriers"), "{text}");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 /// Runs a case on `size` processes; returns which of them succeeded.
@@ -87,8 +121,20 @@ fn processes_pass_the_suite() {
 }
 
 #[test]
+fn ranks_that_wait_for_each_other_in_two_groups_are_told() {
+    assert_eq!(run("elsewhere", 3), [true; 3]);
+    assert_eq!(run("untaken", 2), [true; 2]);
+}
+
+#[test]
 fn a_dead_process_is_an_error_in_every_survivor() {
     assert_eq!(run("death", 4), [true, true, true, false]);
+    assert_eq!(run("death-in-messages", 4), [true, true, true, false]);
+}
+
+#[test]
+fn a_stopped_process_is_a_time_out_in_every_other() {
+    assert_eq!(run("stall", 4), [true; 4]);
 }
 
 #[test]

@@ -5,23 +5,26 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use collectives::{Communicator, Group, GroupOptions, ReduceOp, conformance, local};
+use collectives::{Communicator, Group, GroupOptions, ReduceOp, Whereabouts, conformance, local};
+use torch_shim::gloo::{Store, StoreBackend};
 use torch_shim::tch::{Device, Kind, Tensor};
 
 /// Runs `body` on `size` threads; `connect` hands out the ranks' ends of each group.
 fn on_ranks(size: usize, body: impl Fn(usize, &conformance::Connect<'_>) + Send + Sync + 'static) {
     let body = Arc::new(body);
     let made: Arc<Mutex<HashMap<String, Vec<Option<Group>>>>> = Arc::default();
+    let store = Store::new(Arc::new(local::MemoryStore::default()) as Arc<dyn StoreBackend>);
     let threads: Vec<_> = (0..size)
         .map(|rank| {
             let (body, made) = (body.clone(), made.clone());
+            let whereabouts = Whereabouts::new(&store, 1, rank).unwrap();
             std::thread::spawn(move || {
                 body(rank, &|options| {
                     let mut made = made.lock().unwrap();
                     let group = made.entry(options.name.clone()).or_insert_with(|| {
                         local::group(size, options).unwrap().into_iter().map(Some).collect()
                     });
-                    Ok(group[rank].take().unwrap())
+                    Ok(group[rank].take().unwrap().among(&whereabouts))
                 });
             })
         })
@@ -39,10 +42,17 @@ fn threads_pass_the_suite() {
 }
 
 #[test]
+fn ranks_that_wait_for_each_other_in_two_groups_are_told() {
+    on_ranks(3, |_, connect| conformance::test_elsewhere(connect).unwrap());
+}
+
+#[test]
 fn a_dead_thread_is_an_error_in_every_survivor() {
     on_ranks(4, |_, connect| {
         let comm = connect(&GroupOptions::new("death", 1)).unwrap();
         conformance::test_death(comm, drop).unwrap();
+        let comm = connect(&GroupOptions::new("death-in-messages", 1)).unwrap();
+        conformance::test_death_in_messages(comm, drop).unwrap();
     });
 }
 

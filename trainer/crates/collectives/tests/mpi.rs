@@ -8,7 +8,9 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use collectives::mpi::Mpi;
-use collectives::{CommError, Communicator, Group, GroupOptions, ReduceOp, Work, conformance};
+use collectives::{
+    CommError, Communicator, Group, GroupOptions, ReduceOp, Whereabouts, Work, conformance,
+};
 use common::Files;
 use torch_shim::gloo::{Store, StoreBackend};
 use torch_shim::tch::{Device, Kind, Tensor};
@@ -27,8 +29,9 @@ fn rank() {
     let store = Store::new(Box::new(Files(folder.clone())) as Box<dyn StoreBackend>);
     let mpi = Mpi::start().unwrap();
     let (rank, size) = (mpi.process(), mpi.size());
+    let whereabouts = Whereabouts::new(&store, 1, rank).unwrap();
     let connect = |options: &GroupOptions| -> Result<Group, CommError> {
-        mpi.connect(&store, rank, size, options)
+        Ok(mpi.connect(&store, rank, size, options)?.among(&whereabouts))
     };
     let group = |timeout: Duration| {
         let options = GroupOptions::new(&case, 1);
@@ -49,7 +52,11 @@ fn rank() {
         }
         "abort" => conformance::test_abort(&group(Duration::from_secs(60))).unwrap(),
         "leave-early" => leaves_early(&group(Duration::from_secs(60))),
-        "stall" => stalls(group(TIMEOUT)),
+        "elsewhere" => conformance::test_elsewhere(&connect).unwrap(),
+        "stall" => {
+            let comm = group(TIMEOUT);
+            conformance::test_stall(&comm, TIMEOUT, || common::stop_for(4)).unwrap();
+        }
         "subgroups" => subgroups(&mpi, &store),
         case => panic!("no case {case}"),
     }
@@ -58,32 +65,6 @@ fn rank() {
 
 fn ones(count: i64) -> Tensor {
     Tensor::ones([count], (Kind::Float, Device::Cpu))
-}
-
-/// Rank 1 stops altogether. What was sent to it, and what it should send, ends with the time-out.
-fn stalls(comm: Group) {
-    let tensor = ones(300_000);
-    comm.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap();
-    if comm.rank() == 1 {
-        let own = std::process::id();
-        let again = format!("sleep 4; kill -CONT {own}");
-        let mut waker = Command::new("sh").args(["-c", &again]).spawn().unwrap();
-        Command::new("kill").args(["-STOP", &own.to_string()]).status().unwrap();
-        waker.wait().unwrap();
-        return;
-    }
-    let start = Instant::now();
-    let outcome = comm.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait);
-    let elapsed = start.elapsed();
-    assert!(matches!(outcome, Err(CommError::Peer { .. })), "{outcome:?}");
-    let text = outcome.unwrap_err().to_string();
-    eprintln!("rank {}: {text} after {} ms", comm.rank(), elapsed.as_millis());
-    assert!(elapsed < TIMEOUT + Duration::from_secs(1), "{elapsed:?}");
-    if comm.rank() == 2 {
-        assert!(text.contains("lost rank 1: it sent nothing in 1500 ms"), "{text}");
-    }
-    // The others of the group must be told before this process ends with them.
-    drop(comm);
 }
 
 /// The last rank drops its group; what it sent before still arrives, and what it did not ends in
@@ -194,13 +175,18 @@ fn processes_pass_the_suite() {
 }
 
 #[test]
+fn ranks_that_wait_for_each_other_in_two_groups_are_told() {
+    passes("elsewhere", 3);
+}
+
+#[test]
 fn an_abort_ends_every_wait() {
     passes("abort", 3);
 }
 
 #[test]
 fn a_stopped_process_is_a_time_out() {
-    passes("stall", 3);
+    passes("stall", 4);
 }
 
 #[test]

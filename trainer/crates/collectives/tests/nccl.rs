@@ -10,7 +10,9 @@ mod common;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use collectives::{CommError, Communicator, Group, GroupOptions, ReduceOp, conformance, nccl};
+use collectives::{
+    CommError, Communicator, Group, GroupOptions, ReduceOp, Whereabouts, Work, conformance, nccl,
+};
 use common::Files;
 use nccl_rs::{Nccl, Search};
 use torch_shim::cuda;
@@ -39,12 +41,17 @@ fn rank() {
     println!("{nccl:?}, GPU {device} of {num_gpus}");
     let store =
         Store::new(Box::new(Files(variable(FOLDER).unwrap().into())) as Box<dyn StoreBackend>);
+    let whereabouts = Whereabouts::new(&store, 1, rank).unwrap();
     let connect = |options: &GroupOptions| -> Result<Group, CommError> {
-        nccl::connect(&nccl, device, &store, (rank, size), options)
+        let group = nccl::connect(&nccl, device, &store, (rank, size), options)?;
+        Ok(group.among(&whereabouts))
     };
     match variable(CASE).unwrap().as_str() {
         "all" => conformance::test_all(&connect).unwrap(),
+        "elsewhere" => conformance::test_elsewhere(&connect).unwrap(),
         "absent" => absent(&connect),
+        "abort" => ended(&connect, &store, || std::thread::sleep(Duration::from_secs(4))),
+        "death" => ended(&connect, &store, || std::process::abort()),
         case => panic!("no case {case}"),
     }
 }
@@ -72,8 +79,46 @@ fn absent(connect: &conformance::Connect<'_>) {
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
+/// The last rank does not come any more, or dies. NCCL tells nobody: the others are told from
+/// outside, as an agent does, and abort, which ends NCCL's kernel and the host's wait for it within
+/// a second.
+fn ended(connect: &conformance::Connect<'_>, store: &Store, end: impl FnOnce()) {
+    let comm = connect(&GroupOptions::new("ended", 1)).unwrap();
+    let tensor = Tensor::ones([1 << 16], (Kind::Float, comm.device()));
+    for _round in 0..3 {
+        comm.all_reduce(&tensor, ReduceOp::Sum).unwrap().wait().unwrap();
+    }
+    let _ = tensor.to_device(Device::Cpu);
+    if comm.rank() + 1 == comm.size() {
+        store.set("ended", b"").unwrap();
+        end();
+        return;
+    }
+    let told = std::thread::scope(|scope| {
+        let agent = scope.spawn(|| {
+            store.get("ended", Duration::from_secs(60)).unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            let told = Instant::now();
+            comm.abort();
+            told
+        });
+        let outcome = comm.all_reduce(&tensor, ReduceOp::Sum).and_then(Work::wait);
+        eprintln!("the operation, as far as the host knows: {outcome:?}");
+        let _ = tensor.to_device(Device::Cpu);
+        agent.join().unwrap()
+    });
+    assert!(told.elapsed() < Duration::from_secs(1), "{:?}", told.elapsed());
+    let error = comm.alive().unwrap_err().to_string();
+    assert!(error.contains("aborted on request"), "{error}");
+}
+
 /// Runs a case on `size` processes, all of which must succeed.
 fn run(case: &str, size: usize) {
+    assert_eq!(outcomes(case, size), vec![true; size], "{case}");
+}
+
+/// Runs a case on `size` processes; which of them succeeded.
+fn outcomes(case: &str, size: usize) -> Vec<bool> {
     let folder = std::env::temp_dir().join(format!("nccl-{}-{case}-{size}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let start = |rank: usize| -> Child {
@@ -103,7 +148,7 @@ fn run(case: &str, size: usize) {
         succeeded.push(status.success());
     }
     std::fs::remove_dir_all(&folder).unwrap();
-    assert_eq!(succeeded, vec![true; size], "{case}");
+    succeeded
 }
 
 #[test]
@@ -128,4 +173,22 @@ fn four_ranks() {
 #[ignore = "needs two GPUs, or one to share: ops/gpu-check"]
 fn an_absent_rank() {
     run("absent", 2);
+}
+
+#[test]
+#[ignore = "needs two GPUs, or one to share: ops/gpu-check"]
+fn ranks_in_two_groups() {
+    run("elsewhere", 2);
+}
+
+#[test]
+#[ignore = "needs two GPUs, or one to share: ops/gpu-check"]
+fn an_abort() {
+    run("abort", 2);
+}
+
+#[test]
+#[ignore = "needs two GPUs, or one to share: ops/gpu-check"]
+fn a_dead_rank() {
+    assert_eq!(outcomes("death", 2), [true, false]);
 }

@@ -1,5 +1,5 @@
 //! In tensor parallelism the sum of an input's gradient goes on while the weight's gradient is
-//! made.
+//! made; and the loss over a cut vocabulary has its gradients for a loss gradient of one.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -72,4 +72,44 @@ fn the_weight_gradient_is_made_while_the_input_gradient_is_scattered() {
 #[test]
 fn the_weight_gradient_is_made_while_the_input_gradient_is_reduced() {
     check(false);
+}
+
+/// The gradient of a loss's input, where the loss is multiplied by `factor` before the backward
+/// pass; and the same by libtorch's own functions, without a factor.
+fn input_gradients(factor: Option<f64>) -> [Tensor; 2] {
+    let comm = local::group(1, &GroupOptions::new("tensor", 1)).unwrap().pop().unwrap();
+    let comm: Arc<dyn Communicator> = Arc::new(comm);
+    let group = TensorGroup { comm, sequence: false, failure: Failure::default() };
+    let spec = ParameterSpec { name: "head".into(), shape: vec![OUTPUTS, DIM], decay: true };
+    let set = ParameterSet::new(vec![spec], Kind::Float, Kind::Float, Device::Cpu).unwrap();
+    let numbers = |count: i64| Tensor::arange(count, F32).sin();
+    let _ = set.flat_master().shallow_clone().copy_(&numbers(set.flat_master().size()[0]));
+    let x = numbers(TOKENS * DIM).view([1, TOKENS, DIM]);
+    let (own, twin) = (x.copy().set_requires_grad(true), x.set_requires_grad(true));
+    let targets = Tensor::from_slice(&[4i64, -100, 1]).view([1, TOKENS]);
+    let weight = set.at(0).unwrap();
+    let loss = group.loss(&own, weight, &targets, 0.5, 2).unwrap();
+    let loss = factor.map_or(loss.shallow_clone(), |factor| loss * factor);
+    autograd::backward(&[&loss], &[]).unwrap();
+    let logits = twin.view([TOKENS, DIM]).matmul(&weight.compute.detach().tr());
+    let by_hand = logits.log_softmax(1, Kind::Float).g_nll_loss::<Tensor>(
+        &targets.view([TOKENS]),
+        None,
+        torch_shim::tch::Reduction::Sum,
+        -100,
+    ) * 0.5;
+    autograd::backward(&[&by_hand], &[]).unwrap();
+    [own.grad(), twin.grad()]
+}
+
+/// A gradient that is not one is no number in the end, without anybody having looked at it: on a
+/// GPU that would wait for all that was issued before.
+#[test]
+fn a_loss_gradient_is_one_or_makes_no_number() {
+    let [plain, by_hand] = input_gradients(None);
+    assert!((&plain - &by_hand).abs().max().double_value(&[]) < 1e-6, "{plain} {by_hand}");
+    let [times_one, _] = input_gradients(Some(1.0));
+    assert_eq!(plain, times_one, "bit by bit");
+    let [twice, _] = input_gradients(Some(2.0));
+    assert_eq!(twice.isnan().logical_not().count_nonzero(None::<i64>).int64_value(&[]), 0);
 }

@@ -29,8 +29,8 @@ struct Chunk {
 
 impl TensorGroup {
     /// `scale` times the sum of the cross-entropies over positions with a target; the same on
-    /// every rank. As [`torch_shim::fused::head_loss`] it makes its gradients in the forward pass
-    /// and so wants a gradient of one.
+    /// every rank. As [`torch_shim::fused::head_loss`] it makes its gradients in the forward pass,
+    /// for a loss gradient of one; behind any other the input's gradient is not a number.
     pub(crate) fn loss(
         &self,
         x: &Tensor,
@@ -82,12 +82,7 @@ impl TensorGroup {
             Ok(vec![loss])
         };
         let backward = move |gradients: &[Option<Tensor>]| {
-            if input(gradients, 0)?.f_double_value(&[])? != 1.0 {
-                let text = "the loss computes its gradients in the forward pass, for a loss \
-                            gradient of one; put every factor into its scale";
-                return Err(ShimError::Closure(text.into()));
-            }
-            let dx = slot.take()?;
+            let dx = only_for_one(slot.take()?, input(gradients, 0)?)?;
             finish.take()?.done()?;
             Ok(vec![Some(dx), None])
         };
@@ -128,6 +123,14 @@ impl TensorGroup {
         let factor_N1 = valid_N.f_mul_scalar(scale)?.f_unsqueeze(1)?;
         Ok(Chunk { loss, d_logits: Some(d_logits.f_mul_(&factor_N1)?) })
     }
+}
+
+/// The gradient of a loss's input, made for a loss gradient of one: bit by bit what it was for
+/// that, and not a number for any other. A host that looked would wait for all that it gave a GPU.
+fn only_for_one(mut dx: Tensor, gradient: &Tensor) -> ShimResult<Tensor> {
+    // 1 / 1, or 0 / 0.
+    let is_one = gradient.f_eq(1.0)?.f_to_kind(dx.kind())?;
+    Ok(dx.f_mul_(&is_one.f_div(&is_one)?)?)
 }
 
 /// The tensor in another format; its own memory is free then.

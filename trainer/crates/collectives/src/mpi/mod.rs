@@ -290,9 +290,7 @@ struct OnItsWay {
 impl Pending for OnItsWay {
     fn wait(self: Box<Self>) -> Result<()> {
         let Some(result) = self.outcome.wait(self.timeout) else {
-            let did = if self.into.is_some() { "sent" } else { "took" };
-            let detail = format!("it {did} nothing in {} ms", self.timeout.as_millis());
-            return Err(CommError::lost(self.peer, detail));
+            return Err(CommError::late(self.peer, self.into.is_none(), self.timeout));
         };
         let buffer = result?;
         match &self.into {

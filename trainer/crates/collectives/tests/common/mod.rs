@@ -2,10 +2,21 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use torch_shim::ShimError;
 use torch_shim::gloo::StoreBackend;
+
+/// This process stops altogether, and runs again after so many seconds.
+#[allow(dead_code, reason = "not each test that shares this file stops a process")]
+pub fn stop_for(seconds: u32) {
+    let own = std::process::id();
+    let again = format!("sleep {seconds}; kill -CONT {own}");
+    let mut waker = Command::new("sh").args(["-c", &again]).spawn().unwrap();
+    Command::new("kill").args(["-STOP", &own.to_string()]).status().unwrap();
+    waker.wait().unwrap();
+}
 
 /// A store of files, one a key.
 pub struct Files(pub PathBuf);
