@@ -52,6 +52,19 @@ fn presets_are_the_published_figures() {
 }
 
 #[test]
+fn checkpoints_by_themselves_and_to_an_object_store() {
+    for remote in ["s3://bucket/a/b", "gs://bucket", "az://container/x", "file:///mnt/a-b/c"] {
+        let set = format!("checkpoint={{every_steps: auto, remote: '{remote}/'}}");
+        let config = config(&[set]);
+        assert_eq!(config.checkpoint.every_steps, None);
+        assert_eq!(config.checkpoint.remote.as_deref(), Some(remote));
+        check_round_trip(&config);
+    }
+    let plain = config(&[]).checkpoint;
+    assert_eq!((plain.failures_per_node_day, plain.remote), (0.0065, None));
+}
+
+#[test]
 fn every_field_of_a_preset_can_be_overridden() {
     let sets = ["model={preset: llama3.2-1b, layers: 2, rope: {scaling: {factor: 8}}}".to_owned()];
     let m = config(&sets).model;

@@ -11,6 +11,7 @@ use crate::error::UserError;
 use crate::health;
 use crate::machine::{self, Resolved, Starter};
 use crate::print::err;
+use crate::remote::{self, Place};
 use crate::room;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::ledger::{Ledger, Sums};
@@ -232,7 +233,7 @@ fn go_on_with(
     // Ranks that run know nothing of a change.
     let is_same = changes.is_empty() && args.step.is_none();
     let may_adopt = may_run_elsewhere && is_same && starter == Starter::Agents;
-    let start = match choose_start(&run, &history, &args) {
+    let start = match choose_start(&run, config, &history, &args) {
         // Only the ranks themselves can save it.
         Err(_) if may_adopt && history.committed.is_none() => Start::default(),
         chosen => chosen?,
@@ -385,17 +386,23 @@ struct Start {
     may_begin: bool,
 }
 
-fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
+fn choose_start(
+    run: &RunDir,
+    config: &RunConfig,
+    history: &History,
+    args: &ResumeArgs,
+) -> Result<Start, UserError> {
     let scan = scan(&run.checkpoints()).map_err(|error| UserError::failed(error.to_string()))?;
-    let is_current = |found: &&checkpoint_format::scan::Found| {
-        is_current(found.step, found.generation, &history.branches)
+    let here = scan.committed.iter().map(|found| (found.step, found.generation)).collect();
+    let steps = with_remote(here, config, history, args);
+    let is_current = |(step, generation): &&(u64, u64)| {
+        is_current(*step, *generation, &history.branches)
     };
-    let newest = scan.committed.iter().rev().find(is_current).map(|found| found.step);
+    let newest = steps.iter().rev().find(is_current).map(|(step, _)| *step);
     let name = runs::name_of(run);
     if let Some(step) = args.step {
-        if !scan.committed.iter().any(|found| found.step == step) {
-            let steps: Vec<String> =
-                scan.committed.iter().map(|found| found.step.to_string()).collect();
+        if !steps.iter().any(|(found, _)| *found == step) {
+            let steps: Vec<String> = steps.iter().map(|(step, _)| step.to_string()).collect();
             let error =
                 UserError::usage(format!("run {name} has no good checkpoint of step {step}"));
             return Err(error.hint(format!("it has: {}", steps.join(", "))));
@@ -416,6 +423,37 @@ fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<St
         (None, true) => Ok(Start { may_begin: true, ..Start::default() }),
         (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
     }
+}
+
+/// The (step, generation) of the good checkpoints that are `here`, rising; with those of the object
+/// store, where what is wanted is not here.
+fn with_remote(
+    here: Vec<(u64, u64)>,
+    config: &RunConfig,
+    history: &History,
+    args: &ResumeArgs,
+) -> Vec<(u64, u64)> {
+    let is_here = match args.step {
+        Some(step) => here.iter().any(|(found, _)| *found == step),
+        None => here.last().map(|(step, _)| *step) >= history.committed,
+    };
+    let place = remote_of(config, history.run_id.clone()).filter(|_| !is_here);
+    let Some(place) = place else { return here };
+    let stored = remote::list(&place).unwrap_or_else(|reason| {
+        err!("note: nothing is read from the object store: {reason}");
+        Vec::new()
+    });
+    let stored = stored.iter().map(|stored| (stored.target.step, stored.target.generation));
+    let mut all: Vec<(u64, u64)> = here.into_iter().chain(stored).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Where the run's checkpoints are in an object store.
+fn remote_of(config: &RunConfig, run_id: Option<String>) -> Option<Place> {
+    let url = config.checkpoint.remote.clone()?;
+    Some(Place { url, name: config.name.clone(), run_id })
 }
 
 fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> UserError {
@@ -505,7 +543,7 @@ fn go(
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
     let plan = Plan {
         run,
-        run_id,
+        run_id: run_id.clone(),
         world_size: resolved.world_size,
         threads: resolved.threads,
         trainer: prepared.trainer,
@@ -522,6 +560,7 @@ fn go(
         adopt,
         stop_after: None,
         keeper: held.map(|held| held.keeper),
+        remote: remote_of(&config, Some(run_id)),
         may_begin: start.may_begin,
         config,
     };

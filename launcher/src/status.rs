@@ -6,6 +6,7 @@ use crate::runs::{self, holder, name_of};
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::{Layout, Status, ended};
 use crate::view::thousands;
+use checkpoint_format::interval::Interval;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
 use std::time::{Duration, SystemTime};
@@ -139,8 +140,19 @@ fn describe(status: &Status) -> String {
     let checkpoint =
         status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
     lines.push(("checkpoint", checkpoint));
+    if let Some(interval) = &status.checkpoint_interval {
+        lines.push(("", every(interval)));
+    }
     if let Some(alarm) = &status.alarm {
         lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+    }
+    if let Some(remote) = &status.remote {
+        let copied = status.remote_checkpoint.map(|step| format!("step {step}"));
+        let copied = copied.unwrap_or_else(|| "none copied yet".into());
+        lines.push(("remote", format!("{copied}, in {remote}")));
+    }
+    if let Some(alarm) = &status.remote_alarm {
+        lines.push(("ALARM", format!("copying to the object store fails: {alarm}")));
     }
     if let Some(alarm) = &status.store_alarm {
         let meanwhile = "the ranks go on; nothing is restarted meanwhile";
@@ -167,6 +179,17 @@ fn describe(status: &Status) -> String {
         lines.push(("rank", format!("{}: {what}", rank.rank)));
     }
     lines.iter().map(|(name, value)| format!("{name:<12}{value}\n")).collect()
+}
+
+/// The interval between checkpoints, where the run chose it, and why.
+fn every(interval: &Interval) -> String {
+    let short = |s: f64| crate::time::short(Duration::try_from_secs_f64(s).unwrap_or_default());
+    let Interval { steps, seconds, stall_s, mttf_s, .. } = interval;
+    format!(
+        "one every {steps} steps ({seconds:.1} s): a save stalls for {stall_s:.3} s, and something \
+         fails every {}",
+        short(*mttf_s)
+    )
 }
 
 fn ettr(ledger: &Sums) -> String {

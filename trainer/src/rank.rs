@@ -1,6 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::backend::Backend;
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::identity;
 use crate::numeric::Watch;
@@ -132,6 +133,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         worker.groups.mesh.size()
     );
     let watch = Watch::restore(&config.numeric, &watched, roll_backs)?;
+    let cadence = Cadence::new(&config, assignment, first_step - 1);
     let rank = Rank {
         config,
         client: client.clone(),
@@ -146,6 +148,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         skipped_in_a_row: skips.1,
         watch,
         faults: Faults::from_env()?,
+        cadence,
         saving: None,
     };
     Ok((rank, backend))

@@ -53,17 +53,17 @@ impl Saving {
         self.thread.is_finished()
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over; returns the seconds that this rank took to write it.
     ///
     /// # Errors
     /// Why it was not committed.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(self) -> Result<f64> {
         let result = self.thread.join();
         let saved =
             result.map_err(|_| TrainError::Panic("the thread that saves panicked".into()))??;
         if let Some(error) = saved.retention_error {
             tracing::warn!("an old checkpoint could not be removed: {error}");
         }
-        Ok(())
+        Ok(saved.seconds)
     }
 }

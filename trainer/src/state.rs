@@ -1,5 +1,6 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
@@ -50,6 +51,8 @@ pub struct Rank {
     pub watch: Watch,
     /// What goes wrong on purpose, in tests.
     pub faults: Faults,
+    /// When to save.
+    pub cadence: Cadence,
     /// The checkpoint that is being written.
     pub saving: Option<Saving>,
 }

@@ -8,9 +8,11 @@ use crate::saving::Saving;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
 use crate::validation::validate;
+use collectives::ReduceOp;
+use parallel::all_reduce_scalars;
 use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Instant;
 
 /// How a rank's training ended well.
@@ -49,6 +51,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         };
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
         report.comm_wait_s = rank.waited_since(waited);
+        rank.cadence.stepped(report.step_time_s);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
         }
@@ -60,7 +63,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         count_skips(rank, &result)?;
         let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
         let at_end = rank.step == last || stop;
-        if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
+        if at_end || rank.cadence.is_due(rank.step) {
             save(rank, result.learning_rate, at_end)?;
         }
         if stop && rank.step < last {
@@ -164,9 +167,32 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
 /// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
+    let began = Instant::now();
     finish_save(rank, false)?;
     rank.begin_save(learning_rate, is_last)?;
-    if is_last { finish_save(rank, true) } else { Ok(()) }
+    if is_last {
+        return finish_save(rank, true);
+    }
+    rank.cadence.stalled(began.elapsed());
+    agree_on_the_next(rank)
+}
+
+/// Where the interval is the run's to choose: all ranks choose it alike, from the largest of what
+/// each measured.
+fn agree_on_the_next(rank: &mut Rank) -> Result<()> {
+    let Some(mut measured) = rank.cadence.measured() else { return Ok(()) };
+    all_reduce_scalars(rank.worker.groups.world.as_ref(), &mut measured, ReduceOp::Max)?;
+    let Some(interval) = rank.cadence.agreed(rank.step, measured) else { return Ok(()) };
+    if rank.worker.groups.rank == 0 {
+        event(rank, "checkpoint_interval", json!(interval))?;
+    }
+    Ok(())
+}
+
+/// Tells something for `events.jsonl`; `fields` is an object.
+fn event(rank: &Rank, kind: &str, fields: Value) -> Result<()> {
+    let fields = fields.as_object().cloned().unwrap_or_default();
+    Ok(rank.client.event(Event { kind: kind.to_owned(), fields })?)
 }
 
 /// Waits for a save that is under way. Where there is no room, or a disk fails, training goes on
@@ -175,16 +201,17 @@ fn finish_save(rank: &mut Rank, is_last: bool) -> Result<()> {
     let Some(saving) = rank.saving.take() else { return Ok(()) };
     let step = saving.step;
     let error = match saving.finish() {
-        Ok(()) => return Ok(()),
+        Ok(seconds) => {
+            rank.cadence.written(seconds);
+            return Ok(());
+        }
         Err(error) if !is_last && error.is_of_storage() => error,
         Err(error) => return Err(error),
     };
     tracing::warn!("the checkpoint of step {step} was not written: {error}");
     // Others only know that some rank failed.
     if error.class() == FailureClass::Storage {
-        let fields = json!({ "step": step, "reason": error.to_string() });
-        let fields = fields.as_object().cloned().unwrap_or_default();
-        rank.client.event(Event { kind: "checkpoint_failed".into(), fields })?;
+        event(rank, "checkpoint_failed", json!({ "step": step, "reason": error.to_string() }))?;
     }
     Ok(())
 }

@@ -461,6 +461,8 @@ mod tests {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            failures: 0,
+            observed_s: 0,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

@@ -128,6 +128,12 @@ pub struct Assignment {
     /// Steps that the run went back behind: their samples are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roll_backs: Vec<RollBack>,
+    /// Failures of the run so far.
+    #[serde(default)]
+    pub failures: u64,
+    /// Seconds that the run has been up and down so far.
+    #[serde(default)]
+    pub observed_s: u64,
 }
 
 /// A step in numeric trouble, behind which the run went back to go on without its samples.

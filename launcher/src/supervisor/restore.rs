@@ -1,11 +1,18 @@
 //! Which checkpoint a generation continues from.
 
-use checkpoint_format::Checkpoint;
+use crate::remote::{self, Place};
 use checkpoint_format::fence::Fence;
 use checkpoint_format::scan::{Damaged, Found, scan};
+use checkpoint_format::{Checkpoint, names};
 use rank_protocol::RollBack;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How often the object store is tried for what is not here.
+const FETCH_ATTEMPTS: u32 = 2;
+/// The pause between.
+const FETCH_PAUSE: Duration = Duration::from_secs(2);
 
 /// A resume at an earlier step than the newest: what older generations saved beyond it is another
 /// future of the run, and no longer counts.
@@ -17,6 +24,21 @@ pub struct Branch {
     pub generation: u64,
 }
 
+/// What is looked for, and where.
+#[derive(Clone, Debug, Default)]
+pub struct Search {
+    /// The run's folder of checkpoints.
+    pub dir: PathBuf,
+    /// Earlier resumes at a step that was not the newest.
+    pub branches: Vec<Branch>,
+    /// The step that was asked for; `None`: the newest.
+    pub only: Option<u64>,
+    /// The newest step that is known to have been committed.
+    pub committed: Option<u64>,
+    /// Where else to look, if something is missing or damaged here.
+    pub remote: Option<Place>,
+}
+
 /// What a search found.
 #[derive(Clone, Debug, Default)]
 pub struct Restored {
@@ -26,6 +48,10 @@ pub struct Restored {
     pub damaged: Vec<Damaged>,
     /// Steps that the run had gone back behind when it was saved.
     pub roll_backs: Vec<RollBack>,
+    /// How long it took to come from the object store, where it did.
+    pub fetched: Option<Duration>,
+    /// What went wrong with the object store.
+    pub troubles: Vec<String>,
 }
 
 /// The steps that a run had gone back behind, as the trainer wrote them into a checkpoint.
@@ -39,18 +65,81 @@ pub fn is_current(step: u64, generation: u64, branches: &[Branch]) -> bool {
     branches.iter().all(|branch| generation >= branch.generation || step <= branch.step)
 }
 
-/// The newest good checkpoint (or that of step `only`), all its bytes checked; older ones are read
-/// only where a newer one is damaged.
+/// The newest good checkpoint (or the one asked for) over all tiers, all its bytes checked; older
+/// ones are read only where a newer one is damaged. The object store is asked only where what was
+/// committed is not here, so that a restart does not wait for it.
 ///
 /// # Errors
 /// A message where the folder cannot be listed.
-pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Restored, String> {
-    let mut scan = scan(dir).map_err(|error| error.to_string())?;
-    let is_asked_for = |step: u64| only.is_none_or(|only| only == step);
+pub fn newest(search: &Search) -> Result<Restored, String> {
+    let mut restored = newest_here(search)?;
+    let here = restored.found.as_ref().map(|found| found.step);
+    let is_here = match search.only {
+        Some(_) => here.is_some(),
+        None => here >= search.committed,
+    };
+    let Some(place) = search.remote.as_ref().filter(|_| !is_here) else { return Ok(restored) };
+    for attempt in 1..=FETCH_ATTEMPTS {
+        let began = Instant::now();
+        match fetch_newer(search, place, here) {
+            Ok(None) => break,
+            Ok(Some((found, roll_backs))) => {
+                restored.damaged.retain(|damaged| damaged.step > found.step);
+                restored.fetched = Some(began.elapsed());
+                (restored.found, restored.roll_backs) = (Some(found), roll_backs);
+                break;
+            }
+            Err(reason) => restored.troubles.push(reason),
+        }
+        if attempt < FETCH_ATTEMPTS {
+            std::thread::sleep(FETCH_PAUSE);
+        }
+    }
+    Ok(restored)
+}
+
+/// Copies the newest checkpoint of the object store here that is newer than what is `here`, and
+/// returns it with the steps that the run had gone back behind; `None`: there is none.
+fn fetch_newer(
+    search: &Search,
+    place: &Place,
+    here: Option<u64>,
+) -> Result<Option<(Found, Vec<RollBack>)>, String> {
+    let mut stored = remote::list(place)?;
+    stored.retain(|stored| {
+        let (step, generation) = (stored.target.step, stored.target.generation);
+        match search.only {
+            Some(only) => step == only,
+            None => Some(step) > here && is_current(step, generation, &search.branches),
+        }
+    });
+    stored.sort_by_key(|stored| (stored.target.step, stored.target.generation));
+    let mut reasons = Vec::new();
+    for stored in stored.iter().rev() {
+        let (step, generation) = (stored.target.step, stored.target.generation);
+        let path = search.dir.join(names::step_folder(step));
+        let fetched = remote::fetch(place, stored, &search.dir).and_then(|bytes| {
+            let opened = Checkpoint::open(&path).map_err(|error| error.to_string());
+            opened.map(|checkpoint| (bytes, roll_backs(&checkpoint)))
+        });
+        match fetched {
+            Ok((bytes, roll_backs)) => {
+                return Ok(Some((Found { step, path, generation, bytes }, roll_backs)));
+            }
+            Err(reason) => reasons.push(format!("step {step}: {reason}")),
+        }
+    }
+    if reasons.is_empty() { Ok(None) } else { Err(reasons.join("; ")) }
+}
+
+fn newest_here(search: &Search) -> Result<Restored, String> {
+    let mut scan = scan(&search.dir).map_err(|error| error.to_string())?;
+    let is_asked_for = |step: u64| search.only.is_none_or(|only| only == step);
     let mut damaged: Vec<Damaged> =
         scan.damaged.into_iter().filter(|damaged| is_asked_for(damaged.step)).collect();
     while let Some(found) = scan.committed.pop() {
-        let is_current = only.is_some() || is_current(found.step, found.generation, branches);
+        let is_current =
+            search.only.is_some() || is_current(found.step, found.generation, &search.branches);
         if !is_current || !is_asked_for(found.step) {
             continue;
         }
@@ -59,7 +148,8 @@ pub fn newest(dir: &Path, branches: &[Branch], only: Option<u64>) -> Result<Rest
         match verified {
             Ok(roll_backs) => {
                 damaged.retain(|damaged| damaged.step > found.step);
-                return Ok(Restored { found: Some(found), damaged, roll_backs });
+                let found = Some(found);
+                return Ok(Restored { found, damaged, roll_backs, ..Restored::default() });
             }
             Err(error) => damaged.push(Damaged {
                 step: found.step,

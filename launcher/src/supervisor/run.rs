@@ -5,11 +5,14 @@ use super::ledger::{Ledger, Spent};
 use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
-use super::restore::{self, Branch, Restored};
+use super::restore::{Branch, Restored};
 use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
+use crate::remote::Place;
+use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
+use checkpoints::{Copies, next_of_copies};
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
@@ -74,6 +77,8 @@ pub struct Plan {
     pub may_begin: bool,
     /// Step after which it is saved and stopped.
     pub stop_after: Option<u64>,
+    /// Where checkpoints are copied to, and read from where they are missing here.
+    pub remote: Option<Place>,
 }
 
 /// The generation of an earlier coordinator.
@@ -84,6 +89,7 @@ pub struct Adopt {
     pub num_ranks: usize,
 }
 
+mod checkpoints;
 mod elsewhere;
 mod roll_backs;
 mod spawning;
@@ -97,6 +103,8 @@ struct Executor {
     ranks: Vec<RankHandle>,
     /// The ranks' machines, where agents start them.
     elsewhere: Option<Elsewhere>,
+    /// The copying of checkpoints to an object store.
+    copies: Option<Copies>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
     generation_start: Instant,
@@ -138,10 +146,11 @@ pub fn supervise(
         };
         let mut executor = Executor::new(plan, view, inputs, searches);
         executor.elsewhere = nodes.map(Elsewhere::new);
+        let copied = executor.start_copies()?;
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
-        executor.run(received, found, happened).await
+        executor.run(received, found, happened, copied).await
     })
 }
 
@@ -201,6 +210,7 @@ impl Executor {
             store: Store::default(),
             ranks: Vec::new(),
             elsewhere: None,
+            copies: None,
             inputs,
             searches,
             generation_start: Instant::now(),
@@ -219,6 +229,7 @@ impl Executor {
         mut inputs: mpsc::Receiver<Input>,
         mut searches: mpsc::Receiver<Result<Restored, String>>,
         mut happened: Option<mpsc::Receiver<Happening>>,
+        mut copied: Option<mpsc::Receiver<CopyNews>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -235,13 +246,14 @@ impl Executor {
             self.handle(Event::Begin { committed: self.plan.committed });
         }
         let mut first_signal = None;
-        while self.finish.is_none() && self.superseded.is_none() {
+        while self.superseded.is_none() && (self.finish.is_none() || self.still_copies()) {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
                 Some(search) = searches.recv() => { self.take_search(search); None }
                 Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
                 () = changed(&mut standing) => { self.store_changed(); None }
+                news = next_of_copies(&mut copied) => { self.copied(news); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 Some(_) = received(&mut hangup) => Some("SIGHUP"),
@@ -259,11 +271,7 @@ impl Executor {
                 self.wake();
             }
             if let Some(by) = by {
-                let first = *first_signal.get_or_insert(now);
-                match by == "SIGQUIT" || now.duration_since(first) >= SAME_REQUEST {
-                    true => self.handle(Event::StopNow { by: by.to_owned() }),
-                    false => self.asked_to_stop(by.to_owned()),
-                }
+                self.signalled(by, &mut first_signal);
             }
             self.look_elsewhere();
         }
@@ -275,6 +283,24 @@ impl Executor {
             elsewhere.nodes.over(code, &reason).await;
         }
         Ok(self.end(code, reason))
+    }
+
+    /// A signal asks for a stop, and for one at once where it comes again or is SIGQUIT. Once the
+    /// ranks are gone, any ends the wait for what is still being copied.
+    fn signalled(&mut self, by: &str, first: &mut Option<Instant>) {
+        let now = Instant::now();
+        let is_first = first.is_none();
+        let is_again = now.duration_since(*first.get_or_insert(now)) >= SAME_REQUEST;
+        if self.finish.is_some() {
+            if is_first || is_again || by == "SIGQUIT" {
+                self.end_copies();
+            }
+            return;
+        }
+        match is_again || by == "SIGQUIT" {
+            true => self.handle(Event::StopNow { by: by.to_owned() }),
+            false => self.asked_to_stop(by.to_owned()),
+        }
     }
 
     fn next_wake(&self) -> Instant {
@@ -339,15 +365,7 @@ impl Executor {
                     self.show_step(&report);
                 }
             }
-            FromRank::CheckpointCommitted { step } => {
-                self.recorder.status.alarm = None;
-                self.recorder.event("checkpoint_committed", json!({ "step": step }));
-                if let Some(elsewhere) = &self.elsewhere {
-                    let num_ranks = elsewhere.nodes.room();
-                    self.handle(Event::Room { num_ranks });
-                }
-                self.handle(Event::Committed { step });
-            }
+            FromRank::CheckpointCommitted { step } => self.committed(step),
             FromRank::Here(position) => {
                 let waits = position.waits.join("; ");
                 tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
@@ -420,23 +438,6 @@ impl Executor {
         }
     }
 
-    fn take_search(&mut self, search: Result<Restored, String>) {
-        let restored = match search {
-            Ok(restored) => restored,
-            Err(reason) => {
-                return self.handle(Event::Broken { code: exit_code::FAILED, reason });
-            }
-        };
-        for damaged in &restored.damaged {
-            let (step, reason) = (damaged.step, &damaged.reason);
-            tracing::warn!("the checkpoint of step {step} is damaged and passed over: {reason}");
-            let fields = json!({ "step": step, "reason": reason });
-            self.recorder.event("checkpoint_damaged", fields);
-        }
-        self.leave_out(&restored.roll_backs);
-        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
-    }
-
     fn handle(&mut self, event: Event) {
         for action in self.state.handle(event, Instant::now()) {
             self.act(action);
@@ -498,7 +499,10 @@ impl Executor {
             }
             Action::RecordLingering { ranks, time } => self.record_lingering(&ranks, time),
             Action::AskWhere => self.tell_all(&ToRank::Where),
-            Action::Finish { code, reason } => self.finish = Some((code, reason)),
+            Action::Finish { code, reason } => {
+                self.finish_copies(code);
+                self.finish = Some((code, reason));
+            }
         }
     }
 
@@ -522,29 +526,6 @@ impl Executor {
         }
     }
 
-    /// Reading all of a checkpoint takes long: another thread does it.
-    fn search(&mut self) {
-        // What the ranks of the last generation hold must not outlive it.
-        self.ranks.clear();
-        let only = self.plan.first_step.filter(|_| self.is_first_search);
-        self.is_first_search = false;
-        let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
-        let searches = self.searches.clone();
-        let generation = self.state.generation();
-        // Ranks on a node that was given up may still run: from here on they save nothing.
-        let fence = self.elsewhere.is_some().then_some(generation + 1);
-        tokio::task::spawn_blocking(move || {
-            if let Some(next) = fence
-                && let Err(error) = restore::raise_fence(&dir, next)
-            {
-                let _ = searches.blocking_send(Err(error));
-                return;
-            }
-            restore::remove_unfinished(&dir, generation);
-            let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
-        });
-    }
-
     fn update_status(&mut self) {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
@@ -558,7 +539,8 @@ impl Executor {
         self.recorder.status.ranks = ranks.collect();
         self.recorder.status.last_checkpoint = self.state.committed();
         if self.recorder.status.exit_code.is_none() {
-            self.recorder.status.state = self.state.name().to_owned();
+            let state = if self.finish.is_some() { "copying" } else { self.state.name() };
+            self.recorder.status.state = state.to_owned();
         }
         self.recorder.write_status();
     }

@@ -144,6 +144,8 @@ impl Executor {
             replicas: self.elsewhere.is_some().then_some(size.replicas),
             stop_after: self.plan.stop_after,
             roll_backs: self.plan.roll_backs.clone(),
+            failures: self.recorder.status.restarts,
+            observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
         }
     }
 }

@@ -197,20 +197,25 @@ fn read_manifest(folder: &Folder) -> Result<Manifest> {
     }
     let commit = folder.read(names::COMMIT, 1024)?;
     let bytes = folder.read(names::MANIFEST, MAX_MANIFEST)?;
-    if commit != format!("{}\n", sha256_hex(&bytes)).as_bytes() {
-        return Err(FormatError::damaged(path, "COMMIT is not the SHA-256 of MANIFEST.json"));
+    checked_manifest(&path.join(names::MANIFEST), &commit, &bytes)
+}
+
+/// A manifest of which `commit` is the `COMMIT`. `path` is its own, for messages.
+pub(crate) fn checked_manifest(path: &Path, commit: &[u8], bytes: &[u8]) -> Result<Manifest> {
+    if commit != format!("{}\n", sha256_hex(bytes)).as_bytes() {
+        let folder = path.parent().unwrap_or(path);
+        return Err(FormatError::damaged(folder, "COMMIT is not the SHA-256 of MANIFEST.json"));
     }
-    let manifest: Manifest = serde_json::from_slice(&bytes)
-        .map_err(|error| FormatError::refused(&path.join(names::MANIFEST), error.to_string()))?;
+    let refused = |reason: String| Err(FormatError::refused(path, reason));
+    let manifest: Manifest = match serde_json::from_slice(bytes) {
+        Ok(manifest) => manifest,
+        Err(error) => return refused(error.to_string()),
+    };
     if manifest.version != MANIFEST_VERSION {
-        return Err(FormatError::refused(
-            &path.join(names::MANIFEST),
-            format!("version {} is not {MANIFEST_VERSION}", manifest.version),
-        ));
+        return refused(format!("version {} is not {MANIFEST_VERSION}", manifest.version));
     }
     if let Some(name) = manifest.files.keys().find(|name| !is_plain_name(name)) {
-        let reason = format!("{name:?} is not a file name");
-        return Err(FormatError::refused(&path.join(names::MANIFEST), reason));
+        return refused(format!("{name:?} is not a file name"));
     }
     Ok(manifest)
 }

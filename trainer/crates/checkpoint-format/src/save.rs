@@ -24,7 +24,7 @@ use crate::fence::Fence;
 use crate::index::{Index, StoredBox, TensorEntry};
 use crate::manifest::{FileEntry, MANIFEST_VERSION, Manifest, TrainState};
 use crate::tensor_file::{HeaderEntry, TensorFile};
-use crate::{names, retention};
+use crate::{names, place, retention};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -260,7 +260,7 @@ impl Save {
         disk::write_file(&unfinished, format!("{}\n", sha256_hex(&manifest)).as_bytes(), COMMIT)?;
         disk::rename(&unfinished, &path, failpoint::RENAME_COMMIT)?;
         disk::sync_folder(&temporary, failpoint::FSYNC_COMMITTED)?;
-        self.take_name()?;
+        place::take_name(&self.checkpoints_dir, self.step, self.generation, &temporary)?;
         Ok(bytes)
     }
 
@@ -298,38 +298,6 @@ impl Save {
             std::fs::remove_file(&path).map_err(|error| FormatError::io("remove", &path, error))?;
         }
         Ok((files, index))
-    }
-
-    /// Under the fence: the folder takes its name, in exchange for an earlier one of the same step.
-    fn take_name(&self) -> Result<()> {
-        let (temporary, folder) = (self.temporary(), self.folder());
-        let _fence = Fence::raise(&self.checkpoints_dir, self.generation)?;
-        if std::fs::symlink_metadata(&folder).is_err() {
-            disk::rename(&temporary, &folder, failpoint::RENAME_STEP)?;
-            return disk::sync_folder(&self.checkpoints_dir, failpoint::FSYNC_PARENT);
-        }
-        let retired = self.checkpoints_dir.join(names::retired_folder(self.step, self.generation));
-        failpoint::hit(failpoint::RENAME_STEP)
-            .map_err(|error| FormatError::io("rename", &temporary, error))?;
-        let exchanged = rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &temporary,
-            rustix::fs::CWD,
-            &folder,
-            rustix::fs::RenameFlags::EXCHANGE,
-        );
-        // A file system that cannot exchange: for a moment the step is under neither name, and the
-        // checkpoint before it is the newest.
-        let renames = if exchanged.is_ok() {
-            vec![(&temporary, &retired)]
-        } else {
-            vec![(&folder, &retired), (&temporary, &folder)]
-        };
-        for (from, to) in renames {
-            std::fs::rename(from, to).map_err(|error| FormatError::io("rename", from, error))?;
-        }
-        disk::sync_folder(&self.checkpoints_dir, failpoint::FSYNC_PARENT)?;
-        retention::remove_unless_read(&retired)
     }
 
     /// Rank 0, after a failure: removes what was written. Old checkpoints stay.

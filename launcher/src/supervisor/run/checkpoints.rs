@@ -1,0 +1,167 @@
+//! The executor's part for checkpoints: what ranks tell of them, the search for the newest one, and
+//! the copies in an object store.
+
+use super::{Event, Executor};
+use crate::remote::upload::{self, Uploader};
+use crate::remote::uploads::{News, Target};
+use crate::supervisor::restore::{self, Restored, Search};
+use rank_protocol::exit_code;
+use serde_json::json;
+use tokio::sync::mpsc;
+
+/// The copying, while it goes on.
+pub struct Copies {
+    uploader: Uploader,
+}
+
+/// The next news of the copying: `None` when it ends; never, where there is none.
+pub async fn next_of_copies(copied: &mut Option<mpsc::Receiver<News>>) -> Option<News> {
+    let Some(receiver) = copied else { return std::future::pending().await };
+    let news = receiver.recv().await;
+    if news.is_none() {
+        *copied = None;
+    }
+    news
+}
+
+impl Executor {
+    /// Rank 0 says that a checkpoint is committed.
+    pub(super) fn committed(&mut self, step: u64) {
+        self.recorder.status.alarm = None;
+        self.recorder.event("checkpoint_committed", json!({ "step": step }));
+        if let Some(copies) = &self.copies {
+            copies.uploader.committed(Target { generation: self.state.generation(), step });
+        }
+        if let Some(elsewhere) = &self.elsewhere {
+            let num_ranks = elsewhere.nodes.room();
+            self.handle(Event::Room { num_ranks });
+        }
+        self.handle(Event::Committed { step });
+    }
+
+    /// A rank tells something for `events.jsonl`.
+    pub(super) fn hear_event(&mut self, rank: usize, event: rank_protocol::Event) {
+        let mut fields = event.fields;
+        if event.kind == "checkpoint_failed" {
+            let reason = fields.get("reason").and_then(|reason| reason.as_str());
+            let reason = reason.unwrap_or_default().to_owned();
+            tracing::error!("rank {rank} could not save: {reason}");
+            self.recorder.status.alarm = Some(reason);
+        }
+        if event.kind == "checkpoint_interval" {
+            let interval = serde_json::from_value(fields.clone().into()).ok();
+            self.recorder.status.checkpoint_interval = interval;
+        }
+        fields.insert("rank".into(), rank.into());
+        self.recorder.event(&event.kind, fields.into());
+    }
+
+    /// Reading all of a checkpoint takes long: another thread does it.
+    pub(super) fn search(&mut self) {
+        // What the ranks of the last generation hold must not outlive it.
+        self.ranks.clear();
+        let search = Search {
+            dir: self.plan.run.checkpoints(),
+            branches: self.plan.branches.clone(),
+            only: self.plan.first_step.filter(|_| self.is_first_search),
+            committed: self.state.committed(),
+            remote: self.plan.remote.clone(),
+        };
+        self.is_first_search = false;
+        let searches = self.searches.clone();
+        let generation = self.state.generation();
+        // Ranks on a node that was given up may still run: from here on they save nothing.
+        let fence = self.elsewhere.is_some().then_some(generation + 1);
+        tokio::task::spawn_blocking(move || {
+            if let Some(next) = fence
+                && let Err(error) = restore::raise_fence(&search.dir, next)
+            {
+                let _ = searches.blocking_send(Err(error));
+                return;
+            }
+            restore::remove_unfinished(&search.dir, generation);
+            let _ = searches.blocking_send(restore::newest(&search));
+        });
+    }
+
+    pub(super) fn take_search(&mut self, search: Result<Restored, String>) {
+        let restored = match search {
+            Ok(restored) => restored,
+            Err(reason) => {
+                return self.handle(Event::Broken { code: exit_code::FAILED, reason });
+            }
+        };
+        for damaged in &restored.damaged {
+            let (step, reason) = (damaged.step, &damaged.reason);
+            tracing::warn!("the checkpoint of step {step} is damaged and passed over: {reason}");
+            let fields = json!({ "step": step, "reason": reason });
+            self.recorder.event("checkpoint_damaged", fields);
+        }
+        for reason in &restored.troubles {
+            tracing::warn!("reading from the object store: {reason}");
+            self.recorder.event("fetch_failed", json!({ "reason": reason }));
+        }
+        if let (Some(fetched), Some(found)) = (&restored.fetched, &restored.found) {
+            let (step, bytes, seconds) = (found.step, found.bytes, fetched.as_secs_f64());
+            tracing::info!("the checkpoint of step {step} came from the object store");
+            let fields = json!({ "step": step, "bytes": bytes, "seconds": seconds });
+            self.recorder.event("checkpoint_fetched", fields);
+        }
+        self.leave_out(&restored.roll_backs);
+        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
+    }
+
+    /// Begins to copy checkpoints, where that is asked for; its news.
+    pub(super) fn start_copies(&mut self) -> std::io::Result<Option<mpsc::Receiver<News>>> {
+        let Some(place) = self.plan.remote.clone() else { return Ok(None) };
+        self.recorder.status.remote = Some(place.describe());
+        let (uploader, news) = Uploader::start(upload::Plan {
+            place,
+            checkpoints: self.plan.run.checkpoints(),
+            keep_last: self.plan.config.checkpoint.keep_last,
+            keep_every_steps: self.plan.config.checkpoint.keep_every_steps,
+        })?;
+        self.copies = Some(Copies { uploader });
+        Ok(Some(news))
+    }
+
+    /// The copying has news, or (`None`) has ended.
+    pub(super) fn copied(&mut self, news: Option<News>) {
+        let status = &mut self.recorder.status;
+        match news {
+            Some(News::Uploaded(Target { generation, step })) => {
+                (status.remote_checkpoint, status.remote_alarm) = (Some(step), None);
+                let fields = json!({ "step": step, "written_by": generation });
+                self.recorder.event("checkpoint_copied", fields);
+            }
+            Some(News::Failing { target, reason, failures }) => {
+                tracing::error!("copying to the object store fails: {reason}");
+                status.remote_alarm = Some(reason.clone());
+                let step = target.map(|target| target.step);
+                let fields = json!({ "step": step, "reason": reason, "failures": failures });
+                self.recorder.event("copy_failed", fields);
+            }
+            Some(News::Recovered) => status.remote_alarm = None,
+            None => self.copies = None,
+        }
+        self.update_status();
+    }
+
+    /// The ranks are gone: what is still being copied is waited for, but not after a stop at once.
+    pub(super) fn finish_copies(&mut self, code: i32) {
+        match &self.copies {
+            Some(copies) if code != exit_code::INTERRUPTED => copies.uploader.finish(),
+            _ => self.copies = None,
+        }
+    }
+
+    /// Whether something is still being copied.
+    pub(super) fn still_copies(&self) -> bool {
+        self.copies.is_some()
+    }
+
+    /// Nothing more is waited for.
+    pub(super) fn end_copies(&mut self) {
+        self.copies = None;
+    }
+}
