@@ -22,6 +22,8 @@ use object_store::{
 };
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::future::Future;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -185,13 +187,11 @@ impl Remote {
         }
         let is_absent = |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
         let absent = manifest.files.iter().filter(is_absent);
-        let sends = absent.map(|(name, entry)| {
+        let send = |(name, entry): (&String, &FileEntry)| {
             self.send(from.join(name), folder.clone().join(name.as_str()), *entry)
-        });
-        futures::stream::iter(sends)
-            .buffer_unordered(FILES_AT_ONCE)
-            .try_for_each(|()| async { Ok(()) })
-            .await?;
+        };
+        let sends: Vec<_> = absent.map(send).collect();
+        all(sends, FILES_AT_ONCE).await?;
         let read = |name: &str| {
             let path = from.join(name);
             std::fs::read(&path).map_err(|error| local(FormatError::io("read", &path, error)))
@@ -262,7 +262,7 @@ impl Remote {
             }
             under_way.push(upload.put_part(bytes.freeze().into()));
         }
-        under_way.try_for_each(|()| async { Ok(()) }).await.map_err(refused)?;
+        while under_way.try_next().await.map_err(refused)?.is_some() {}
         intact(path, checksum, entry)?;
         upload.complete().await.map(|_| ()).map_err(refused)
     }
@@ -281,42 +281,39 @@ impl Remote {
             let what = format!("{folder} is of step {}", arrival.step());
             return Err(RemoteError::Remote(what));
         }
-        let fetches = arrival.files().iter().map(|(name, entry)| async {
-            let file = Arc::new(arrival.create(name).map_err(local)?);
-            self.receive(folder.clone().join(name.as_str()), file, entry.size).await
-        });
-        futures::stream::iter(fetches)
-            .buffer_unordered(FILES_AT_ONCE)
-            .try_for_each(|()| async { Ok(()) })
-            .await?;
+        let files = arrival.files().iter();
+        let fetches: Vec<_> =
+            files.map(|(name, entry)| self.receive(&arrival, &folder, name, entry.size)).collect();
+        all(fetches, FILES_AT_ONCE).await?;
         let finished = tokio::task::spawn_blocking(move || arrival.finish()).await;
         let finished = finished.map_err(|error| RemoteError::Local(error.to_string()))?;
         finished.map_err(local)
     }
 
     /// Fetches one file, in parts that come in any order.
-    async fn receive(&self, key: Key, file: Arc<File>, size: u64) -> Result<()> {
-        let parts = (0..size.div_ceil(PART)).map(|part| {
-            let (key, file) = (&key, file.clone());
-            let start = part * PART;
-            let end = size.min(start + PART);
-            async move {
-                let bytes = self.store.get_range(key, start..end).await;
-                let bytes = bytes.map_err(|error| self.failed(key, &error))?;
-                if bytes.len() as u64 != end - start {
-                    let what = format!("{key} ends before byte {end}");
-                    return Err(RemoteError::Remote(what));
-                }
-                let write = move || file.write_all_at(&bytes, start);
-                let written = tokio::task::spawn_blocking(write).await;
-                let written = written.map_err(|error| RemoteError::Local(error.to_string()))?;
-                written.map_err(|error| RemoteError::Local(format!("cannot write {key}: {error}")))
-            }
-        });
-        futures::stream::iter(parts)
-            .buffer_unordered(PARTS_AT_ONCE)
-            .try_for_each(|()| async { Ok(()) })
-            .await
+    async fn receive(&self, arrival: &Arrival, folder: &Key, name: &str, size: u64) -> Result<()> {
+        let file = Arc::new(arrival.create(name).map_err(local)?);
+        let key = folder.clone().join(name);
+        let part = |number: u64| {
+            let start = number * PART;
+            self.receive_part(&key, file.clone(), start..size.min(start + PART))
+        };
+        let parts: Vec<_> = (0..size.div_ceil(PART)).map(part).collect();
+        all(parts, PARTS_AT_ONCE).await
+    }
+
+    async fn receive_part(&self, key: &Key, file: Arc<File>, range: Range<u64>) -> Result<()> {
+        let (start, length) = (range.start, range.end - range.start);
+        let bytes = self.store.get_range(key, range).await;
+        let bytes = bytes.map_err(|error| self.failed(key, &error))?;
+        if bytes.len() as u64 != length {
+            let what = format!("{key} ends at byte {}", start + bytes.len() as u64);
+            return Err(RemoteError::Remote(what));
+        }
+        let write = move || file.write_all_at(&bytes, start);
+        let written = tokio::task::spawn_blocking(write).await;
+        let written = written.map_err(|error| RemoteError::Local(error.to_string()))?;
+        written.map_err(|error| RemoteError::Local(format!("cannot write {key}: {error}")))
     }
 
     /// Removes a checkpoint; `COMMIT` first, so that what is left of one is none.
@@ -368,6 +365,15 @@ impl Remote {
     }
 }
 
+/// Waits for all, so many at once; the first failure ends it.
+async fn all<F: Future<Output = Result<()>>>(work: Vec<F>, at_once: usize) -> Result<()> {
+    let mut outcomes = futures::stream::iter(work).buffer_unordered(at_once);
+    while let Some(outcome) = outcomes.next().await {
+        outcome?;
+    }
+    Ok(())
+}
+
 /// What was read is what was saved.
 fn intact(path: &Path, found: Checksum, entry: FileEntry) -> Result<()> {
     checkpoint_format::checksum::expect(path, "it", found, entry.checksum).map_err(local)
@@ -415,8 +421,8 @@ fn open_store(url: &str) -> std::result::Result<(Arc<dyn ObjectStore>, &str), St
             let folder = Path::new(rest);
             let made = std::fs::create_dir_all(folder);
             made.map_err(|error| StoreError::Generic { store: "file", source: error.into() })?;
-            let store = LocalFileSystem::new_with_prefix(folder)?.with_automatic_cleanup(true);
-            (Arc::new(store), "")
+            let store = LocalFileSystem::new_with_prefix(folder)?;
+            (Arc::new(store.with_automatic_cleanup(true).with_fsync(true)), "")
         }
     })
 }
