@@ -1,8 +1,8 @@
 //! After which steps the run is saved: every so many, or as many as lose the least time.
 //!
-//! With `checkpoint.every_steps: auto` each rank measures, and at each save all agree on the largest
-//! of what they measured (the slowest rank is waited for anyway) and so on the step of the next. What
-//! is learned does not depend on when a save was; only which steps are saved does.
+//! With `checkpoint.every_steps: auto` each rank measures, and at each save all agree on the
+//! largest of what they measured (the slowest rank is waited for anyway) and so on the step of the
+//! next. What is learned does not depend on when a save was; only which steps are saved does.
 
 use checkpoint_format::interval::{self, Interval};
 use rank_protocol::Assignment;
@@ -14,8 +14,11 @@ const FIRST_STEPS: u64 = 5;
 /// Weight of the newest of what is measured again and again.
 const NEWEST: f64 = 0.3;
 
-/// What ranks agree on: seconds of a stall, of writing, of a step, and since the generation began.
-pub type Measured = [f64; 4];
+/// What ranks agree on: seconds of a stall, of writing and of a step, failures of the run, and the
+/// seconds that it has been watched for. All that an interval follows from is here or in the
+/// config: a rank that came to another interval would wait for the others' save, and they for its
+/// step.
+pub type Measured = [f64; 5];
 
 /// When to save.
 #[derive(Debug)]
@@ -102,16 +105,16 @@ impl Cadence {
     pub fn measured(&self) -> Option<Measured> {
         let Cadence::Auto(auto) = self else { return None };
         let (stall_s, step_s) = (auto.stall_s.unwrap_or(0.0), auto.step_s.unwrap_or(0.0));
-        Some([stall_s, auto.write_s, step_s, auto.since.elapsed().as_secs_f64()])
+        let observed_s = auto.observed_s + auto.since.elapsed().as_secs_f64();
+        Some([stall_s, auto.write_s, step_s, auto.failures as f64, observed_s])
     }
 
     /// After the save of `step`, with what all agreed on. The interval, where its steps are others
     /// than before.
     pub fn agreed(&mut self, step: u64, measured: Measured) -> Option<Interval> {
         let Cadence::Auto(auto) = self else { return None };
-        let [stall_s, write_s, step_s, since_s] = measured;
-        let observed_s = auto.observed_s + since_s;
-        let mttf_s = interval::mttf_s(auto.expected_mttf_s, auto.failures, observed_s);
+        let [stall_s, write_s, step_s, failures, observed_s] = measured;
+        let mttf_s = interval::mttf_s(auto.expected_mttf_s, failures as u64, observed_s);
         let before = auto.interval;
         let interval = Interval::choose([stall_s, write_s, step_s], mttf_s, before);
         auto.next = interval.next_after(step, auto.keep_every_steps);
@@ -165,20 +168,22 @@ mod tests {
         let mine = cadence.measured().unwrap();
         assert_eq!(mine[..3], [0.05, 0.0, 2.0]);
         // The slowest rank stalls for 0.2 s: sqrt(2 x 0.2 x 1000) = 20 s.
-        let told = cadence.agreed(5, [0.2, 1.0, 2.0, 0.0]).unwrap();
+        let told = cadence.agreed(5, [0.2, 1.0, 2.0, 0.0, 0.0]).unwrap();
         assert_eq!((told.steps, told.mttf_s), (10, 1000.0));
         assert!(!cadence.is_due(14) && cadence.is_due(15));
-        // The same again is no news; and nothing failed in 3000 s more: sqrt(2 x 0.2 x 4000) = 40 s.
-        assert_eq!(cadence.agreed(15, [0.2, 1.0, 2.0, 0.0]), None);
-        assert_eq!(cadence.agreed(25, [0.2, 1.0, 2.0, 3000.0]).unwrap().steps, 20);
+        // The same again is no news; nothing fails in 3000 s more: sqrt(2 x 0.2 x 4000) = 40 s.
+        assert_eq!(cadence.agreed(15, [0.2, 1.0, 2.0, 0.0, 0.0]), None);
+        assert_eq!(cadence.agreed(25, [0.2, 1.0, 2.0, 0.0, 3000.0]).unwrap().steps, 20);
+        // One that failed halves it: sqrt(2 x 0.2 x 2000) = 28.3 s.
+        assert_eq!(cadence.agreed(45, [0.2, 1.0, 2.0, 1.0, 3000.0]).unwrap().steps, 14);
     }
 
     #[test]
     fn milestones_are_saved_too() {
         let mut cadence = auto(5, 7);
-        cadence.agreed(5, [0.2, 1.0, 2.0, 0.0]);
+        cadence.agreed(5, [0.2, 1.0, 2.0, 0.0, 0.0]);
         assert!(cadence.is_due(7));
-        cadence.agreed(7, [0.2, 1.0, 2.0, 0.0]);
+        cadence.agreed(7, [0.2, 1.0, 2.0, 0.0, 0.0]);
         assert!(!cadence.is_due(13) && cadence.is_due(14));
     }
 }
