@@ -176,7 +176,9 @@ fn list(run: &str, is_json: bool) -> Outcome {
         let generation = generation.unwrap_or(0);
         let tiers = tiers.join("+");
         match damaged {
-            None => out!("step {step:<8} generation {generation:<4} {size:>9}  {tiers:<12}  {path}"),
+            None => {
+                out!("step {step:<8} generation {generation:<4} {size:>9}  {tiers:<12}  {path}")
+            }
             Some(reason) => out!("step {step:<8} DAMAGED: {reason}  {path}"),
         }
     }
@@ -200,15 +202,10 @@ struct Listed {
 /// such store or it cannot be read, which is said.
 fn stored_of(run: &RunDir) -> (String, Vec<Stored>) {
     let config = RunConfig::load(&run.config(), &[]).ok().map(|loaded| loaded.config);
-    let url = config.as_ref().and_then(|config| config.checkpoint.remote.clone());
-    let (Some(config), Some(url)) = (config, url) else { return (String::new(), Vec::new()) };
-    let run_id = runs::history(run).ok().and_then(|history| history.run_id);
-    let place = Place { url, name: config.name, run_id };
-    let stored = remote::list(&place).unwrap_or_else(|reason| {
-        err!("note: nothing is read from the object store: {reason}");
-        Vec::new()
-    });
-    (place.describe(), stored)
+    let run_id = || runs::history(run).ok().and_then(|history| history.run_id);
+    let place = config.as_ref().and_then(|config| Place::of(config, run_id()));
+    let Some(place) = place else { return (String::new(), Vec::new()) };
+    (place.describe(), remote::list_or_say(&place))
 }
 
 fn verify(target: &str, is_json: bool) -> Outcome {

@@ -395,9 +395,8 @@ fn choose_start(
     let scan = scan(&run.checkpoints()).map_err(|error| UserError::failed(error.to_string()))?;
     let here = scan.committed.iter().map(|found| (found.step, found.generation)).collect();
     let steps = with_remote(here, config, history, args);
-    let is_current = |(step, generation): &&(u64, u64)| {
-        is_current(*step, *generation, &history.branches)
-    };
+    let is_current =
+        |(step, generation): &&(u64, u64)| is_current(*step, *generation, &history.branches);
     let newest = steps.iter().rev().find(is_current).map(|(step, _)| *step);
     let name = runs::name_of(run);
     if let Some(step) = args.step {
@@ -437,23 +436,14 @@ fn with_remote(
         Some(step) => here.iter().any(|(found, _)| *found == step),
         None => here.last().map(|(step, _)| *step) >= history.committed,
     };
-    let place = remote_of(config, history.run_id.clone()).filter(|_| !is_here);
+    let place = Place::of(config, history.run_id.clone()).filter(|_| !is_here);
     let Some(place) = place else { return here };
-    let stored = remote::list(&place).unwrap_or_else(|reason| {
-        err!("note: nothing is read from the object store: {reason}");
-        Vec::new()
-    });
+    let stored = remote::list_or_say(&place);
     let stored = stored.iter().map(|stored| (stored.target.step, stored.target.generation));
     let mut all: Vec<(u64, u64)> = here.into_iter().chain(stored).collect();
     all.sort_unstable();
     all.dedup();
     all
-}
-
-/// Where the run's checkpoints are in an object store.
-fn remote_of(config: &RunConfig, run_id: Option<String>) -> Option<Place> {
-    let url = config.checkpoint.remote.clone()?;
-    Some(Place { url, name: config.name.clone(), run_id })
 }
 
 fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> UserError {
@@ -550,6 +540,7 @@ fn go(
         library_path: prepared.library_path,
         last_generation: history.last_generation,
         committed: start.committed,
+        ever_committed: history.committed.filter(|_| branches.is_empty() && !start.may_begin),
         branches,
         roll_backs: history.roll_backs,
         first_step: start.first_step,
@@ -560,7 +551,7 @@ fn go(
         adopt,
         stop_after: None,
         keeper: held.map(|held| held.keeper),
-        remote: remote_of(&config, Some(run_id)),
+        remote: Place::of(&config, Some(run_id)),
         may_begin: start.may_begin,
         config,
     };

@@ -155,6 +155,7 @@ fn replay_steps(
         // Its checkpoint is of this generation, and an older one may not save.
         last_generation: replay.from.generation,
         committed: Some(replay.from.step),
+        ever_committed: None,
         branches: Vec::new(),
         roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),

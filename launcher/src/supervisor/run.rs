@@ -54,6 +54,8 @@ pub struct Plan {
     pub last_generation: u64,
     /// Newest step that earlier launchers committed.
     pub committed: Option<u64>,
+    /// Newest step that was ever committed, here still or not, where nobody went back behind it.
+    pub ever_committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
     /// Steps that the run went back behind: their samples are left out.

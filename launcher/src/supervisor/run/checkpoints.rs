@@ -60,11 +60,14 @@ impl Executor {
     pub(super) fn search(&mut self) {
         // What the ranks of the last generation hold must not outlive it.
         self.ranks.clear();
+        // What was committed and is not here may be in the object store, also where nobody could
+        // say so when the run was resumed.
+        let ever = self.plan.ever_committed.filter(|_| self.is_first_search);
         let search = Search {
             dir: self.plan.run.checkpoints(),
             branches: self.plan.branches.clone(),
             only: self.plan.first_step.filter(|_| self.is_first_search),
-            committed: self.state.committed(),
+            committed: self.state.committed().max(ever),
             remote: self.plan.remote.clone(),
         };
         self.is_first_search = false;
