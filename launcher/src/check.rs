@@ -245,8 +245,8 @@ impl Plan {
         }
     }
 
-    /// What `checkpoint.every_steps: auto` comes to before anything is measured, and the mean time to
-    /// failure that it follows from, in seconds; `None`: the config says how many steps.
+    /// What `checkpoint.every_steps: auto` comes to before anything is measured, and the mean time
+    /// to failure that it follows from, in seconds; `None`: the config says how many steps.
     fn expected_interval_s(&self) -> Option<(f64, f64)> {
         let c = &self.config.checkpoint;
         let mttf_s = expected_mttf_s(self.config.cluster.nodes, c.failures_per_node_day);

@@ -137,23 +137,7 @@ fn describe(status: &Status) -> String {
     if let Some(eta) = eta {
         lines.push(("time left", crate::time::short(eta)));
     }
-    let checkpoint =
-        status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
-    lines.push(("checkpoint", checkpoint));
-    if let Some(interval) = &status.checkpoint_interval {
-        lines.push(("", every(interval)));
-    }
-    if let Some(alarm) = &status.alarm {
-        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
-    }
-    if let Some(remote) = &status.remote {
-        let copied = status.remote_checkpoint.map(|step| format!("step {step}"));
-        let copied = copied.unwrap_or_else(|| "none copied yet".into());
-        lines.push(("remote", format!("{copied}, in {remote}")));
-    }
-    if let Some(alarm) = &status.remote_alarm {
-        lines.push(("ALARM", format!("copying to the object store fails: {alarm}")));
-    }
+    lines.extend(checkpoints(status));
     if let Some(alarm) = &status.store_alarm {
         let meanwhile = "the ranks go on; nothing is restarted meanwhile";
         lines.push(("ALARM", format!("the store does not answer ({meanwhile}): {alarm}")));
@@ -179,6 +163,27 @@ fn describe(status: &Status) -> String {
         lines.push(("rank", format!("{}: {what}", rank.rank)));
     }
     lines.iter().map(|(name, value)| format!("{name:<12}{value}\n")).collect()
+}
+
+/// What is saved, where, and what goes wrong with it.
+fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
+    let newest = status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
+    let mut lines = vec![("checkpoint", newest)];
+    if let Some(interval) = &status.checkpoint_interval {
+        lines.push(("", every(interval)));
+    }
+    if let Some(alarm) = &status.alarm {
+        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+    }
+    if let Some(remote) = &status.remote {
+        let copied = status.remote_checkpoint.map(|step| format!("step {step}"));
+        let copied = copied.unwrap_or_else(|| "none copied yet".into());
+        lines.push(("remote", format!("{copied}, in {remote}")));
+    }
+    if let Some(alarm) = &status.remote_alarm {
+        lines.push(("ALARM", format!("copying to the object store fails: {alarm}")));
+    }
+    lines
 }
 
 /// The interval between checkpoints, where the run chose it, and why.

@@ -1,5 +1,5 @@
-//! An object store for tests: moto's S3 server, out of `.python-tests`, behind a proxy that fails on
-//! demand.
+//! An object store for tests: moto's S3 server, out of `.python-tests`, behind a proxy that fails
+//! on demand.
 
 use crate::proxy::{Fault, Proxy};
 use std::io::{BufRead, BufReader, Read, Write};

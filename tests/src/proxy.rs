@@ -9,8 +9,8 @@ use std::time::Duration;
 /// Longest head of a request.
 const MAX_HEAD: usize = 64 << 10;
 
-/// What happens to requests that change something (`PUT`, `POST`, `DELETE`) or, where it says so, to
-/// all.
+/// What happens to requests that change something (`PUT`, `POST`, `DELETE`) or, where it says so,
+/// to all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Nothing.
@@ -111,8 +111,8 @@ fn serve(mut client: TcpStream, shared: &Shared) -> std::io::Result<()> {
 
 /// The head, which asks for the connection to be closed, and the body.
 fn request(client: &mut TcpStream) -> std::io::Result<(String, Vec<u8>)> {
-    let mut bytes = Vec::new();
-    let mut buffer = [0; 16 << 10];
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut buffer = [0_u8; 16 << 10];
     let end = loop {
         if let Some(at) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
             break at + 4;

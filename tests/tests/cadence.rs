@@ -85,7 +85,10 @@ fn the_check_says_what_to_expect() {
     let sandbox = sandbox();
     let (plan, _) = sandbox.expect(0, &["check", "config.yaml", "--set", AUTO[1]]);
     assert!(plan.contains("as often as loses the least time"), "{plan}");
-    assert!(plan.contains("a failure every 153 d 20:18 on 1 node(s) and a stall of 0.2 s"), "{plan}");
+    assert!(
+        plan.contains("a failure every 153 d 20:18 on 1 node(s) and a stall of 0.2 s"),
+        "{plan}"
+    );
     let (plan, _) = sandbox.expect(0, &["check", "config.yaml", "--json", "--set", AUTO[1]]);
     let plan: Value = serde_json::from_str(&plan).unwrap();
     assert!(plan["checkpoints"].is_null(), "{plan}");

@@ -18,7 +18,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{
     BackoffConfig, ClientConfigKey, Error as StoreError, MultipartUpload, ObjectStore,
-    ObjectStoreExt, PutMode, PutPayload, RetryConfig,
+    ObjectStoreExt, PutMode, PutPayload, RetryConfig, UploadPart,
 };
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -185,7 +185,8 @@ impl Remote {
         if held.contains_key(names::COMMIT) {
             return Ok(held.values().sum());
         }
-        let is_absent = |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
+        let is_absent =
+            |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
         let absent = manifest.files.iter().filter(is_absent);
         let send = |(name, entry): (&String, &FileEntry)| {
             self.send(from.join(name), folder.clone().join(name.as_str()), *entry)
@@ -202,7 +203,7 @@ impl Remote {
         put.map_err(|error| self.failed(&key, &error))?;
         let key = folder.join(names::COMMIT);
         if !self.create(&key, commit.clone().into()).await?
-            && self.small(&key, MAX_SMALL).await?.as_deref() != Some(&commit)
+            && self.small(&key, MAX_SMALL).await?.as_deref() != Some(commit.as_slice())
         {
             let what = format!("{} ({key}) is there, and another's", self.place.url);
             return Err(RemoteError::Remote(what));
@@ -251,7 +252,7 @@ impl Remote {
         let refused = |error: StoreError| self.failed(key, &error);
         let mut checksum = Checksum::default();
         let mut left = entry.size;
-        let mut under_way = FuturesUnordered::new();
+        let mut under_way: FuturesUnordered<UploadPart> = FuturesUnordered::new();
         while left > 0 {
             let mut bytes = BytesMut::zeroed(left.min(PART) as usize);
             file.read_exact(&mut bytes).await.map_err(unreadable)?;
@@ -267,8 +268,8 @@ impl Remote {
         upload.complete().await.map(|_| ()).map_err(refused)
     }
 
-    /// Copies a checkpoint into the folder of checkpoints `dir`; every byte is checked before it has
-    /// its name there. Its bytes.
+    /// Copies a checkpoint into the folder of checkpoints `dir`; every byte is checked before it
+    /// has its name there. Its bytes.
     ///
     /// # Errors
     /// Where the object store cannot be read, the checkpoint is damaged, or there is no room.

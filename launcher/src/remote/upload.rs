@@ -88,8 +88,8 @@ async fn work(plan: Plan, mut orders: mpsc::Receiver<Order>, news: mpsc::Sender<
             return;
         }
     };
-    let mut worker = Worker { plan, remote, uploads: Uploads::new(0), job: None, news };
-    worker.uploads = Uploads::new(worker.plan.keep_every_steps);
+    let uploads = Uploads::new(plan.keep_every_steps);
+    let mut worker = Worker { plan, remote, uploads, job: None, news };
     if let Some(newest) = worker.newest_on_disk() {
         worker.take(Event::Committed(newest)).await;
     }

@@ -1,8 +1,8 @@
 //! What is copied to the object store, and when: a pure function of (state, event, now) to actions.
 //!
-//! The newest checkpoint counts; those that came while another was being copied are passed over, but
-//! for milestones. What fails is tried again, later each time, and whatever happens, training does
-//! not wait.
+//! The newest checkpoint counts; those that came while another was being copied are passed over,
+//! but for milestones. What fails is tried again, later each time, and whatever happens, training
+//! does not wait.
 
 use checkpoint_format::retention::is_milestone;
 use std::collections::BTreeSet;
@@ -203,7 +203,7 @@ impl Uploads {
 }
 
 fn pause(failures: u32) -> Duration {
-    let doubled = FIRST_PAUSE * (1 << (failures - 1).min(10));
+    let doubled = FIRST_PAUSE * (1_u32 << (failures - 1).min(10));
     doubled.min(LONGEST_PAUSE)
 }
 

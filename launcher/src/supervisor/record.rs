@@ -38,8 +38,8 @@ pub struct Status {
     /// Process id of its launcher.
     pub pid: u32,
     /// `starting`, `running`, `restarting`, `stopping`; `copying` where all is done but the copy of
-    /// the last checkpoint in the object store; at the end `finished`, `preempted`, `interrupted` or
-    /// `failed`; `lost` for readers, where the launcher is gone without a word.
+    /// the last checkpoint in the object store; at the end `finished`, `preempted`, `interrupted`
+    /// or `failed`; `lost` for readers, where the launcher is gone without a word.
     pub state: String,
     /// Generation.
     pub generation: u64,
@@ -74,7 +74,8 @@ pub struct Status {
     /// Nodes that are not well, and why, the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unhealthy: Vec<String>,
-    /// With `checkpoint.every_steps: auto`: the steps between checkpoints, and what they follow from.
+    /// With `checkpoint.every_steps: auto`: the steps between checkpoints, and what they follow
+    /// from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_interval: Option<Interval>,
     /// The folder of the object store that checkpoints are copied to.

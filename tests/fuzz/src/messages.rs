@@ -43,6 +43,8 @@ fn assignment() -> Assignment {
         replicas: Some(2),
         stop_after: None,
         roll_backs: Vec::new(),
+        failures: 1,
+        observed_s: 60,
     }
 }
 

@@ -311,6 +311,8 @@ impl Head {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            failures: 0,
+            observed_s: 0,
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");

@@ -1,8 +1,8 @@
 //! How many steps lie between two checkpoints where that is left to the run. Pure.
 //!
-//! A save keeps training for `w` seconds, and a failure loses half an interval on average. So of the
-//! time the part `w / dt + dt / (2 MTTF)` is lost, which is least at `dt = sqrt(2 w MTTF)` (Young
-//! 1974; Daly 2006, the first-order rule, which holds where `w` is small beside the MTTF).
+//! A save keeps training for `w` seconds, and a failure loses half an interval on average. So of
+//! the time the part `w / dt + dt / (2 MTTF)` is lost, which is least at `dt = sqrt(2 w MTTF)`
+//! (Young 1974; Daly 2006, the first-order rule, which holds where `w` is small beside the MTTF).
 
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +20,8 @@ pub fn expected_mttf_s(nodes: usize, failures_per_node_day: f64) -> f64 {
 }
 
 /// The mean time to failure, in seconds, of a run that had `failures` failures in `observed_s`
-/// seconds. What was expected before counts as one failure in the expected time: the mean of a gamma
-/// distribution of the rate, of shape 1, updated by a Poisson count.
+/// seconds. What was expected before counts as one failure in the expected time: the mean of a
+/// gamma distribution of the rate, of shape 1, updated by a Poisson count.
 pub fn mttf_s(expected_s: f64, failures: u64, observed_s: f64) -> f64 {
     (expected_s + observed_s.max(0.0)) / (1.0 + failures as f64)
 }

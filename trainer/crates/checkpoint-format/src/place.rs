@@ -1,5 +1,5 @@
-//! How a checkpoint's folder comes to its name: from a save, or from another place (an object store)
-//! file by file.
+//! How a checkpoint's folder comes to its name: from a save, or from another place (an object
+//! store) file by file.
 
 use crate::disk::{self, Folder, Points};
 use crate::error::{FormatError, Result};
@@ -33,9 +33,9 @@ pub(crate) fn take_name(dir: &Path, step: u64, generation: u64, temporary: &Path
     // A file system that cannot exchange: for a moment the step is under neither name, and the
     // checkpoint before it is the newest.
     let renames: Vec<(&Path, &Path)> = if exchanged.is_ok() {
-        vec![(temporary, &retired)]
+        vec![(temporary, retired.as_path())]
     } else {
-        vec![(&folder, &retired), (temporary, &folder)]
+        vec![(folder.as_path(), retired.as_path()), (temporary, folder.as_path())]
     };
     for (from, to) in renames {
         std::fs::rename(from, to).map_err(|error| FormatError::io("rename", from, error))?;

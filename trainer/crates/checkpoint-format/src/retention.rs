@@ -15,7 +15,8 @@ pub fn steps_to_remove(committed: &[u64], keep_last: usize, keep_every_steps: u6
     committed[..old].iter().copied().filter(|step| !is_kept(step)).collect()
 }
 
-/// Whether a checkpoint is kept for good: its step is a multiple of `keep_every_steps` (0: none is).
+/// Whether a checkpoint is kept for good: its step is a multiple of `keep_every_steps` (0: none
+/// is).
 pub fn is_milestone(step: u64, keep_every_steps: u64) -> bool {
     keep_every_steps > 0 && step.is_multiple_of(keep_every_steps)
 }
