@@ -391,29 +391,6 @@ impl Executor {
         }
     }
 
-    fn hear_event(&mut self, rank: usize, event: rank_protocol::message::Event) {
-        let mut fields = event.fields;
-        fields.insert("rank".into(), rank.into());
-        let reason = fields.get("reason").and_then(|reason| reason.as_str());
-        let reason = reason.unwrap_or_default().to_owned();
-        match event.kind.as_str() {
-            "checkpoint_failed" => {
-                tracing::error!("rank {rank} could not save: {reason}");
-                self.recorder.status.alarm = Some(reason);
-            }
-            "metrics_failed" => {
-                tracing::error!("training goes on without metrics: {reason}");
-                self.recorder.status.alarm = Some(reason);
-            }
-            "metrics_recovered" => {
-                tracing::info!("the metrics are written again, and those that waited");
-                self.recorder.status.alarm = None;
-            }
-            _ => {}
-        }
-        self.recorder.event(&event.kind, fields.into());
-    }
-
     fn reply(&self, replies: Vec<(Requester, rank_protocol::store::StoreReply)>) {
         for (to, reply) in replies {
             if let Some(rank) = self.ranks.get(to.rank) {

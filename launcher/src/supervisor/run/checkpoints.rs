@@ -42,15 +42,26 @@ impl Executor {
     /// A rank tells something for `events.jsonl`.
     pub(super) fn hear_event(&mut self, rank: usize, event: rank_protocol::Event) {
         let mut fields = event.fields;
-        if event.kind == "checkpoint_failed" {
-            let reason = fields.get("reason").and_then(|reason| reason.as_str());
-            let reason = reason.unwrap_or_default().to_owned();
-            tracing::error!("rank {rank} could not save: {reason}");
-            self.recorder.status.alarm = Some(reason);
-        }
-        if event.kind == "checkpoint_interval" {
-            let interval = serde_json::from_value(fields.clone().into()).ok();
-            self.recorder.status.checkpoint_interval = interval;
+        let reason = fields.get("reason").and_then(|reason| reason.as_str());
+        let reason = reason.unwrap_or_default().to_owned();
+        let status = &mut self.recorder.status;
+        match event.kind.as_str() {
+            "checkpoint_failed" => {
+                tracing::error!("rank {rank} could not save: {reason}");
+                status.alarm = Some(reason);
+            }
+            "metrics_failed" => {
+                tracing::error!("training goes on without metrics: {reason}");
+                status.alarm = Some(reason);
+            }
+            "metrics_recovered" => {
+                tracing::info!("the metrics are written again, and those that waited");
+                status.alarm = None;
+            }
+            "checkpoint_interval" => {
+                status.checkpoint_interval = serde_json::from_value(fields.clone().into()).ok();
+            }
+            _ => {}
         }
         fields.insert("rank".into(), rank.into());
         self.recorder.event(&event.kind, fields.into());
