@@ -17,7 +17,8 @@ pub(crate) fn copy_bytes(
     held: &Held,
     (compute, state): (u64, u64),
 ) -> u64 {
-    let every = config.checkpoint.every_steps;
+    // With `auto` there is a checkpoint before the last step, where there are several steps.
+    let every = config.checkpoint.every_steps.unwrap_or(1);
     let has_copy = (1..config.training.steps).contains(&every);
     if !has_copy || config.cluster.device == DeviceKind::Cuda {
         return 0;
