@@ -99,9 +99,12 @@ fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [folder, rest @ ..] = &args[..] else { return Err("see the file's first lines".into()) };
     let numbers: Vec<usize> = rest.iter().map(|arg| arg.parse()).collect::<Result<_, _>>()?;
-    let [rounds @ 1.., matrices, rows, columns] = numbers[..] else {
+    let [rounds, matrices, rows, columns] = numbers[..] else {
         return Err("see the file's first lines".into());
     };
+    if rounds == 0 {
+        return Err("no rounds are nothing to measure".into());
+    }
     // As ranks do.
     torch_shim::memory::keep_cpu_memory(1 << 30)?;
     let layers = (0..matrices).flat_map(|layer| {
