@@ -473,6 +473,7 @@ fn go(
         roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,
+        failures: history.failures,
         ledger,
         cluster,
         has_lost_coordinator: start.has_lost_coordinator,

@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
 use crate::supervisor::ledger::Sums;
-use crate::supervisor::record::{Layout, Status, ended};
+use crate::supervisor::record::{Layout, Resumed, Status, ended};
 use crate::view::thousands;
 use checkpoint_format::interval::Interval;
 use rank_protocol::jsonl::read_metrics;
@@ -148,7 +148,12 @@ fn describe(status: &Status) -> String {
     if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
         lines.push(("ALARM", format!("the run has {missing}")));
     }
-    lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
+    let from = status.resumed.map(|Resumed { step, tier }| {
+        format!(", from step {step} out of {}", tier.describe())
+    });
+    let (generation, restarts) = (status.generation, status.restarts);
+    let from = from.unwrap_or_default();
+    lines.push(("generation", format!("{generation} ({restarts} restarts){from}")));
     if let Some(ledger) = &status.ledger {
         lines.push(("ettr", ettr(ledger)));
         lines.push(("time", ledger.describe()));

@@ -160,6 +160,7 @@ fn replay_steps(
         roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),
         restarts: 0,
+        failures: 0,
         ledger: Ledger::new(&Sums::default(), Instant::now()),
         cluster: None,
         has_lost_coordinator: false,

@@ -7,16 +7,22 @@
 //! ```
 //! Nothing is ever written twice under one name: a checkpoint's folder has its generation. The
 //! launcher copies, once a checkpoint is committed on disk ([`upload`], as [`uploads`] decides),
-//! and fetches what is missing or damaged here ([`store`]).
+//! and fetches what is missing or damaged here ([`fetch`]).
 
+pub mod access;
 pub mod store;
+pub mod transfer;
 pub mod upload;
 pub mod uploads;
 
 use crate::print::err;
+use access::RemoteError;
 use run_config::RunConfig;
 use std::future::Future;
+use std::path::Path;
 use store::{Remote, Stored};
+use transfer::Width;
+use uploads::Target;
 
 /// Where a run's checkpoints are in an object store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +51,12 @@ impl Place {
 /// The complete checkpoints of a run, in the order of their commits. Waits for the object store.
 ///
 /// # Errors
-/// A message where it cannot be read, or holds another run's.
-pub fn list(place: &Place) -> Result<Vec<Stored>, String> {
+/// Where it cannot be read, or holds another run's.
+pub fn list(place: &Place) -> Result<Vec<Stored>, RemoteError> {
     wait_for(async {
-        let remote = Remote::open(place).map_err(|error| error.to_string())?;
-        remote.check_owner().await.map_err(|error| error.to_string())?;
-        let mut stored = remote.list().await.map_err(|error| error.to_string())?;
+        let remote = Remote::open_to_read(place)?;
+        remote.check_owner().await?;
+        let mut stored = remote.list().await?;
         stored.retain(|stored| stored.is_complete);
         Ok(stored)
     })
@@ -58,8 +64,8 @@ pub fn list(place: &Place) -> Result<Vec<Stored>, String> {
 
 /// As [`list`]; none where that fails, which is said on standard error.
 pub fn list_or_say(place: &Place) -> Vec<Stored> {
-    list(place).unwrap_or_else(|reason| {
-        err!("note: nothing is read from the object store: {reason}");
+    list(place).unwrap_or_else(|error| {
+        err!("note: nothing is read from the object store: {error}");
         Vec::new()
     })
 }
@@ -68,24 +74,30 @@ pub fn list_or_say(place: &Place) -> Vec<Stored> {
 /// for the object store.
 ///
 /// # Errors
-/// A message where it cannot be read or is damaged, or where there is no room.
-pub fn fetch(place: &Place, stored: &Stored, dir: &std::path::Path) -> Result<u64, String> {
-    wait_for(async {
-        let remote = Remote::open(place).map_err(|error| error.to_string())?;
-        remote.fetch(stored.target, dir).await.map_err(|error| error.to_string())
-    })
+/// Where it cannot be read or is damaged, or where there is no room.
+pub fn fetch(
+    place: &Place,
+    target: Target,
+    dir: &Path,
+    width: Width,
+) -> Result<u64, RemoteError> {
+    wait_for(async { Remote::open_to_read(place)?.fetch(target, dir, width).await })
 }
 
 /// Does the work on threads of its own; the caller's may be part of another runtime.
-fn wait_for<T: Send>(work: impl Future<Output = Result<T, String>> + Send) -> Result<T, String> {
+fn wait_for<T: Send>(
+    work: impl Future<Output = Result<T, RemoteError>> + Send,
+) -> Result<T, RemoteError> {
+    let local = |what: String| RemoteError::Local(what);
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
             let mut builder = tokio::runtime::Builder::new_multi_thread();
             match builder.worker_threads(2).enable_all().build() {
                 Ok(runtime) => runtime.block_on(work),
-                Err(error) => Err(format!("no thread for the object store: {error}")),
+                Err(error) => Err(local(format!("no thread for the object store: {error}"))),
             }
         });
-        thread.join().unwrap_or_else(|_| Err("the thread for the object store panicked".into()))
+        let panicked = || Err(local("the thread for the object store panicked".into()));
+        thread.join().unwrap_or_else(|_| panicked())
     })
 }

@@ -2,8 +2,10 @@
 //! supervisor wait for an object store.
 
 use super::Place;
-use super::store::{Remote, RemoteError};
-use super::uploads::{Action, Event, Job, News, Target, Uploads};
+use super::access::{REQUEST_S, RemoteError};
+use super::store::Remote;
+use super::transfer::Width;
+use super::uploads::{Action, Event, Job, News, Target, Uploads, pause};
 use checkpoint_format::retention::is_milestone;
 use checkpoint_format::{names, scan};
 use std::path::PathBuf;
@@ -13,6 +15,13 @@ use tokio::task::JoinHandle;
 
 /// After the run's end, the time for which an object store that fails is still tried.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// An object store that does not answer for so long is told of. Requests over a network fail
+/// before; those to a folder do not.
+const SILENCE: Duration = Duration::from_secs(25);
+/// Time between two looks at what is under way.
+const LOOK: Duration = Duration::from_secs(1);
+/// Time between two looks at nothing.
+const REST: Duration = Duration::from_secs(60);
 /// Orders and news that wait; a launcher that is told nothing for long has other worries.
 const NUM_WAITING: usize = 1024;
 
@@ -34,8 +43,8 @@ pub struct Plan {
 enum Order {
     /// A checkpoint is committed on disk.
     Committed(Target),
-    /// The run has ended: finish what there is, and end.
-    Finish,
+    /// The run has ended: finish what there is, and end; by then at the latest.
+    Finish { at_most: Option<Duration> },
 }
 
 /// The copying of one run's checkpoints, while its launcher lives.
@@ -73,70 +82,126 @@ impl Uploader {
         let _ = self.orders.try_send(Order::Committed(target));
     }
 
-    /// The run has ended.
-    pub fn finish(&self) {
-        let _ = self.orders.try_send(Order::Finish);
+    /// The run has ended. What is being copied is waited for, at most so long where that is given;
+    /// an object store that fails for no more than a minute. `false`: it is not heard.
+    pub fn finish(&self, at_most: Option<Duration>) -> bool {
+        self.orders.try_send(Order::Finish { at_most }).is_ok()
     }
 }
 
 async fn work(plan: Plan, mut orders: mpsc::Receiver<Order>, news: mpsc::Sender<News>) {
-    let remote = match Remote::open(&plan.place) {
-        Ok(remote) => remote,
-        Err(error) => {
-            let reason = error.to_string();
-            let _ = news.send(News::Failing { target: None, reason, failures: 1 }).await;
-            return;
-        }
-    };
+    let Some(remote) = opened(&plan.place, &mut orders, &news).await else { return };
     let uploads = Uploads::new(plan.keep_every_steps);
-    let mut worker = Worker { plan, remote, uploads, job: None, news };
+    let silence = Silence { answered: 0, since: Instant::now(), is_told: false };
+    let width = Width::FULL;
+    let mut worker = Worker { plan, remote, uploads, job: None, width, silence, news };
+    worker.take(Event::Tick).await;
     if let Some(newest) = worker.newest_on_disk() {
         worker.take(Event::Committed(newest)).await;
     }
-    let mut finish_by: Option<Instant> = None;
+    let mut ending: Option<Ending> = None;
     loop {
-        if finish_by.is_some_and(|by| worker.is_over(by)) {
+        let now = Instant::now();
+        if ending.is_some_and(|ending| ending.is_over(&worker.uploads, now)) {
             return;
         }
-        let tick = worker.uploads.next_tick();
-        let later = Instant::now() + PATIENCE;
-        let finish_by_then = finish_by.filter(|by| *by > Instant::now());
-        let wake = [tick, finish_by_then].into_iter().flatten().fold(later, Instant::min);
         let event = tokio::select! {
             order = orders.recv() => match order {
                 Some(Order::Committed(target)) => Event::Committed(target),
-                Some(Order::Finish) => {
-                    finish_by = Some(Instant::now() + PATIENCE);
+                Some(Order::Finish { at_most }) => {
+                    ending = Some(Ending::new(at_most));
                     Event::Tick
                 }
                 // The launcher is gone.
                 None => return,
             },
-            ended = ended(&mut worker.job) => ended,
-            () = tokio::time::sleep_until(wake.into()) => Event::Tick,
+            ended = ended(&mut worker.job) => worker.learned(ended),
+            () = tokio::time::sleep_until(worker.wake(ending, now).into()) => worker.looked(),
         };
         worker.take(event).await;
     }
 }
 
-type Outcome = (Job, Result<(), RemoteError>);
-
-/// The end of the job that is under way; never, where there is none.
-async fn ended(job: &mut Option<(Job, JoinHandle<Outcome>)>) -> Event {
-    let Some((which, handle)) = job else { return std::future::pending().await };
-    let outcome = match handle.await {
-        Ok((_, outcome)) => outcome,
-        Err(error) => Err(RemoteError::Remote(format!("internal error: {error}"))),
-    };
-    let which = *which;
-    *job = None;
-    match outcome {
-        Ok(()) => Event::Done(which),
-        Err(error) => {
-            let is_final = !matches!(error, RemoteError::Remote(_));
-            Event::Failed { job: which, reason: error.to_string(), is_final }
+/// The object store, once it can be opened; `None` where the run has ended before. What is
+/// committed in the meantime is found on disk.
+async fn opened(
+    place: &Place,
+    orders: &mut mpsc::Receiver<Order>,
+    news: &mpsc::Sender<News>,
+) -> Option<Remote> {
+    let limit = Duration::from_secs(REQUEST_S);
+    let mut failures = 0;
+    loop {
+        let place = place.clone();
+        let open = tokio::task::spawn_blocking(move || Remote::open(&place));
+        let reason = match tokio::time::timeout(limit, open).await {
+            Ok(Ok(Ok(remote))) => {
+                if failures > 0 {
+                    let _ = news.send(News::Recovered).await;
+                }
+                return Some(remote);
+            }
+            Ok(Ok(Err(error))) => error.to_string(),
+            Ok(Err(error)) => format!("internal error: {error}"),
+            Err(_) => format!("no answer for {REQUEST_S} s"),
+        };
+        failures += 1;
+        if failures.is_power_of_two() {
+            let _ = news.send(News::Failing { target: None, reason, failures }).await;
+        }
+        let again = tokio::time::sleep(pause(failures));
+        tokio::pin!(again);
+        loop {
+            tokio::select! {
+                order = orders.recv() => match order {
+                    Some(Order::Committed(_)) => {}
+                    Some(Order::Finish { .. }) | None => return None,
+                },
+                () = &mut again => break,
+            }
         }
     }
+}
+
+/// How long nothing has been heard of the object store.
+struct Silence {
+    answered: u64,
+    since: Instant,
+    is_told: bool,
+}
+
+/// How long the work goes on after the run's end.
+#[derive(Clone, Copy, Debug)]
+struct Ending {
+    /// Then an object store that fails is given up.
+    patience: Instant,
+    /// Then all is given up.
+    latest: Option<Instant>,
+}
+
+impl Ending {
+    fn new(at_most: Option<Duration>) -> Self {
+        let now = Instant::now();
+        Self { patience: now + PATIENCE, latest: at_most.map(|time| now + time) }
+    }
+
+    /// Whether nothing is left to do, or it fails or takes too long.
+    fn is_over(self, uploads: &Uploads, now: Instant) -> bool {
+        let is_failing = uploads.failures() > 0 && now >= self.patience;
+        uploads.is_idle() || is_failing || self.latest.is_some_and(|latest| now >= latest)
+    }
+}
+
+type Outcome = Result<(), RemoteError>;
+
+/// The end of the job that is under way; never, where there is none.
+async fn ended(job: &mut Option<(Job, JoinHandle<Outcome>)>) -> (Job, Outcome) {
+    let Some((which, handle)) = job else { return std::future::pending().await };
+    let internal = |error| Err(RemoteError::Remote(format!("internal error: {error}")));
+    let outcome = handle.await.unwrap_or_else(internal);
+    let which = *which;
+    *job = None;
+    (which, outcome)
 }
 
 struct Worker {
@@ -144,6 +209,8 @@ struct Worker {
     remote: Remote,
     uploads: Uploads,
     job: Option<(Job, JoinHandle<Outcome>)>,
+    width: Width,
+    silence: Silence,
     news: mpsc::Sender<News>,
 }
 
@@ -154,15 +221,57 @@ impl Worker {
         found.iter().map(|f| Target { generation: f.generation, step: f.step }).max()
     }
 
-    /// Whether nothing is left to do after the run's end, or it fails for too long.
-    fn is_over(&self, by: Instant) -> bool {
-        self.uploads.is_idle() || (self.uploads.failures() > 0 && Instant::now() >= by)
+    /// When there is something to look at, whatever happens.
+    fn wake(&self, ending: Option<Ending>, now: Instant) -> Instant {
+        let look = now + if self.job.is_some() { LOOK } else { REST };
+        let deadlines = ending.map_or([None, None], |end| [Some(end.patience), end.latest]);
+        let deadlines = deadlines.into_iter().flatten().filter(|at| *at > now);
+        deadlines.chain(self.uploads.next_tick()).fold(look, Instant::min)
+    }
+
+    /// Some time has passed.
+    fn looked(&mut self) -> Event {
+        let (answered, now) = (self.remote.answered(), Instant::now());
+        if self.job.is_none() || answered != self.silence.answered {
+            self.silence = Silence { answered, since: now, is_told: false };
+        }
+        let time = now.duration_since(self.silence.since);
+        if time < SILENCE || self.silence.is_told {
+            return Event::Tick;
+        }
+        self.silence.is_told = true;
+        Event::Silent(time)
+    }
+
+    /// What the end of a job means for those that follow.
+    fn learned(&mut self, (job, outcome): (Job, Outcome)) -> Event {
+        match outcome {
+            Ok(()) => {
+                self.width = self.width.wider();
+                Event::Done(job)
+            }
+            Err(RemoteError::Gone(why)) => {
+                tracing::debug!("not copied: {why}");
+                Event::Gone(job)
+            }
+            Err(error) => {
+                let is_final = !matches!(error, RemoteError::Remote(_));
+                if !is_final {
+                    self.width = self.width.narrower();
+                }
+                Event::Failed { job, reason: error.to_string(), is_final }
+            }
+        }
     }
 
     async fn take(&mut self, event: Event) {
         for action in self.uploads.handle(event, Instant::now()) {
             match action {
-                Action::Start(job) => self.job = Some((job, self.start(job))),
+                Action::Start(job) => {
+                    let (answered, since) = (self.remote.answered(), Instant::now());
+                    self.silence = Silence { answered, since, is_told: false };
+                    self.job = Some((job, self.start(job)));
+                }
                 // Without a listener there is nobody to tell.
                 Action::Tell(news) => drop(self.news.send(news).await),
             }
@@ -170,17 +279,16 @@ impl Worker {
     }
 
     fn start(&self, job: Job) -> JoinHandle<Outcome> {
-        let (remote, plan) = (self.remote.clone(), self.plan.clone());
+        let (remote, plan, width) = (self.remote.clone(), self.plan.clone(), self.width);
         tokio::spawn(async move {
-            let outcome = match job {
+            match job {
                 Job::Own => remote.own().await,
                 Job::Upload(target) => {
                     let folder = plan.checkpoints.join(names::step_folder(target.step));
-                    remote.upload(&folder, target).await.map(|_| ())
+                    remote.upload(&folder, target, width).await.map(|_| ())
                 }
                 Job::Tidy => tidy(&remote, plan.keep_last, plan.keep_every_steps).await,
-            };
-            (job, outcome)
+            }
         })
     }
 }

@@ -40,6 +40,8 @@ pub enum Event {
     Committed(Target),
     /// A job is done.
     Done(Job),
+    /// What was to be copied is here no more: a later one takes its place.
+    Gone(Job),
     /// A job failed.
     Failed {
         /// Which.
@@ -49,6 +51,8 @@ pub enum Event {
         /// Whether trying again is of no use.
         is_final: bool,
     },
+    /// The job under way has brought no answer for so long.
+    Silent(Duration),
     /// Time has passed.
     Tick,
 }
@@ -85,6 +89,8 @@ pub enum News {
 pub struct Uploads {
     keep_every_steps: u64,
     is_owned: bool,
+    /// Whether the folder is not to be had; the next checkpoint is another chance.
+    is_refused: bool,
     waiting: BTreeSet<Target>,
     must_tidy: bool,
     running: Option<Job>,
@@ -99,6 +105,7 @@ impl Uploads {
         Self {
             keep_every_steps,
             is_owned: false,
+            is_refused: false,
             waiting: BTreeSet::new(),
             must_tidy: false,
             running: None,
@@ -112,9 +119,10 @@ impl Uploads {
         self.retry_at.filter(|_| self.running.is_none() && self.next_job().is_some())
     }
 
-    /// Whether nothing is left to do.
+    /// Whether nothing is left to copy or to remove.
     pub fn is_idle(&self) -> bool {
-        self.running.is_none() && self.next_job().is_none()
+        let is_at_work = self.running.is_some_and(|job| job != Job::Own);
+        !is_at_work && self.waiting.is_empty() && !self.must_tidy
     }
 
     /// Failures since something last went well.
@@ -126,9 +134,13 @@ impl Uploads {
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         let mut actions = Vec::new();
         match event {
-            Event::Committed(target) => self.await_its_turn(target),
+            Event::Committed(target) => {
+                self.is_refused = false;
+                self.await_its_turn(target);
+            }
+            Event::Gone(job) => self.ended(job),
             Event::Done(job) => {
-                self.running = None;
+                self.ended(job);
                 match job {
                     Job::Own => self.is_owned = true,
                     Job::Tidy => self.must_tidy = false,
@@ -145,6 +157,7 @@ impl Uploads {
             Event::Failed { job, reason, is_final } => {
                 actions.extend(self.failed(job, reason, is_final, now));
             }
+            Event::Silent(time) => actions.extend(self.silent(time)),
             Event::Tick => {}
         }
         actions.extend(self.start(now));
@@ -152,7 +165,7 @@ impl Uploads {
     }
 
     fn failed(&mut self, job: Job, reason: String, is_final: bool, now: Instant) -> Option<Action> {
-        self.running = None;
+        self.ended(job);
         self.failures += 1;
         self.retry_at = Some(now + pause(self.failures));
         let target = match job {
@@ -161,7 +174,10 @@ impl Uploads {
         };
         match (job, is_final) {
             (Job::Upload(target), false) => self.await_its_turn(target),
-            (Job::Own, true) => self.waiting.clear(),
+            (Job::Own, true) => {
+                self.is_refused = true;
+                self.waiting.clear();
+            }
             (Job::Tidy, true) => self.must_tidy = false,
             _ => {}
         }
@@ -169,6 +185,18 @@ impl Uploads {
         let failures = self.failures;
         let is_told = is_final || failures.is_power_of_two();
         is_told.then_some(Action::Tell(News::Failing { target, reason, failures }))
+    }
+
+    /// It may go on yet: it is told of, and not ended.
+    fn silent(&mut self, time: Duration) -> Option<Action> {
+        let job = self.running?;
+        self.failures += 1;
+        let target = match job {
+            Job::Upload(target) => Some(target),
+            Job::Own | Job::Tidy => None,
+        };
+        let reason = format!("no answer for {} s", time.as_secs());
+        Some(Action::Tell(News::Failing { target, reason, failures: self.failures }))
     }
 
     /// Only the newest that waits, and milestones, are worth it.
@@ -180,12 +208,19 @@ impl Uploads {
             .retain(|waiting| Some(*waiting) == newest || is_milestone(waiting.step, every));
     }
 
+    /// The folder is looked at before there is anything to copy, so that what is wrong is known.
     fn next_job(&self) -> Option<Job> {
         match self.waiting.last() {
-            Some(_) if !self.is_owned => Some(Job::Own),
+            _ if !self.is_owned => (!self.is_refused).then_some(Job::Own),
             Some(newest) => Some(Job::Upload(*newest)),
             None if self.must_tidy => Some(Job::Tidy),
             None => None,
+        }
+    }
+
+    fn ended(&mut self, job: Job) {
+        if self.running == Some(job) {
+            self.running = None;
         }
     }
 
@@ -202,7 +237,8 @@ impl Uploads {
     }
 }
 
-fn pause(failures: u32) -> Duration {
+/// Time from so many failures in a row to the next attempt.
+pub(super) fn pause(failures: u32) -> Duration {
     let doubled = FIRST_PAUSE * (1_u32 << (failures - 1).min(10));
     doubled.min(LONGEST_PAUSE)
 }
@@ -266,6 +302,49 @@ mod tests {
     }
 
     #[test]
+    fn the_folder_is_looked_at_before_there_is_anything_to_copy() {
+        let (mut uploads, now) = (Uploads::new(0), Instant::now());
+        assert_eq!(uploads.handle(Event::Tick, now), [Action::Start(Job::Own)]);
+        // A run that ends now waits for nothing.
+        assert!(uploads.is_idle());
+        let actions = uploads.handle(failed(Job::Own), now);
+        let told = News::Failing { target: None, reason: "503".into(), failures: 1 };
+        assert_eq!(actions, [Action::Tell(told)]);
+        assert!(uploads.is_idle());
+        let later = uploads.next_tick().unwrap();
+        assert_eq!(uploads.handle(Event::Tick, later), [Action::Start(Job::Own)]);
+        let actions = uploads.handle(Event::Done(Job::Own), later);
+        assert_eq!(actions, [Action::Tell(News::Recovered)]);
+        let actions = uploads.handle(Event::Committed(target(5)), later);
+        assert_eq!(actions, [Action::Start(Job::Upload(target(5)))]);
+    }
+
+    #[test]
+    fn silence_is_told_and_ends_with_an_answer() {
+        let (mut uploads, now) = owned();
+        let actions = uploads.handle(Event::Silent(Duration::from_secs(25)), now);
+        let reason = "no answer for 25 s".to_owned();
+        let told = News::Failing { target: Some(target(5)), reason, failures: 1 };
+        assert_eq!(actions, [Action::Tell(told)]);
+        let actions = uploads.handle(Event::Done(Job::Upload(target(5))), now);
+        let uploaded = Action::Tell(News::Uploaded(target(5)));
+        let recovered = Action::Tell(News::Recovered);
+        assert_eq!(actions, [uploaded, recovered, Action::Start(Job::Tidy)]);
+        uploads.handle(Event::Done(Job::Tidy), now);
+        assert_eq!(uploads.handle(Event::Silent(Duration::from_secs(25)), now), []);
+    }
+
+    #[test]
+    fn what_is_gone_is_no_failure() {
+        let (mut uploads, now) = owned();
+        assert_eq!(uploads.handle(Event::Committed(target(6)), now), []);
+        let actions = uploads.handle(Event::Gone(Job::Upload(target(5))), now);
+        assert_eq!(actions, [Action::Start(Job::Upload(target(6)))]);
+        assert_eq!(uploads.handle(Event::Gone(Job::Upload(target(6))), now), []);
+        assert!(uploads.is_idle() && uploads.failures() == 0);
+    }
+
+    #[test]
     fn pauses_grow_up_to_half_a_minute() {
         let seconds: Vec<f64> = (1..=9).map(|n| pause(n).as_secs_f64()).collect();
         assert_eq!(seconds, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]);
@@ -281,7 +360,7 @@ mod tests {
         let mut uploads = Uploads::new(10);
         uploads.handle(Event::Committed(target(5)), now);
         uploads.handle(failed(Job::Own), now);
-        assert!(uploads.is_idle());
+        assert!(uploads.is_idle() && uploads.next_tick().is_none());
         // The next checkpoint is another chance.
         assert_eq!(uploads.handle(Event::Committed(target(6)), now), []);
         let actions = uploads.handle(Event::Tick, now + LONGEST_PAUSE);

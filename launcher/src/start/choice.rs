@@ -67,6 +67,8 @@ fn with_remote(
     let Some(place) = place else { return here };
     let stored = remote::list_or_say(&place);
     let stored = stored.iter().map(|stored| (stored.target.step, stored.target.generation));
+    // What is of a generation that never was is none of this run's.
+    let stored = stored.filter(|(_, generation)| *generation <= history.last_generation);
     let mut all: Vec<(u64, u64)> = here.into_iter().chain(stored).collect();
     all.sort_unstable();
     all.dedup();

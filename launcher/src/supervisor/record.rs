@@ -5,6 +5,7 @@
 use super::cause::Cause;
 use super::ledger::{Ledger, Sums};
 use super::pace::{Pace, Slow};
+use super::restore::Tier;
 use crate::cluster::store::keeper::Keeper;
 use checkpoint_format::interval::Interval;
 use rank_protocol::jsonl::{Appender, read_metrics};
@@ -74,6 +75,9 @@ pub struct Status {
     /// Nodes that are not well, and why, the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unhealthy: Vec<String>,
+    /// What the current generation goes on from; `None`: it began with the initial weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Resumed>,
     /// With `checkpoint.every_steps: auto`: the steps between checkpoints, and what they follow
     /// from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -105,6 +109,15 @@ pub struct Status {
     pub layout: Option<Layout>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
+}
+
+/// The checkpoint that a generation goes on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// Its step.
+    pub step: u64,
+    /// Where it was found.
+    pub tier: Tier,
 }
 
 /// The degrees of parallelism of a generation, in `status.json` and `events.jsonl`.

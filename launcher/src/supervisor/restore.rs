@@ -1,5 +1,7 @@
 //! Which checkpoint a generation continues from.
 
+use crate::remote::access::RemoteError;
+use crate::remote::transfer::Width;
 use crate::remote::{self, Place};
 use checkpoint_format::fence::Fence;
 use checkpoint_format::scan::{Damaged, Found, scan};
@@ -9,10 +11,30 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How often the object store is tried for what is not here.
-const FETCH_ATTEMPTS: u32 = 2;
+/// How often the object store is asked for one thing.
+const ATTEMPTS: u32 = 3;
 /// The pause between.
-const FETCH_PAUSE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Where a checkpoint was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// The run's folder.
+    Local,
+    /// The object store.
+    Remote,
+}
+
+impl Tier {
+    /// In words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Tier::Local => "the run's folder",
+            Tier::Remote => "the object store",
+        }
+    }
+}
 
 /// A resume at an earlier step than the newest: what older generations saved beyond it is another
 /// future of the run, and no longer counts.
@@ -35,6 +57,8 @@ pub struct Search {
     pub only: Option<u64>,
     /// The newest step that is known to have been committed.
     pub committed: Option<u64>,
+    /// The run's last generation: what lies elsewhere and is of a later one is none of its own.
+    pub generation: u64,
     /// Where else to look, if something is missing or damaged here.
     pub remote: Option<Place>,
 }
@@ -79,57 +103,68 @@ pub fn newest(search: &Search) -> Result<Restored, String> {
         None => here >= search.committed,
     };
     let Some(place) = search.remote.as_ref().filter(|_| !is_here) else { return Ok(restored) };
-    for attempt in 1..=FETCH_ATTEMPTS {
-        let began = Instant::now();
-        match fetch_newer(search, place, here) {
-            Ok(None) => break,
-            Ok(Some((found, roll_backs))) => {
-                restored.damaged.retain(|damaged| damaged.step > found.step);
-                restored.fetched = Some(began.elapsed());
-                (restored.found, restored.roll_backs) = (Some(found), roll_backs);
-                break;
-            }
-            Err(reason) => restored.troubles.push(reason),
-        }
-        if attempt < FETCH_ATTEMPTS {
-            std::thread::sleep(FETCH_PAUSE);
-        }
+    let began = Instant::now();
+    if let Some((found, roll_backs)) = fetch_newer(search, place, here, &mut restored.troubles) {
+        restored.damaged.retain(|damaged| damaged.step > found.step);
+        restored.fetched = Some(began.elapsed());
+        (restored.found, restored.roll_backs) = (Some(found), roll_backs);
     }
     Ok(restored)
 }
 
 /// Copies the newest checkpoint of the object store here that is newer than what is `here`, and
-/// returns it with the steps that the run had gone back behind; `None`: there is none.
+/// returns it with the steps that the run had gone back behind; `None`: there is none that is good.
+/// An older one is taken only where a newer one is damaged, or does not come in several attempts.
 fn fetch_newer(
     search: &Search,
     place: &Place,
     here: Option<u64>,
-) -> Result<Option<(Found, Vec<RollBack>)>, String> {
-    let mut stored = remote::list(place)?;
+    troubles: &mut Vec<String>,
+) -> Option<(Found, Vec<RollBack>)> {
+    let listed = tried(|_| remote::list(place)).map_err(|error| troubles.push(error.to_string()));
+    let mut stored = listed.ok()?;
     stored.retain(|stored| {
         let (step, generation) = (stored.target.step, stored.target.generation);
-        match search.only {
+        let is_wanted = match search.only {
             Some(only) => step == only,
             None => Some(step) > here && is_current(step, generation, &search.branches),
-        }
+        };
+        is_wanted && generation <= search.generation
     });
     stored.sort_by_key(|stored| (stored.target.step, stored.target.generation));
-    let mut reasons = Vec::new();
     for stored in stored.iter().rev() {
         let (step, generation) = (stored.target.step, stored.target.generation);
         let path = search.dir.join(names::step_folder(step));
-        let fetched = remote::fetch(place, stored, &search.dir).and_then(|bytes| {
-            let opened = Checkpoint::open(&path).map_err(|error| error.to_string());
+        let fetched = tried(|width| remote::fetch(place, stored.target, &search.dir, width));
+        let opened = fetched.and_then(|bytes| {
+            let opened = Checkpoint::open(&path);
+            let opened = opened.map_err(|error| RemoteError::Local(error.to_string()));
             opened.map(|checkpoint| (bytes, roll_backs(&checkpoint)))
         });
-        match fetched {
+        match opened {
             Ok((bytes, roll_backs)) => {
-                return Ok(Some((Found { step, path, generation, bytes }, roll_backs)));
+                return Some((Found { step, path, generation, bytes }, roll_backs));
             }
-            Err(reason) => reasons.push(format!("step {step}: {reason}")),
+            Err(error) => troubles.push(format!("step {step}: {error}")),
         }
     }
-    if reasons.is_empty() { Ok(None) } else { Err(reasons.join("; ")) }
+    None
+}
+
+/// Asks again where that may be of use, for less at once.
+fn tried<T>(ask: impl Fn(Width) -> Result<T, RemoteError>) -> Result<T, RemoteError> {
+    let mut width = Width::FULL;
+    for _ in 1..ATTEMPTS {
+        match ask(width) {
+            Err(RemoteError::Remote(reason)) => {
+                tracing::debug!("asking again: {reason}");
+                std::thread::sleep(PAUSE);
+                width = width.narrower();
+            }
+            outcome => return outcome,
+        }
+    }
+    ask(width)
 }
 
 fn newest_here(search: &Search) -> Result<Restored, String> {

@@ -10,18 +10,19 @@ use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
 use crate::remote::Place;
+use crate::remote::upload::Uploader;
 use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
-use checkpoints::{Copies, next_of_copies};
+use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
+use signals::Signals;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// Where the ranks of one machine reach each other.
@@ -64,6 +65,8 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
+    /// Failures so far of what the run runs on.
+    pub failures: u64,
     /// What earlier launchers spent the run's time on.
     pub ledger: Ledger,
     /// Set where agents start the ranks.
@@ -94,6 +97,7 @@ pub struct Adopt {
 mod checkpoints;
 mod elsewhere;
 mod roll_backs;
+mod signals;
 mod spawning;
 
 struct Executor {
@@ -106,9 +110,11 @@ struct Executor {
     /// The ranks' machines, where agents start them.
     elsewhere: Option<Elsewhere>,
     /// The copying of checkpoints to an object store.
-    copies: Option<Copies>,
+    copies: Option<Uploader>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
+    /// Failures of what the run runs on: how often one is to be expected follows from them.
+    failures: u64,
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
@@ -156,14 +162,6 @@ pub fn supervise(
     })
 }
 
-/// The next signal, where it is listened to; never, otherwise.
-async fn received(signal: &mut Option<Signal>) -> Option<()> {
-    match signal {
-        Some(signal) => signal.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
 impl Executor {
     fn new(
         mut plan: Plan,
@@ -203,6 +201,7 @@ impl Executor {
         let pace = pace_of(&plan.config, plan.world_size);
         let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone(), pace);
         recorder.keeper = plan.keeper.take();
+        let failures = plan.failures;
         view.begin(plan.config.training.steps);
         Self {
             plan,
@@ -215,6 +214,7 @@ impl Executor {
             copies: None,
             inputs,
             searches,
+            failures,
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
@@ -233,22 +233,14 @@ impl Executor {
         mut happened: Option<mpsc::Receiver<Happening>>,
         mut copied: Option<mpsc::Receiver<CopyNews>>,
     ) -> std::io::Result<i32> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut quit = signal(SignalKind::quit())?;
-        let mut user = signal(SignalKind::user_defined2())?;
-        // A terminal that goes away stops the run, but for `nohup`.
-        let mut hangup = match rank_protocol::signals::ignores_hangup() {
-            false => Some(signal(SignalKind::hangup())?),
-            true => None,
-        };
+        let mut signals = Signals::listen()?;
         let mut standing = self.recorder.keeper.as_ref().map(Keeper::watch);
         self.update_status();
         if !self.expect_ranks_elsewhere() {
             self.handle(Event::Begin { committed: self.plan.committed });
         }
         let mut first_signal = None;
-        while self.superseded.is_none() && (self.finish.is_none() || self.still_copies()) {
+        while self.finish.is_none() && self.superseded.is_none() {
             let wake = tokio::time::Instant::from_std(self.next_wake());
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.take(input); None }
@@ -256,12 +248,7 @@ impl Executor {
                 Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
                 () = changed(&mut standing) => { self.store_changed(); None }
                 news = next_of_copies(&mut copied) => { self.copied(news); None }
-                _ = interrupt.recv() => Some("SIGINT"),
-                _ = terminate.recv() => Some("SIGTERM"),
-                Some(_) = received(&mut hangup) => Some("SIGHUP"),
-                _ = quit.recv() => Some("SIGQUIT"),
-                // A scheduler's warning that time is nearly up; never a wish to stop at once.
-                _ = user.recv() => { self.asked_to_stop("SIGUSR2".to_owned()); None }
+                signal = signals.next() => Some(signal),
                 () = tokio::time::sleep_until(wake) => None,
             };
             let now = Instant::now();
@@ -272,37 +259,35 @@ impl Executor {
             if wake.into_std() <= now {
                 self.wake();
             }
-            if let Some(by) = by {
-                self.signalled(by, &mut first_signal);
+            match by {
+                None => {}
+                // A scheduler's warning that time is nearly up; never a wish to stop at once.
+                Some("SIGUSR2") => self.asked_to_stop("SIGUSR2".to_owned()),
+                Some(by) => {
+                    let first = *first_signal.get_or_insert(now);
+                    match by == "SIGQUIT" || now.duration_since(first) >= SAME_REQUEST {
+                        true => self.handle(Event::StopNow { by: by.to_owned() }),
+                        false => self.asked_to_stop(by.to_owned()),
+                    }
+                }
             }
             self.look_elsewhere();
+        }
+        if self.superseded.is_none() {
+            let (code, reason) = self.finish.clone().unwrap_or_default();
+            // Nodes are kept waiting for nothing that is no longer theirs.
+            if let Some(elsewhere) = &mut self.elsewhere {
+                elsewhere.nodes.over(code, &reason).await;
+            }
+            drop(happened);
+            self.update_status();
+            self.outlast_copies(&mut copied, &mut signals, &mut standing).await;
         }
         if let Some(holder) = self.superseded.take() {
             return Ok(self.give_way(&holder));
         }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
-        if let Some(elsewhere) = &mut self.elsewhere {
-            elsewhere.nodes.over(code, &reason).await;
-        }
         Ok(self.end(code, reason))
-    }
-
-    /// A signal asks for a stop, and for one at once where it comes again or is SIGQUIT. Once the
-    /// ranks are gone, any ends the wait for what is still being copied.
-    fn signalled(&mut self, by: &str, first: &mut Option<Instant>) {
-        let now = Instant::now();
-        let is_first = first.is_none();
-        let is_again = now.duration_since(*first.get_or_insert(now)) >= SAME_REQUEST;
-        if self.finish.is_some() {
-            if is_first || is_again || by == "SIGQUIT" {
-                self.end_copies();
-            }
-            return;
-        }
-        match is_again || by == "SIGQUIT" {
-            true => self.handle(Event::StopNow { by: by.to_owned() }),
-            false => self.asked_to_stop(by.to_owned()),
-        }
     }
 
     fn next_wake(&self) -> Instant {
@@ -456,6 +441,7 @@ impl Executor {
             }
             Action::RecordFirstCause(cause) => {
                 self.is_growing = false;
+                self.failures += u64::from(cause.class.is_of_the_machines());
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
@@ -478,10 +464,7 @@ impl Executor {
             }
             Action::RecordLingering { ranks, time } => self.record_lingering(&ranks, time),
             Action::AskWhere => self.tell_all(&ToRank::Where),
-            Action::Finish { code, reason } => {
-                self.finish_copies(code);
-                self.finish = Some((code, reason));
-            }
+            Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
     }
 
@@ -518,7 +501,8 @@ impl Executor {
         self.recorder.status.ranks = ranks.collect();
         self.recorder.status.last_checkpoint = self.state.committed();
         if self.recorder.status.exit_code.is_none() {
-            let state = if self.finish.is_some() { "copying" } else { self.state.name() };
+            let is_copying = self.finish.is_some() && self.copies.is_some();
+            let state = if is_copying { "copying" } else { self.state.name() };
             self.recorder.status.state = state.to_owned();
         }
         self.recorder.write_status();

@@ -1,18 +1,21 @@
 //! The executor's part for checkpoints: what ranks tell of them, the search for the newest one, and
 //! the copies in an object store.
 
-use super::{Event, Executor};
+use super::signals::Signals;
+use super::{Event, Executor, changed};
+use crate::cluster::store::keeper::Standing;
 use crate::remote::upload::{self, Uploader};
 use crate::remote::uploads::{News, Target};
-use crate::supervisor::restore::{self, Restored, Search};
+use crate::supervisor::record::Resumed;
+use crate::supervisor::restore::{self, Restored, Search, Tier};
 use rank_protocol::exit_code;
 use serde_json::json;
-use tokio::sync::mpsc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
 
-/// The copying, while it goes on.
-pub struct Copies {
-    uploader: Uploader,
-}
+/// After a stop that was asked for, the longest wait for a copy: whoever asked waits too, and the
+/// next launcher begins with that copy.
+const COPY_AFTER_STOP: Duration = Duration::from_secs(20);
 
 /// The next news of the copying: `None` when it ends; never, where there is none.
 pub async fn next_of_copies(copied: &mut Option<mpsc::Receiver<News>>) -> Option<News> {
@@ -30,7 +33,7 @@ impl Executor {
         self.recorder.status.alarm = None;
         self.recorder.event("checkpoint_committed", json!({ "step": step }));
         if let Some(copies) = &self.copies {
-            copies.uploader.committed(Target { generation: self.state.generation(), step });
+            copies.committed(Target { generation: self.state.generation(), step });
         }
         if let Some(elsewhere) = &self.elsewhere {
             let num_ranks = elsewhere.nodes.room();
@@ -67,26 +70,28 @@ impl Executor {
         self.recorder.event(&event.kind, fields.into());
     }
 
-    /// Reading all of a checkpoint takes long: another thread does it.
+    /// Reading all of a checkpoint takes long, fetching it longer: another thread does it, for which
+    /// nobody waits who is asked to end.
     pub(super) fn search(&mut self) {
         // What the ranks of the last generation hold must not outlive it.
         self.ranks.clear();
         // What was committed and is not here may be in the object store, also where nobody could
         // say so when the run was resumed.
         let ever = self.plan.ever_committed.filter(|_| self.is_first_search);
+        let generation = self.state.generation();
         let search = Search {
             dir: self.plan.run.checkpoints(),
             branches: self.plan.branches.clone(),
             only: self.plan.first_step.filter(|_| self.is_first_search),
             committed: self.state.committed().max(ever),
+            generation,
             remote: self.plan.remote.clone(),
         };
         self.is_first_search = false;
         let searches = self.searches.clone();
-        let generation = self.state.generation();
         // Ranks on a node that was given up may still run: from here on they save nothing.
         let fence = self.elsewhere.is_some().then_some(generation + 1);
-        tokio::task::spawn_blocking(move || {
+        let work = move || {
             if let Some(next) = fence
                 && let Err(error) = restore::raise_fence(&search.dir, next)
             {
@@ -95,7 +100,12 @@ impl Executor {
             }
             restore::remove_unfinished(&search.dir, generation);
             let _ = searches.blocking_send(restore::newest(&search));
-        });
+        };
+        let thread = std::thread::Builder::new().name("search".into()).spawn(work);
+        if let Err(error) = thread {
+            let reason = format!("no thread for the search for a checkpoint: {error}");
+            self.handle(Event::Broken { code: exit_code::FAILED, reason });
+        }
     }
 
     pub(super) fn take_search(&mut self, search: Result<Restored, String>) {
@@ -115,14 +125,21 @@ impl Executor {
             tracing::warn!("reading from the object store: {reason}");
             self.recorder.event("fetch_failed", json!({ "reason": reason }));
         }
+        let tier = if restored.fetched.is_some() { Tier::Remote } else { Tier::Local };
         if let (Some(fetched), Some(found)) = (&restored.fetched, &restored.found) {
             let (step, bytes, seconds) = (found.step, found.bytes, fetched.as_secs_f64());
             tracing::info!("the checkpoint of step {step} came from the object store");
             let fields = json!({ "step": step, "bytes": bytes, "seconds": seconds });
             self.recorder.event("checkpoint_fetched", fields);
         }
+        // Its ranks may have ended before they could tell of it.
+        if let (Some(found), Some(copies), Tier::Local) = (&restored.found, &self.copies, tier) {
+            copies.committed(Target { generation: found.generation, step: found.step });
+        }
         self.leave_out(&restored.roll_backs);
-        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
+        let step = restored.found.map(|found| found.step);
+        self.recorder.status.resumed = step.map(|step| Resumed { step, tier });
+        self.handle(Event::Found { step });
     }
 
     /// Begins to copy checkpoints, where that is asked for; its news.
@@ -135,7 +152,7 @@ impl Executor {
             keep_last: self.plan.config.checkpoint.keep_last,
             keep_every_steps: self.plan.config.checkpoint.keep_every_steps,
         })?;
-        self.copies = Some(Copies { uploader });
+        self.copies = Some(uploader);
         Ok(Some(news))
     }
 
@@ -161,21 +178,35 @@ impl Executor {
         self.update_status();
     }
 
-    /// The ranks are gone: what is still being copied is waited for, but not after a stop at once.
-    pub(super) fn finish_copies(&mut self, code: i32) {
-        match &self.copies {
-            Some(copies) if code != exit_code::INTERRUPTED => copies.uploader.finish(),
-            _ => self.copies = None,
+    /// The ranks are gone, and the agents know: what is still being copied is waited for, but not
+    /// after a stop at once, and by nobody who sends a signal. An object store that fails is given
+    /// a minute.
+    pub(super) async fn outlast_copies(
+        &mut self,
+        copied: &mut Option<mpsc::Receiver<News>>,
+        signals: &mut Signals,
+        standing: &mut Option<watch::Receiver<Standing>>,
+    ) {
+        let at_most = match self.finish {
+            Some((exit_code::INTERRUPTED, _)) => Some(Duration::ZERO),
+            Some((exit_code::PREEMPTED, _)) => Some(COPY_AFTER_STOP),
+            _ => None,
+        };
+        let is_told = self.copies.as_ref().is_some_and(|copies| copies.finish(at_most));
+        while is_told && self.copies.is_some() && self.superseded.is_none() {
+            let wake = self.recorder.wake();
+            tokio::select! {
+                news = next_of_copies(copied) => self.copied(news),
+                () = changed(standing) => self.store_changed(),
+                signal = signals.next() => {
+                    // A scheduler's warning that time is nearly up is no wish to end at once.
+                    if signal != "SIGUSR2" {
+                        self.copies = None;
+                    }
+                }
+                () = tokio::time::sleep_until(wake.into()) => self.update_status(),
+            }
         }
-    }
-
-    /// Whether something is still being copied.
-    pub(super) fn still_copies(&self) -> bool {
-        self.copies.is_some()
-    }
-
-    /// Nothing more is waited for.
-    pub(super) fn end_copies(&mut self) {
         self.copies = None;
     }
 }

@@ -155,8 +155,7 @@ impl Executor {
 
     /// Starts a generation that waits for its nodes as soon as they are there.
     fn gather(&mut self) {
-        let is_over = self.finish.is_some();
-        let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| !is_over) else { return };
+        let Some(elsewhere) = &mut self.elsewhere else { return };
         let Some(step) = elsewhere.gathering else { return };
         match elsewhere.nodes.found(Instant::now()) {
             Seek::Waiting => {}

@@ -46,6 +46,7 @@ impl Executor {
             "world_size": size.ranks,
             "layout": layout,
             "resume_step": resume_step,
+            "resume_tier": self.recorder.status.resumed.map(|resumed| resumed.tier),
             "is_restart": is_restart,
         });
         self.recorder.event("generation_started", fields);
@@ -144,7 +145,7 @@ impl Executor {
             replicas: self.elsewhere.is_some().then_some(size.replicas),
             stop_after: self.plan.stop_after,
             roll_backs: self.plan.roll_backs.clone(),
-            failures: self.recorder.status.restarts,
+            failures: self.failures,
             observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
         }
     }

@@ -13,9 +13,12 @@ use crate::manifest::{MANIFEST_VERSION, Manifest, STATE_VERSION, TrainState};
 use crate::mapped::Mapped;
 use crate::names;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::OnceLock;
 
+/// Largest `COMMIT` that is read.
+const MAX_COMMIT: u64 = 1024;
 /// Largest `MANIFEST.json` that is read.
 pub const MAX_MANIFEST: u64 = 64 << 20;
 /// Largest `index.json` that is read.
@@ -101,6 +104,26 @@ impl Checkpoint {
     /// The tensors by name.
     pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
         &self.index.tensors
+    }
+
+    /// One of its files, in the folder that was opened, whatever has that folder's name by now.
+    ///
+    /// # Errors
+    /// [`FormatError::Refused`] for a link or a special file; [`FormatError::Damaged`] where it is
+    /// missing.
+    pub fn open_file(&self, name: &str) -> Result<File> {
+        self.folder.open_file(name)
+    }
+
+    /// The bytes of `COMMIT` and of the manifest, in the folder that was opened.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn seal(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let commit = self.folder.read(names::COMMIT, MAX_COMMIT)?;
+        let manifest = self.folder.read(names::MANIFEST, MAX_MANIFEST)?;
+        checked_manifest(&self.path().join(names::MANIFEST), &commit, &manifest)?;
+        Ok((commit, manifest))
     }
 
     /// The index.
@@ -195,7 +218,7 @@ fn read_manifest(folder: &Folder) -> Result<Manifest> {
     if !folder.has(names::COMMIT) {
         return Err(FormatError::damaged(path, "it has no COMMIT: the save was not finished"));
     }
-    let commit = folder.read(names::COMMIT, 1024)?;
+    let commit = folder.read(names::COMMIT, MAX_COMMIT)?;
     let bytes = folder.read(names::MANIFEST, MAX_MANIFEST)?;
     checked_manifest(&path.join(names::MANIFEST), &commit, &bytes)
 }
