@@ -19,6 +19,8 @@ pub enum Fault {
     Unavailable,
     /// The answer to any request is 503.
     UnavailableForAll,
+    /// The answer to any request is 403, as to one whose key is not known.
+    Forbidden,
     /// The answer comes so much later.
     Slow(Duration),
     /// No answer comes.
@@ -81,7 +83,7 @@ fn serve(mut client: TcpStream, shared: &Shared) -> std::io::Result<()> {
     let fault = *shared.fault.lock().unwrap_or_else(PoisonError::into_inner);
     let is_hit = match fault {
         Fault::None => false,
-        Fault::UnavailableForAll => true,
+        Fault::UnavailableForAll | Fault::Forbidden => true,
         _ => is_change,
     };
     if is_hit {
@@ -90,6 +92,12 @@ fn serve(mut client: TcpStream, shared: &Shared) -> std::io::Result<()> {
     match fault {
         Fault::Unavailable | Fault::UnavailableForAll if is_hit => {
             let answer = "HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            return client.write_all(answer.as_bytes());
+        }
+        Fault::Forbidden => {
+            let body = "<Error><Code>InvalidAccessKeyId</Code>\u{1b}[2J</Error>";
+            let head = "HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length:";
+            let answer = format!("{head} {}\r\n\r\n{body}", body.len());
             return client.write_all(answer.as_bytes());
         }
         Fault::Hang if is_hit => {

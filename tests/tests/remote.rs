@@ -135,24 +135,100 @@ fn an_unfinished_copy_is_none() {
     assert_eq!(sandbox.events_of("generation_started")[1]["resume_step"], 15);
 }
 
+/// A rank is killed and the folder of checkpoints is lost, at one moment: the other ranks are held
+/// meanwhile, so that none of them saves.
 #[test]
 fn a_restarted_generation_goes_on_from_the_copy() {
     let (sandbox, folder) = with_folder();
-    let sets = ["training.steps=300", "checkpoint.every_steps=20", "checkpoint.keep_last=2"];
+    let sets = ["training.steps=200", "checkpoint.every_steps=20", "checkpoint.keep_last=2"];
     let running = start(&sandbox, &url(&folder), &sets);
-    let is_copied = |status: &Value| status["remote_checkpoint"].as_u64() >= Some(40);
-    let pid = sandbox.wait_for(is_copied)["ranks"][1]["pid"].as_u64().unwrap();
-    // Both at once: a rank's death, and its node's disk.
-    signal(u32::try_from(pid).unwrap(), Signal::STOP);
-    std::thread::sleep(Duration::from_millis(300));
+    let status = sandbox.wait_for(|status| status["remote_checkpoint"].as_u64() >= Some(40));
+    let ranks = status["ranks"].as_array().unwrap().iter();
+    let pids = ranks.map(|rank| u32::try_from(rank["pid"].as_u64().unwrap()).unwrap());
+    let pids: Vec<u32> = pids.collect();
+    pids.iter().for_each(|pid| signal(*pid, Signal::STOP));
+    // What was committed by now may still be on its way there.
+    let last = || steps_of(&sandbox, "checkpoint_committed").last().copied();
+    sandbox.wait_for(|status| status["remote_checkpoint"].as_u64() >= last());
+    let saved = last();
     std::fs::remove_dir_all(sandbox.run_dir().checkpoints()).unwrap();
-    signal(u32::try_from(pid).unwrap(), Signal::KILL);
+    pids.iter().for_each(|pid| signal(*pid, Signal::KILL));
     running.expect(0);
     assert_eq!(sandbox.events_of("first_cause").len(), 1);
-    assert_eq!(sandbox.events_of("checkpoint_fetched").len(), 1);
-    let sets = ["training.steps=300", "checkpoint.every_steps=0", CONSTANT];
+    let fetched = steps_of(&sandbox, "checkpoint_fetched");
+    assert_eq!(fetched.len(), 1);
+    assert!(fetched.first() >= saved.as_ref(), "{fetched:?} {saved:?}");
+    let started = &sandbox.events_of("generation_started")[1];
+    assert_eq!(
+        (&started["resume_step"], &started["resume_tier"]),
+        (&fetched[0].into(), &"remote".into())
+    );
+    let (why, _) = sandbox.expect(0, &["why", "test"]);
+    let told = format!("generation 2 went on from step {}, out of the object store", fetched[0]);
+    assert!(why.contains(&told), "{why}");
+    let (status, _) = sandbox.expect(0, &["status", "test"]);
+    assert!(status.contains("out of the object store"), "{status}");
+    let sets = ["training.steps=200", "checkpoint.every_steps=0", CONSTANT];
     sandbox.train("straight", &sets);
     sandbox.expect(0, &["checkpoint", "diff", "straight", "test"]);
+}
+
+/// Whatever a run is told of its object store, it says what is wrong and what may help, from its
+/// start on, and trains.
+fn check_told(sandbox: &Sandbox, remote: &str, words: &[&str]) {
+    let running = start(sandbox, remote, &["checkpoint.every_steps=0"]);
+    let status = sandbox.wait_for(|status| status["remote_alarm"].is_string());
+    let alarm = status["remote_alarm"].as_str().unwrap();
+    for word in words.iter().chain([&remote]) {
+        assert!(alarm.contains(word), "{word:?} is not in {alarm:?}");
+    }
+    assert!(!alarm.contains(|c: char| c.is_control()), "{alarm:?}");
+    sandbox.wait_for(|status| status["state"] == "copying" || status["state"] == "finished");
+    // Where it waits for a better store.
+    running.signal(Signal::TERM);
+    running.expect(0);
+    assert_eq!(sandbox.events_of("generation_started").len(), 1);
+}
+
+#[test]
+fn a_bucket_that_is_not_there_is_told_with_a_hint() {
+    let (sandbox, _store) = with_store();
+    check_told(&sandbox, "s3://nowhere", &["hint: make the bucket, or mend checkpoint.remote"]);
+}
+
+#[test]
+fn credentials_that_are_not_accepted_are_told_with_a_hint() {
+    let (sandbox, store) = with_store();
+    store.set(Fault::Forbidden);
+    let names = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY";
+    check_told(&sandbox, &format!("s3://{BUCKET}"), &["InvalidAccessKeyId", "hint: do ", names]);
+    assert!(store.fired() > 0, "the fault must have happened");
+}
+
+#[test]
+fn an_address_that_nobody_listens_at_is_told_with_a_hint() {
+    let (sandbox, _store) = with_store();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let sandbox = sandbox.env("AWS_ENDPOINT_URL", nobody);
+    check_told(&sandbox, &format!("s3://{BUCKET}"), &["can this machine reach it"]);
+}
+
+#[test]
+fn an_address_without_tls_is_told_with_a_hint() {
+    let (sandbox, _store) = with_store();
+    let sandbox = sandbox.env("AWS_ALLOW_HTTP", "false");
+    check_told(&sandbox, &format!("s3://{BUCKET}"), &["AWS_ALLOW_HTTP=true"]);
+}
+
+#[test]
+fn a_machine_without_certificates_is_told_with_a_hint() {
+    let (sandbox, _store) = with_store();
+    let nowhere = sandbox.path().join("nowhere");
+    let sandbox = sandbox.env("SSL_CERT_FILE", nowhere.display());
+    let sandbox = sandbox.env("SSL_CERT_DIR", nowhere.display());
+    check_told(&sandbox, &format!("s3://{BUCKET}"), &["No CA certificates", "SSL_CERT_FILE"]);
 }
 
 #[test]

@@ -104,7 +104,8 @@ fn open(url: &str, may_make: bool) -> Result<Access, StoreError> {
 }
 
 fn open_folder(folder: &Path, may_make: bool) -> Result<Access, StoreError> {
-    let failed = |error: std::io::Error| StoreError::Generic { store: "file", source: error.into() };
+    let failed =
+        |error: std::io::Error| StoreError::Generic { store: "file", source: error.into() };
     match may_make {
         true => std::fs::create_dir_all(folder).map_err(failed)?,
         // It may be a disk that is not mounted.

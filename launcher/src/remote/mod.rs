@@ -75,12 +75,7 @@ pub fn list_or_say(place: &Place) -> Vec<Stored> {
 ///
 /// # Errors
 /// Where it cannot be read or is damaged, or where there is no room.
-pub fn fetch(
-    place: &Place,
-    target: Target,
-    dir: &Path,
-    width: Width,
-) -> Result<u64, RemoteError> {
+pub fn fetch(place: &Place, target: Target, dir: &Path, width: Width) -> Result<u64, RemoteError> {
     wait_for(async { Remote::open_to_read(place)?.fetch(target, dir, width).await })
 }
 

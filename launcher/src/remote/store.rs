@@ -182,7 +182,7 @@ impl Remote {
         match self.hear(created) {
             Ok(_) => Ok(true),
             Err(StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }) => Ok(false),
-            // AWS_CONDITIONAL_PUT=disabled. Another run's that comes at the same moment is not seen.
+            // AWS_CONDITIONAL_PUT=disabled: another run's of the same moment is not seen.
             Err(StoreError::NotImplemented { .. }) => match self.store.head(key).await {
                 Ok(_) => Ok(false),
                 Err(StoreError::NotFound { .. }) => {
@@ -215,8 +215,8 @@ impl Remote {
     }
 }
 
-/// What a launcher that was killed in the middle of a copy left of files in a folder: `NAME#NUMBER`,
-/// which nobody lists. Where it cannot be removed, it only takes room.
+/// What a launcher that was killed in the middle of a copy left of files in a folder, as
+/// `NAME#NUMBER`, which nobody lists. Where it cannot be removed, it only takes room.
 fn remove_staged(folder: &Path) {
     let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
     let is_checkpoint = |path: &Path| {

@@ -87,7 +87,8 @@ impl Remote {
         if held.contains_key(names::COMMIT) {
             return Ok(held.values().sum());
         }
-        let is_absent = |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
+        let is_absent =
+            |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
         let absent = manifest.files.iter().filter(is_absent);
         let absent: Vec<_> = absent.map(|(name, entry)| (name.clone(), *entry)).collect();
         each(absent, width.files(), |(name, entry)| {
@@ -297,7 +298,10 @@ mod tests {
     fn the_width_falls_fast_and_rises_slowly() {
         let narrow = Width::FULL.narrower();
         let all = [Width::FULL, narrow, narrow.narrower(), narrow.narrower().narrower()];
-        assert_eq!(all.map(|width| (width.files(), width.parts())), [(4, 4), (4, 1), (1, 1), (1, 1)]);
+        assert_eq!(
+            all.map(|width| (width.files(), width.parts())),
+            [(4, 4), (4, 1), (1, 1), (1, 1)]
+        );
         assert_eq!((Width(1).wider(), Width::FULL.wider()), (Width(2), Width::FULL));
         assert_eq!((Width(9).files(), Width(9).parts()), (4, 2));
     }

@@ -70,8 +70,8 @@ impl Executor {
         self.recorder.event(&event.kind, fields.into());
     }
 
-    /// Reading all of a checkpoint takes long, fetching it longer: another thread does it, for which
-    /// nobody waits who is asked to end.
+    /// Reading all of a checkpoint takes long, fetching it longer: another thread does it, for
+    /// which nobody waits who is asked to end.
     pub(super) fn search(&mut self) {
         // What the ranks of the last generation hold must not outlive it.
         self.ranks.clear();
