@@ -16,6 +16,21 @@ const ATTEMPTS: u32 = 3;
 /// The pause between.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Bytes of a checkpoint that one machine reads before ranks do: a few seconds of a fast disk.
+pub const READ_UP_TO: u64 = 16 << 30;
+
+/// Of which checkpoints on disk every byte is read in the search. The ranks check what they load,
+/// all of it together, each its own part: a large checkpoint is only read whole once they have
+/// found one that is damaged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reads {
+    /// Of all.
+    #[default]
+    All,
+    /// Of those of at most so many bytes; of others only that all files are there, of their sizes.
+    UpTo(u64),
+}
+
 /// Where a checkpoint was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -57,6 +72,8 @@ pub struct Search {
     pub only: Option<u64>,
     /// The newest step that is known to have been committed.
     pub committed: Option<u64>,
+    /// Which checkpoints are read whole.
+    pub reads: Reads,
     /// The run's last generation: what lies elsewhere and is of a later one is none of its own.
     pub generation: u64,
     /// Where else to look, if something is missing or damaged here.
@@ -89,8 +106,8 @@ pub fn is_current(step: u64, generation: u64, branches: &[Branch]) -> bool {
     branches.iter().all(|branch| generation >= branch.generation || step <= branch.step)
 }
 
-/// The newest good checkpoint (or the one asked for) over all tiers, all its bytes checked; older
-/// ones are read only where a newer one is damaged. The object store is asked only where what was
+/// The newest good checkpoint (or the one asked for) over all tiers, its bytes checked (see
+/// [`Reads`]); older ones are read only where a newer one is damaged. The object store is asked only where what was
 /// committed is not here, so that a restart does not wait for it.
 ///
 /// # Errors
@@ -178,8 +195,13 @@ fn newest_here(search: &Search) -> Result<Restored, String> {
         if !is_current || !is_asked_for(found.step) {
             continue;
         }
-        let verified = Checkpoint::open(&found.path)
-            .and_then(|checkpoint| checkpoint.verify().map(|_| roll_backs(&checkpoint)));
+        let verified = Checkpoint::open(&found.path).and_then(|checkpoint| {
+            match search.reads {
+                Reads::UpTo(bytes) if found.bytes > bytes => {}
+                _ => drop(checkpoint.verify()?),
+            }
+            Ok(roll_backs(&checkpoint))
+        });
         match verified {
             Ok(roll_backs) => {
                 damaged.retain(|damaged| damaged.step > found.step);
@@ -220,6 +242,41 @@ pub fn remove_unfinished(dir: &Path, generation: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use checkpoint_format::{Dtype, Piece, Save, TensorBox, TrainState};
+
+    /// Checkpoints of these steps, the last of which has one wrong bit in a tensor.
+    fn damaged_last(steps: &[u64]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for step in steps {
+            let save = Save::new(folder.path(), *step, 1);
+            save.begin(0).unwrap();
+            let region = TensorBox::whole(&[64]);
+            let (name, shape, data) = ("x".into(), vec![64], vec![7; 64 * 8]);
+            let piece = Piece { name, dtype: Dtype::I64, shape, region, data: &data };
+            save.write_rank(0, &[piece]).unwrap();
+            save.commit(1, &TrainState { generation: 1, ..TrainState::at(*step) }).unwrap();
+            if Some(step) == steps.last() {
+                let path = save.folder().join(names::tensor_file(0, 0));
+                let mut bytes = std::fs::read(&path).unwrap();
+                *bytes.last_mut().unwrap() ^= 1;
+                std::fs::write(path, bytes).unwrap();
+            }
+        }
+        folder
+    }
+
+    #[test]
+    fn large_checkpoints_are_left_to_the_ranks_until_they_find_one_damaged() {
+        let folder = damaged_last(&[10, 20]);
+        let found = |reads: Reads| {
+            let search = Search { dir: folder.path().into(), reads, ..Search::default() };
+            let restored = newest(&search).unwrap();
+            (restored.found.map(|found| found.step), restored.damaged.len())
+        };
+        assert_eq!(found(Reads::UpTo(READ_UP_TO)), (Some(10), 1));
+        assert_eq!(found(Reads::UpTo(100)), (Some(20), 0));
+        assert_eq!(found(Reads::All), (Some(10), 1));
+    }
 
     fn check(step: u64, generation: u64, expected: bool) {
         let branches = [Branch { step: 100, generation: 3 }, Branch { step: 50, generation: 5 }];

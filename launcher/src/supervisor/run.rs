@@ -16,7 +16,7 @@ use crate::view::View;
 use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
+use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
 use signals::Signals;
@@ -115,6 +115,8 @@ struct Executor {
     searches: mpsc::Sender<Result<Restored, String>>,
     /// Failures of what the run runs on: how often one is to be expected follows from them.
     failures: u64,
+    /// Whether the last generation failed while it read a checkpoint.
+    has_failed_to_load: bool,
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
@@ -215,6 +217,7 @@ impl Executor {
             inputs,
             searches,
             failures,
+            has_failed_to_load: false,
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
@@ -442,6 +445,7 @@ impl Executor {
             Action::RecordFirstCause(cause) => {
                 self.is_growing = false;
                 self.failures += u64::from(cause.class.is_of_the_machines());
+                self.has_failed_to_load = cause.phase == Phase::Load;
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);

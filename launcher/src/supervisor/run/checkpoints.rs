@@ -7,7 +7,7 @@ use crate::cluster::store::keeper::Standing;
 use crate::remote::upload::{self, Uploader};
 use crate::remote::uploads::{News, Target};
 use crate::supervisor::record::Resumed;
-use crate::supervisor::restore::{self, Restored, Search, Tier};
+use crate::supervisor::restore::{self, READ_UP_TO, Reads, Restored, Search, Tier};
 use rank_protocol::exit_code;
 use serde_json::json;
 use std::time::Duration;
@@ -84,6 +84,10 @@ impl Executor {
             branches: self.plan.branches.clone(),
             only: self.plan.first_step.filter(|_| self.is_first_search),
             committed: self.state.committed().max(ever),
+            reads: match self.has_failed_to_load {
+                true => Reads::All,
+                false => Reads::UpTo(READ_UP_TO),
+            },
             generation,
             remote: self.plan.remote.clone(),
         };
