@@ -198,7 +198,9 @@ fn newest_here(search: &Search) -> Result<Restored, String> {
         let verified = Checkpoint::open(&found.path).and_then(|checkpoint| {
             match search.reads {
                 Reads::UpTo(bytes) if found.bytes > bytes => {}
-                _ => drop(checkpoint.verify()?),
+                _ => {
+                    checkpoint.verify()?;
+                }
             }
             Ok(roll_backs(&checkpoint))
         });
