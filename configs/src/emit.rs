@@ -38,6 +38,11 @@ impl RunConfig {
             y.key("keep_last", self.checkpoint.keep_last);
             y.key("keep_every_steps", self.checkpoint.keep_every_steps);
             y.key("remote", self.checkpoint.remote.as_deref().map_or("null".to_owned(), quote));
+            let memory = &self.checkpoint.memory;
+            y.section("memory", |y| {
+                y.key("every_steps", memory.every_steps);
+                y.key("folder", quote(&memory.folder.to_string_lossy()));
+            });
         });
         y.section("restart", |y| {
             y.key("max_no_progress", self.restart.max_no_progress);

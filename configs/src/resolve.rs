@@ -72,6 +72,10 @@ impl Resolver<'_> {
                 keep_last: self.size(&v, "checkpoint.keep_last")?,
                 keep_every_steps: self.integer(&v, "checkpoint.keep_every_steps")?,
                 remote: self.remote(&v),
+                memory: Memory {
+                    every_steps: self.integer(&v, "checkpoint.memory.every_steps")?,
+                    folder: self.memory_folder(&v)?,
+                },
             },
             restart: Restart {
                 max_no_progress: self.count(&v, "restart.max_no_progress")?,
@@ -358,6 +362,12 @@ impl Resolver<'_> {
             self.problem(ProblemKind::OutOfRange, path, message, limit, hint);
         }
         None
+    }
+
+    fn memory_folder(&mut self, v: &View) -> Option<PathBuf> {
+        let key = "checkpoint.memory.folder";
+        let text = self.text(v, key)?;
+        Some(self.local_path(key, &text).unwrap_or_default())
     }
 
     fn local_path(&mut self, key: &str, text: &str) -> Option<PathBuf> {

@@ -452,6 +452,17 @@ pub struct Checkpoint {
     pub keep_every_steps: u64,
     /// URL of the folder of an object store to which checkpoints are copied; `None`: to none.
     pub remote: Option<String>,
+    /// Checkpoints in memory.
+    pub memory: Memory,
+}
+
+/// Checkpoints in memory, which outlive ranks and not their launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Steps between two of them; 0: none.
+    pub every_steps: u64,
+    /// A folder of a file system in memory.
+    pub folder: PathBuf,
 }
 
 /// What happens after a failure.

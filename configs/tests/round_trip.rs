@@ -60,7 +60,13 @@ fn checkpoints_by_themselves_and_to_an_object_store() {
         assert_eq!(config.checkpoint.remote.as_deref(), Some(remote));
         check_round_trip(&config);
     }
+    let memory = "checkpoint.memory={every_steps: 5, folder: /mnt/memory}".to_owned();
+    let config_in_memory = config(&[memory]);
+    let memory = &config_in_memory.checkpoint.memory;
+    assert_eq!((memory.every_steps, memory.folder.to_str()), (5, Some("/mnt/memory")));
+    check_round_trip(&config_in_memory);
     let plain = config(&[]).checkpoint;
+    assert_eq!((plain.memory.every_steps, plain.memory.folder.to_str()), (0, Some("/dev/shm")));
     assert_eq!((plain.failures_per_node_day, plain.remote), (0.0065, None));
 }
 

@@ -4,7 +4,7 @@
 //! resolves what depends on this machine; [`start`] begins and resumes runs, `verify` does steps
 //! again; [`health`] looks whether a machine is fit to run ranks;
 //! [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines, [`remote`]
-//! keeps checkpoints in an object store;
+//! keeps checkpoints in an object store, [`memory`] in this machine's memory;
 //! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`],
 //! [`data`], [`checkpoint`] and [`simulate`] need no run at all.
 
@@ -22,6 +22,7 @@ pub mod health;
 pub mod init_from;
 pub mod logs;
 pub mod machine;
+pub mod memory;
 mod pipeline;
 mod plan;
 mod print;

@@ -10,6 +10,7 @@ use crate::cluster::store::held::Held;
 use crate::error::UserError;
 use crate::health;
 use crate::machine::{self, Resolved, Starter};
+use crate::memory::{self, MemoryTier};
 use crate::print::err;
 use crate::remote::Place;
 use crate::room;
@@ -23,7 +24,7 @@ use crate::view::View;
 use layout::Mesh;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
-use run_config::{ClusterKind, RestartStore, RunConfig};
+use run_config::{ClusterKind, Memory, RestartStore, RunConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -408,6 +409,7 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
         room.iter().for_each(|note| err!("{note}"));
     }
+    memory::check(config, starter)?;
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
@@ -459,6 +461,7 @@ fn go(
         num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
     });
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
+    let memory = memory_tier(&config, &run_id)?;
     let plan = Plan {
         run,
         run_id: run_id.clone(),
@@ -481,16 +484,26 @@ fn go(
         stop_after: None,
         keeper: held.map(|held| held.keeper),
         remote: Place::of(&config, Some(run_id)),
+        memory: memory.as_ref().map(MemoryTier::checkpoints),
         may_begin: start.may_begin,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)
         .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
-    drop(lock);
+    drop((memory, lock));
     if let Some(companion) = companion {
         companion.end();
     }
     Ok(code)
+}
+
+/// Where the config asks for one.
+fn memory_tier(config: &RunConfig, run_id: &str) -> Result<Option<MemoryTier>, UserError> {
+    let Memory { every_steps, folder } = &config.checkpoint.memory;
+    let begin = || MemoryTier::begin(folder, run_id);
+    (*every_steps > 0).then(begin).transpose().map_err(|error| {
+        UserError::failed(format!("checkpoint.memory.folder: {}: {error}", folder.display()))
+    })
 }
 
 /// Starts the agent of this node, and says what is to be typed on the others.

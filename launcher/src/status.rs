@@ -180,6 +180,12 @@ fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
     if let Some(alarm) = &status.alarm {
         lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
     }
+    if let Some(step) = status.memory_checkpoint.filter(|_| status.exit_code.is_none()) {
+        lines.push(("in memory", format!("step {step}")));
+    }
+    if let Some(alarm) = &status.memory_alarm {
+        lines.push(("ALARM", format!("no checkpoint is kept in memory: {alarm}")));
+    }
     if let Some(remote) = &status.remote {
         let copied = status.remote_checkpoint.map(|step| format!("step {step}"));
         let copied = copied.unwrap_or_else(|| "none copied yet".into());

@@ -168,6 +168,7 @@ fn replay_steps(
         may_begin: false,
         stop_after: Some(last),
         remote: None,
+        memory: None,
         config,
     };
     let code = supervise(plan, View::start(false), Vec::new())

@@ -30,6 +30,8 @@ use torch_shim::tch::Device;
 const UNUSED_CPU_BYTES: usize = 1 << 30;
 /// Name of the group in which ranks wait for each other's storage, while training goes on.
 const STORAGE: &str = "storage";
+/// The group in which ranks wait for what they keep in memory.
+const MEMORY: &str = "memory";
 
 /// A model and its parameters.
 pub struct Trainee {
@@ -172,6 +174,8 @@ pub struct Connections {
     pub groups: Groups,
     /// All ranks, to wait for each other's storage, which may take much longer than a step.
     pub storage: Arc<dyn Communicator>,
+    /// All ranks, to wait for each other's memory, where checkpoints are kept there.
+    pub memory: Option<Arc<dyn Communicator>>,
 }
 
 /// The groups: NCCL's between GPUs, and this backend's; an abort by the agent ends every wait in
@@ -194,17 +198,20 @@ pub fn connect(
     let timeout = Duration::from_secs(config.cluster.timeout_s);
     let options =
         |name: &str| GroupOptions { timeout, ..GroupOptions::new(name, place.generation) };
-    let storage = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(STORAGE) };
     let gpu = match device {
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,
     };
     let mut connect =
         |name: &str, ranks: &[usize]| join(client, backend, ranks, &options(name), gpu.as_ref());
-    Ok(Connections {
-        groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
-        storage: join(client, backend, &all, &storage, None)?,
-    })
+    let groups = Groups::connect(config, mesh, place.rank, &mut connect)?;
+    let mut beside = |name: &str| {
+        let options = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(name) };
+        join(client, backend, &all, &options, None)
+    };
+    let storage = beside(STORAGE)?;
+    let memory = place.memory_dir.as_ref().map(|_| beside(MEMORY)).transpose()?;
+    Ok(Connections { groups, storage, memory })
 }
 
 /// NCCL: the library that `PHALANX_NCCL` names, or libtorch's.
@@ -241,7 +248,7 @@ fn join(
     };
     let group = Arc::new(group);
     let weak = Arc::downgrade(&group);
-    let is_storage = options.name == STORAGE;
+    let is_storage = [STORAGE, MEMORY].contains(&options.name.as_str());
     client.on_where(move |phase| {
         // Training goes on while a checkpoint is written.
         let is_held_up = !(is_storage && phase == Phase::Train);

@@ -38,6 +38,10 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         if rank.saving.as_ref().is_some_and(Saving::is_over) {
             finish_save(rank, false)?;
         }
+        let kept = rank.memory.as_ref().and_then(|memory| memory.saving.as_ref());
+        if kept.is_some_and(Saving::is_over) {
+            finish_keep(rank)?;
+        }
         rank.enter(Phase::Train)?;
         faults::at_step(rank)?;
         let (started, waited) = (Instant::now(), collectives::waited());
@@ -45,6 +49,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             Err(error) if error.roll_back().is_some() => {
                 // What is being written is the newest checkpoint before the trouble.
                 finish_save(rank, false)?;
+                finish_keep(rank)?;
                 return Err(error);
             }
             result => result?,
@@ -65,6 +70,8 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         let at_end = rank.step == last || stop;
         if at_end || rank.cadence.is_due(rank.step) {
             save(rank, result.learning_rate, at_end)?;
+        } else if rank.memory.as_ref().is_some_and(|m| is_due(rank.step, m.every_steps)) {
+            keep(rank, result.learning_rate)?;
         }
         if stop && rank.step < last {
             finish_metrics(rank, metrics)?;
@@ -167,6 +174,9 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
 /// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
+    if is_last {
+        finish_keep(rank)?;
+    }
     let began = Instant::now();
     finish_save(rank, false)?;
     rank.begin_save(learning_rate, is_last)?;
@@ -175,6 +185,30 @@ fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     }
     rank.cadence.stalled(began.elapsed());
     agree_on_the_next(rank)
+}
+
+/// Keeps the state in memory, while training goes on; one still being written is waited for, which
+/// no disk makes long.
+fn keep(rank: &mut Rank, learning_rate: f64) -> Result<()> {
+    rank.enter(Phase::Save)?;
+    finish_keep(rank)?;
+    rank.begin_keep(learning_rate)
+}
+
+/// Waits for what is being kept. Where there is no room for it, training goes on without.
+fn finish_keep(rank: &mut Rank) -> Result<()> {
+    let saving = rank.memory.as_mut().and_then(|memory| memory.saving.take());
+    let Some(saving) = saving else { return Ok(()) };
+    let step = saving.step;
+    let Err(error) = saving.finish() else { return Ok(()) };
+    if !error.is_of_storage() {
+        return Err(error);
+    }
+    tracing::warn!("the state after step {step} is not kept in memory: {error}");
+    if error.class() == FailureClass::Storage {
+        event(rank, "checkpoint_not_kept", json!({ "step": step, "reason": error.to_string() }))?;
+    }
+    Ok(())
 }
 
 /// Where the interval is the run's to choose: all ranks choose it alike, from the largest of what

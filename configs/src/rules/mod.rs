@@ -292,6 +292,11 @@ impl Rules<'_, '_> {
             let message = format!("checkpoints come every {every} steps, so few of every {keep}");
             self.note(NoteLevel::Warning, "checkpoint.keep_every_steps", message);
         }
+        let in_memory = c.checkpoint.memory.every_steps;
+        if let Some(every) = every.filter(|every| (1..=in_memory).contains(every)) {
+            let message = format!("those on disk come every {every} steps, and are as new");
+            self.note(NoteLevel::Warning, "checkpoint.memory.every_steps", message);
+        }
     }
 }
 

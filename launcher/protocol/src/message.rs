@@ -128,6 +128,12 @@ pub struct Assignment {
     /// Steps that the run went back behind: their samples are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roll_backs: Vec<RollBack>,
+    /// The folder of checkpoints in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_dir: Option<PathBuf>,
+    /// The folder of checkpoints that holds the one to continue from; `None`: the run's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_dir: Option<PathBuf>,
     /// Failures so far of what the run runs on; numeric trouble is none.
     #[serde(default)]
     pub failures: u64,

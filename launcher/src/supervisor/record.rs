@@ -82,6 +82,12 @@ pub struct Status {
     /// from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint_interval: Option<Interval>,
+    /// Step of the newest checkpoint in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_checkpoint: Option<u64>,
+    /// Why none is kept there, while that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_alarm: Option<String>,
     /// The folder of the object store that checkpoints are copied to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remote: Option<String>,

@@ -35,6 +35,8 @@ pub enum Reads {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
+    /// The memory of this machine.
+    Memory,
     /// The run's folder.
     Local,
     /// The object store.
@@ -45,6 +47,7 @@ impl Tier {
     /// In words.
     pub fn describe(self) -> &'static str {
         match self {
+            Tier::Memory => "memory",
             Tier::Local => "the run's folder",
             Tier::Remote => "the object store",
         }
@@ -66,6 +69,8 @@ pub struct Branch {
 pub struct Search {
     /// The run's folder of checkpoints.
     pub dir: PathBuf,
+    /// The one in memory.
+    pub memory: Option<PathBuf>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
     /// The step that was asked for; `None`: the newest.
@@ -85,6 +90,8 @@ pub struct Search {
 pub struct Restored {
     /// The newest good checkpoint.
     pub found: Option<Found>,
+    /// Where it was.
+    pub tier: Option<Tier>,
     /// Newer ones that were passed over because they are damaged.
     pub damaged: Vec<Damaged>,
     /// Steps that the run had gone back behind when it was saved.
@@ -123,7 +130,7 @@ pub fn newest(search: &Search) -> Result<Restored, String> {
     let began = Instant::now();
     if let Some((found, roll_backs)) = fetch_newer(search, place, here, &mut restored.troubles) {
         restored.damaged.retain(|damaged| damaged.step > found.step);
-        restored.fetched = Some(began.elapsed());
+        (restored.tier, restored.fetched) = (Some(Tier::Remote), Some(began.elapsed()));
         (restored.found, restored.roll_backs) = (Some(found), roll_backs);
     }
     Ok(restored)
@@ -184,8 +191,28 @@ fn tried<T>(ask: impl Fn(Width) -> Result<T, RemoteError>) -> Result<T, RemoteEr
     ask(width)
 }
 
+/// Of those in memory and on disk; of equal ones that in memory.
 fn newest_here(search: &Search) -> Result<Restored, String> {
-    let mut scan = scan(&search.dir).map_err(|error| error.to_string())?;
+    let memory = search.memory.as_ref().filter(|_| search.only.is_none());
+    let kept = memory.map(|dir| newest_in(dir, None, search)).transpose()?;
+    let step = kept.as_ref().and_then(|kept| Some(kept.found.as_ref()?.step));
+    let mut on_disk = newest_in(&search.dir, step, search)?;
+    on_disk.tier = on_disk.found.is_some().then_some(Tier::Local);
+    let Some(mut kept) = kept else { return Ok(on_disk) };
+    if on_disk.found.is_some() || kept.found.is_none() {
+        on_disk.damaged.extend(kept.damaged);
+        return Ok(on_disk);
+    }
+    kept.tier = Some(Tier::Memory);
+    kept.damaged.extend(on_disk.damaged);
+    Ok(kept)
+}
+
+/// The newest good one in a folder, of steps above `above`.
+fn newest_in(dir: &Path, above: Option<u64>, search: &Search) -> Result<Restored, String> {
+    let mut scan = scan(dir).map_err(|error| error.to_string())?;
+    scan.committed.retain(|found| Some(found.step) > above);
+    scan.damaged.retain(|damaged| Some(damaged.step) > above);
     let is_asked_for = |step: u64| search.only.is_none_or(|only| only == step);
     let mut damaged: Vec<Damaged> =
         scan.damaged.into_iter().filter(|damaged| is_asked_for(damaged.step)).collect();
@@ -246,8 +273,8 @@ mod tests {
     use super::*;
     use checkpoint_format::{Dtype, Piece, Save, TensorBox, TrainState};
 
-    /// Checkpoints of these steps, the last of which has one wrong bit in a tensor.
-    fn damaged_last(steps: &[u64]) -> tempfile::TempDir {
+    /// Checkpoints of these steps.
+    fn saved(steps: &[u64]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for step in steps {
             let save = Save::new(folder.path(), *step, 1);
@@ -257,14 +284,47 @@ mod tests {
             let piece = Piece { name, dtype: Dtype::I64, shape, region, data: &data };
             save.write_rank(0, &[piece]).unwrap();
             save.commit(1, &TrainState { generation: 1, ..TrainState::at(*step) }).unwrap();
-            if Some(step) == steps.last() {
-                let path = save.folder().join(names::tensor_file(0, 0));
-                let mut bytes = std::fs::read(&path).unwrap();
-                *bytes.last_mut().unwrap() ^= 1;
-                std::fs::write(path, bytes).unwrap();
-            }
         }
         folder
+    }
+
+    /// The last of them has one wrong bit in a tensor.
+    fn damaged_last(steps: &[u64]) -> tempfile::TempDir {
+        let folder = saved(steps);
+        let last = names::step_folder(*steps.last().unwrap());
+        let path = folder.path().join(last).join(names::tensor_file(0, 0));
+        let mut bytes = std::fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(path, bytes).unwrap();
+        folder
+    }
+
+    #[test]
+    fn the_newest_of_memory_and_disk_is_taken() {
+        let check = |memory: &[u64], disk: &[u64], expected: (Option<u64>, Option<Tier>)| {
+            let (memory, disk) = (saved(memory), saved(disk));
+            let search = Search {
+                dir: disk.path().into(),
+                memory: Some(memory.path().into()),
+                ..Search::default()
+            };
+            let restored = newest(&search).unwrap();
+            assert_eq!((restored.found.map(|found| found.step), restored.tier), expected);
+        };
+        check(&[], &[], (None, None));
+        check(&[30], &[], (Some(30), Some(Tier::Memory)));
+        check(&[30], &[20], (Some(30), Some(Tier::Memory)));
+        check(&[30], &[20, 30], (Some(30), Some(Tier::Memory)));
+        check(&[30], &[40], (Some(40), Some(Tier::Local)));
+        check(&[], &[40], (Some(40), Some(Tier::Local)));
+        // The one in memory is damaged; one that was asked for is not looked for there.
+        let (memory, disk) = (damaged_last(&[30]), saved(&[20, 30]));
+        let (dir, memory) = (disk.path().into(), Some(memory.path().into()));
+        let search = Search { dir, memory, ..Search::default() };
+        let restored = newest(&search).unwrap();
+        assert_eq!((restored.found.unwrap().step, restored.tier), (30, Some(Tier::Local)));
+        let restored = newest(&Search { only: Some(20), ..search }).unwrap();
+        assert_eq!((restored.found.unwrap().step, restored.tier), (20, Some(Tier::Local)));
     }
 
     #[test]

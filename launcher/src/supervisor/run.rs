@@ -84,6 +84,8 @@ pub struct Plan {
     pub stop_after: Option<u64>,
     /// Where checkpoints are copied to, and read from where they are missing here.
     pub remote: Option<Place>,
+    /// The folder of checkpoints in memory.
+    pub memory: Option<PathBuf>,
 }
 
 /// The generation of an earlier coordinator.

@@ -9,7 +9,7 @@ use crate::remote::uploads::{News, Target};
 use crate::supervisor::record::Resumed;
 use crate::supervisor::restore::{self, READ_UP_TO, Reads, Restored, Search, Tier};
 use rank_protocol::exit_code;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
@@ -61,6 +61,16 @@ impl Executor {
                 tracing::info!("the metrics are written again, and those that waited");
                 status.alarm = None;
             }
+            // As often as once a step: no line for each.
+            "checkpoint_kept" => {
+                status.memory_alarm = None;
+                status.memory_checkpoint = fields.get("step").and_then(Value::as_u64);
+                return;
+            }
+            "checkpoint_not_kept" => {
+                tracing::error!("rank {rank} could not keep a checkpoint in memory: {reason}");
+                status.memory_alarm = Some(reason);
+            }
             "checkpoint_interval" => {
                 status.checkpoint_interval = serde_json::from_value(fields.clone().into()).ok();
             }
@@ -81,6 +91,7 @@ impl Executor {
         let generation = self.state.generation();
         let search = Search {
             dir: self.plan.run.checkpoints(),
+            memory: self.plan.memory.clone(),
             branches: self.plan.branches.clone(),
             only: self.plan.first_step.filter(|_| self.is_first_search),
             committed: self.state.committed().max(ever),
@@ -103,6 +114,9 @@ impl Executor {
                 return;
             }
             restore::remove_unfinished(&search.dir, generation);
+            if let Some(memory) = &search.memory {
+                restore::remove_unfinished(memory, generation);
+            }
             let _ = searches.blocking_send(restore::newest(&search));
         };
         let thread = std::thread::Builder::new().name("search".into()).spawn(work);
@@ -129,7 +143,7 @@ impl Executor {
             tracing::warn!("reading from the object store: {reason}");
             self.recorder.event("fetch_failed", json!({ "reason": reason }));
         }
-        let tier = if restored.fetched.is_some() { Tier::Remote } else { Tier::Local };
+        let tier = restored.tier;
         if let (Some(fetched), Some(found)) = (&restored.fetched, &restored.found) {
             let (step, bytes, seconds) = (found.step, found.bytes, fetched.as_secs_f64());
             tracing::info!("the checkpoint of step {step} came from the object store");
@@ -137,13 +151,16 @@ impl Executor {
             self.recorder.event("checkpoint_fetched", fields);
         }
         // Its ranks may have ended before they could tell of it.
-        if let (Some(found), Some(copies), Tier::Local) = (&restored.found, &self.copies, tier) {
+        if let (Some(found), Some(copies), Some(Tier::Local)) =
+            (&restored.found, &self.copies, tier)
+        {
             copies.committed(Target { generation: found.generation, step: found.step });
         }
         self.leave_out(&restored.roll_backs);
         let step = restored.found.map(|found| found.step);
-        self.recorder.status.resumed = step.map(|step| Resumed { step, tier });
-        self.handle(Event::Found { step });
+        let resumed = step.zip(tier).map(|(step, tier)| Resumed { step, tier });
+        self.recorder.status.resumed = resumed;
+        self.handle(Event::Found { step, is_committed: tier != Some(Tier::Memory) });
     }
 
     /// Begins to copy checkpoints, where that is asked for; its news.
