@@ -240,6 +240,10 @@ impl Plan {
         if let Some(expected) = self.expected_interval_s() {
             row("", self.expected_interval(expected));
         }
+        if c.memory.every_steps > 0 {
+            let (every, folder) = (c.memory.every_steps, c.memory.folder.display());
+            row("", format!("kept in memory every {every} steps, in {folder}"));
+        }
         if let Some(remote) = &c.remote {
             row("", format!("copied to {remote}/{}", self.config.name));
         }

@@ -194,7 +194,7 @@ impl Remote {
         let commit = self.needed(&folder, names::COMMIT, MAX_SMALL).await?;
         let manifest = self.needed(&folder, names::MANIFEST, Arrival::MAX_MANIFEST).await?;
         // Before anything of what it says is done.
-        let path = Path::new(folder.as_ref()).join(names::MANIFEST);
+        let path = Path::new(&folder.to_string()).join(names::MANIFEST);
         let says = Manifest::sealed(&path, &commit, &manifest).map_err(arrived)?;
         if (says.step, says.generation) != (target.step, target.generation) {
             let what = format!("is of step {}, generation {}", says.step, says.generation);

@@ -105,6 +105,7 @@ async fn work(plan: Plan, mut orders: mpsc::Receiver<Order>, news: mpsc::Sender<
         if ending.is_some_and(|ending| ending.is_over(&worker.uploads, now)) {
             return;
         }
+        let wake = worker.wake(ending, now);
         let event = tokio::select! {
             order = orders.recv() => match order {
                 Some(Order::Committed(target)) => Event::Committed(target),
@@ -116,7 +117,7 @@ async fn work(plan: Plan, mut orders: mpsc::Receiver<Order>, news: mpsc::Sender<
                 None => return,
             },
             ended = ended(&mut worker.job) => worker.learned(ended),
-            () = tokio::time::sleep_until(worker.wake(ending, now).into()) => worker.looked(),
+            () = tokio::time::sleep_until(wake.into()) => worker.looked(),
         };
         worker.take(event).await;
     }
