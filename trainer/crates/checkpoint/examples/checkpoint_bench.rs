@@ -92,7 +92,11 @@ fn timed<T>(work: impl FnOnce() -> T) -> Outcome<(T, f64)> {
 fn median(times: &[f64]) -> f64 {
     let mut warm = times[1..].to_vec();
     warm.sort_by(f64::total_cmp);
-    warm[warm.len() / 2]
+    let middle = warm.len() / 2;
+    match warm.len().is_multiple_of(2) {
+        true => (warm[middle - 1] + warm[middle]) / 2.0,
+        false => warm[middle],
+    }
 }
 
 fn main() -> Outcome<()> {
