@@ -307,6 +307,55 @@ fn a_bucket_that_is_slow_is_waited_for_by_nobody_but_the_end() {
     assert_eq!(saved.len(), 4);
 }
 
+/// A rank is killed while a copy of what its generation saved is on its way: the copy gets there,
+/// and so do those of the next generation.
+#[test]
+fn a_restart_while_a_copy_runs_costs_neither() {
+    let (sandbox, store) = with_store();
+    store.set(Fault::Slow(Duration::from_millis(400)));
+    let sets = ["training.steps=60", "checkpoint.keep_last=1"];
+    let running = start(&sandbox, &format!("s3://{BUCKET}"), &sets);
+    let status = sandbox.wait_for(|status| status["last_checkpoint"].as_u64() >= Some(5));
+    let pid = status["ranks"][1]["pid"].as_u64().unwrap();
+    signal(u32::try_from(pid).unwrap(), Signal::KILL);
+    running.expect(0);
+    assert!(store.fired() > 0, "the fault must have happened");
+    assert_eq!(sandbox.events_of("first_cause").len(), 1, "the rank must have been killed");
+    assert!(sandbox.events_of("copy_failed").is_empty(), "{:?}", sandbox.events_of("copy_failed"));
+    let copied = sandbox.events_of("checkpoint_copied");
+    let last = copied.last().unwrap();
+    assert_eq!((&last["step"], &last["written_by"]), (&60.into(), &2.into()));
+    std::fs::remove_dir_all(sandbox.run_dir().checkpoints()).unwrap();
+    store.set(Fault::None);
+    sandbox.expect(0, &["resume", "test", "--set", "training.steps=65"]);
+    assert_eq!(steps_of(&sandbox, "checkpoint_fetched"), [60]);
+}
+
+/// The launcher is killed in the middle of a copy: what is there of it is none, and the next
+/// launcher finishes it.
+#[test]
+fn half_a_copy_of_a_launcher_that_died_is_finished_by_the_next() {
+    let (sandbox, store) = with_store();
+    let running = start(&sandbox, &format!("s3://{BUCKET}"), &["checkpoint.every_steps=0"]);
+    sandbox.wait_for_step(3);
+    // From here on every change takes long: the owner is known, and the copy is begun.
+    store.set(Fault::Slow(Duration::from_secs(3)));
+    sandbox.wait_for(|status| status["state"] == "copying");
+    let deadline = Instant::now() + ALARM_BY;
+    while store.fired() < 2 {
+        assert!(Instant::now() < deadline, "the fault must have happened");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    running.signal(Signal::KILL);
+    running.wait();
+    store.set(Fault::None);
+    let is_complete = |key: &String| key.ends_with("/COMMIT");
+    assert!(!store.keys().iter().any(is_complete), "{:?}", store.keys());
+    sandbox.expect(0, &["resume", "test", "--set", "training.steps=25"]);
+    let copied = steps_of(&sandbox, "checkpoint_copied");
+    assert_eq!(copied.last(), Some(&25), "{copied:?}");
+}
+
 #[test]
 fn a_signal_ends_the_wait_for_a_bucket() {
     let (sandbox, store) = with_store();
