@@ -205,7 +205,7 @@ pub fn connect(
     let mut connect =
         |name: &str, ranks: &[usize]| join(client, backend, ranks, &options(name), gpu.as_ref());
     let groups = Groups::connect(config, mesh, place.rank, &mut connect)?;
-    let mut beside = |name: &str| {
+    let beside = |name: &str| {
         let options = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(name) };
         join(client, backend, &all, &options, None)
     };

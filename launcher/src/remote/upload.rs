@@ -131,7 +131,7 @@ async fn opened(
     news: &mpsc::Sender<News>,
 ) -> Option<Remote> {
     let limit = Duration::from_secs(REQUEST_S);
-    let mut failures = 0;
+    let mut failures: u32 = 0;
     loop {
         let place = place.clone();
         let open = tokio::task::spawn_blocking(move || Remote::open(&place));
