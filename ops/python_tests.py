@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the folder of Python packages that tests read our files with, as pinned in requirements-tests.txt.
+"""Makes the folder of Python packages that tests need, as pinned in requirements-tests.txt.
 
 usage: python_tests.py LINK
 
@@ -30,7 +30,7 @@ def main():
         fail("usage: python_tests.py LINK")
     version = "{}.{}".format(*sys.version_info[:2])
     recipe = hashlib.sha256(REQUIREMENTS.read_bytes() + version.encode()).hexdigest()[:12]
-    point(pathlib.Path(sys.argv[1]), made_once(f"python-tests-{recipe}", 400, install))
+    point(pathlib.Path(sys.argv[1]), made_once(f"python-tests-{recipe}", 500, install))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,16 @@ impl RunConfig {
             y.key("steps", self.validation.steps);
         });
         y.section("checkpoint", |y| {
-            y.key("every_steps", self.checkpoint.every_steps);
+            y.key("every_steps", or_auto(self.checkpoint.every_steps));
+            y.key("failures_per_node_day", float(self.checkpoint.failures_per_node_day));
             y.key("keep_last", self.checkpoint.keep_last);
             y.key("keep_every_steps", self.checkpoint.keep_every_steps);
+            y.key("remote", self.checkpoint.remote.as_deref().map_or("null".to_owned(), quote));
+            let memory = &self.checkpoint.memory;
+            y.section("memory", |y| {
+                y.key("every_steps", memory.every_steps);
+                y.key("folder", quote(&memory.folder.to_string_lossy()));
+            });
         });
         y.section("restart", |y| {
             y.key("max_no_progress", self.restart.max_no_progress);
@@ -241,7 +248,7 @@ fn float(number: f64) -> String {
     format!("{number:?}")
 }
 
-fn or_auto(number: Option<usize>) -> String {
+fn or_auto(number: Option<impl Display>) -> String {
     number.map_or("auto".to_owned(), |number| number.to_string())
 }
 

@@ -22,6 +22,8 @@ pub(crate) enum Kind {
     InitFrom,
     /// `file`, `etcd://HOST:PORT/PREFIX` or `etcds://…`.
     Store,
+    /// The URL of a folder in an object store.
+    Remote,
     /// One of some words.
     Choice(&'static [&'static str]),
     /// A mapping whose keys are those of the table under `path[]`.
@@ -189,9 +191,14 @@ pub(crate) const KEYS: &[Key] = &[
     integer("validation.every_steps", 0, MAX_STEPS),
     integer("validation.steps", 1, 1_000_000),
     section("checkpoint"),
-    integer("checkpoint.every_steps", 0, MAX_STEPS),
+    integer("checkpoint.every_steps", 0, MAX_STEPS).auto(),
+    above("checkpoint.failures_per_node_day", 0.0, 1e6),
     integer("checkpoint.keep_last", 1, 1_000_000),
     integer("checkpoint.keep_every_steps", 0, MAX_STEPS),
+    key("checkpoint.remote", Kind::Remote).nullable(),
+    section("checkpoint.memory"),
+    integer("checkpoint.memory.every_steps", 0, MAX_STEPS),
+    key("checkpoint.memory.folder", Kind::Path),
     section("restart"),
     integer("restart.max_no_progress", 1, 1_000_000),
     integer("restart.hang_timeout_s", 1, 86_400),
@@ -240,6 +247,7 @@ pub(crate) fn limit(key: &Key) -> String {
         Kind::Path => "a path".to_owned(),
         Kind::InitFrom => "hf:DIR, meta:DIR or run:NAME[@STEP]".to_owned(),
         Kind::Store => "file, etcd://HOST:PORT[,HOST:PORT…]/PREFIX or etcds://…".to_owned(),
+        Kind::Remote => REMOTES.to_owned(),
         Kind::Choice(choices) => format!("one of {}", choices.join(", ")),
         Kind::Item => format!("a mapping of {}", item_names(key.path)),
         Kind::Items => format!("a list of 1 to {MAX_ITEMS} mappings of {}", item_names(key.path)),
@@ -256,6 +264,10 @@ pub(crate) fn limit(key: &Key) -> String {
     }
     text
 }
+
+/// The URLs of object stores, in words.
+pub(crate) const REMOTES: &str =
+    "s3://BUCKET[/PREFIX], gs://BUCKET[/PREFIX], az://CONTAINER[/PREFIX] or file:///PATH";
 
 /// Items in one list.
 pub(crate) const MAX_ITEMS: usize = 1000;

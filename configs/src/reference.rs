@@ -119,6 +119,9 @@ impl Pages {
             Kind::Path => json!({"type": "string", "minLength": 1}),
             Kind::InitFrom => json!({"type": "string", "pattern": "^(hf|meta|run):.+$"}),
             Kind::Store => json!({"type": "string", "pattern": "^(file|etcds?://.+/.+)$"}),
+            Kind::Remote => {
+                json!({"type": "string", "pattern": "^((s3|gs|az)://[^/]+|file:///).*$"})
+            }
             Kind::Choice(choices) => json!({"enum": choices}),
             Kind::Item => self.object(&keys::item_path(key.path)),
             Kind::Items => self.items(key),

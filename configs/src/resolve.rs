@@ -67,9 +67,15 @@ impl Resolver<'_> {
                 steps: self.integer(&v, "validation.steps")?,
             },
             checkpoint: Checkpoint {
-                every_steps: self.integer(&v, "checkpoint.every_steps")?,
+                every_steps: self.optional_integer(&v, "checkpoint.every_steps"),
+                failures_per_node_day: self.number(&v, "checkpoint.failures_per_node_day")?,
                 keep_last: self.size(&v, "checkpoint.keep_last")?,
                 keep_every_steps: self.integer(&v, "checkpoint.keep_every_steps")?,
+                remote: self.remote(&v),
+                memory: Memory {
+                    every_steps: self.integer(&v, "checkpoint.memory.every_steps")?,
+                    folder: self.memory_folder(&v)?,
+                },
             },
             restart: Restart {
                 max_no_progress: self.count(&v, "restart.max_no_progress")?,
@@ -340,6 +346,30 @@ impl Resolver<'_> {
         self.local_path(key, text).map(|path| path.to_string_lossy().into_owned())
     }
 
+    /// The URL of an object store's folder, without slashes at its end.
+    fn remote(&mut self, v: &View) -> Option<String> {
+        let path = "checkpoint.remote";
+        let text = self.optional_text(v, path)?;
+        let url = text.trim_end_matches('/');
+        if is_remote(url) {
+            return Some(url.to_owned());
+        }
+        if !self.is_bad(path) {
+            let message = format!("{} is no folder of an object store", quoted(&text));
+            let limit = keys::find(path).map(keys::limit);
+            let plain = "plain names between the slashes: no spaces, `%`, `?`, `#`, `.` or `..`";
+            let hint = Some(plain.to_owned());
+            self.problem(ProblemKind::OutOfRange, path, message, limit, hint);
+        }
+        None
+    }
+
+    fn memory_folder(&mut self, v: &View) -> Option<PathBuf> {
+        let key = "checkpoint.memory.folder";
+        let text = self.text(v, key)?;
+        Some(self.local_path(key, &text).unwrap_or_default())
+    }
+
     fn local_path(&mut self, key: &str, text: &str) -> Option<PathBuf> {
         if self.is_bad(key) {
             return None;
@@ -392,6 +422,21 @@ pub(crate) fn absolute(base: &Path, path: &Path) -> PathBuf {
         }
     }
     out
+}
+
+/// Whether it is a URL that [`keys::REMOTES`] describes.
+fn is_remote(url: &str) -> bool {
+    let plain = |part: &str| {
+        let is_forbidden = |c: char| c.is_whitespace() || c.is_control() || "%?#*\\\"".contains(c);
+        !part.is_empty() && part != "." && part != ".." && !part.contains(is_forbidden)
+    };
+    match url.split_once("://") {
+        Some(("s3" | "gs" | "az", rest)) => rest.split('/').all(plain) && !rest.contains('@'),
+        Some(("file", path)) => {
+            path.strip_prefix('/').is_some_and(|path| path.split('/').all(plain))
+        }
+        _ => false,
+    }
 }
 
 /// Reading single values.

@@ -439,14 +439,30 @@ pub struct Validation {
 }
 
 /// Checkpoints.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Steps between checkpoints; 0: only the last step.
-    pub every_steps: u64,
+    /// Steps between checkpoints; 0: only the last step; `None` (`auto`): by what a save costs and
+    /// how often something fails.
+    pub every_steps: Option<u64>,
+    /// Failures that are expected of a node in a day, until the run's own are known.
+    pub failures_per_node_day: f64,
     /// Newest checkpoints kept; at least 1.
     pub keep_last: usize,
     /// Checkpoints of every so many steps are kept for good; 0: none.
     pub keep_every_steps: u64,
+    /// URL of the folder of an object store to which checkpoints are copied; `None`: to none.
+    pub remote: Option<String>,
+    /// Checkpoints in memory.
+    pub memory: Memory,
+}
+
+/// Checkpoints in memory, which outlive ranks and not their launcher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Steps between two of them; 0: none.
+    pub every_steps: u64,
+    /// A folder of a file system in memory.
+    pub folder: PathBuf,
 }
 
 /// What happens after a failure.

@@ -102,7 +102,9 @@ impl Walker {
                 self.out_of_range(node, key, path)
             }
             Kind::Betas => self.betas(node, key, path),
-            Kind::Name | Kind::Path | Kind::InitFrom | Kind::Store => self.text(node, key, path),
+            Kind::Name | Kind::Path | Kind::InitFrom | Kind::Store | Kind::Remote => {
+                self.text(node, key, path)
+            }
             Kind::Choice(choices) => self.choice(node, key, path, choices),
             Kind::Item => match &node.value {
                 Value::Map(_) => Some(Leaf::Item(self.item(node, key, path))),

@@ -351,6 +351,29 @@ fn validation_without_documents() {
 }
 
 #[test]
+fn remotes_that_are_no_folder_of_an_object_store() {
+    let wrong = ["s3:bucket", "s3://", "s3:///x", "ftp://host/x", "file://rel/x", "file:///", "/x"];
+    let tricky = ["s3://b/../x", "s3://b//x", "gs://b/a%2fb", "az://c/x?y=1", "s3://u:p@b/x"];
+    for url in wrong.into_iter().chain(tricky) {
+        let text = errors(GOOD, &[&format!("checkpoint.remote={url}")]);
+        assert!(text.contains(&format!("checkpoint.remote: \"{url}\" is no folder of")), "{text}");
+        assert!(text.contains("s3://BUCKET[/PREFIX]"), "{text}");
+    }
+}
+
+#[test]
+fn checkpoints_in_memory() {
+    let sets = ["checkpoint.memory={every_steps: 5}", "cluster.nodes=2"];
+    let text = errors(GOOD, &sets);
+    assert!(
+        text.contains("not yet supported in this version: checkpoints in the memory"),
+        "{text}"
+    );
+    let text = errors(GOOD, &["checkpoint.memory.folder=s3://bucket/x"]);
+    assert!(text.contains("checkpoint.memory.folder") && text.contains("is no path"), "{text}");
+}
+
+#[test]
 fn two_sources_of_one_name() {
     let text = errors(GOOD, &["data.sources=[{name: a, path: x}, {name: a, path: y}]"]);
     assert!(text.contains("data.sources[1].name: a second source is called \"a\""), "{text}");

@@ -52,6 +52,25 @@ fn presets_are_the_published_figures() {
 }
 
 #[test]
+fn checkpoints_by_themselves_and_to_an_object_store() {
+    for remote in ["s3://bucket/a/b", "gs://bucket", "az://container/x", "file:///mnt/a-b/c"] {
+        let set = format!("checkpoint={{every_steps: auto, remote: '{remote}/'}}");
+        let config = config(&[set]);
+        assert_eq!(config.checkpoint.every_steps, None);
+        assert_eq!(config.checkpoint.remote.as_deref(), Some(remote));
+        check_round_trip(&config);
+    }
+    let memory = "checkpoint.memory={every_steps: 5, folder: /mnt/memory}".to_owned();
+    let config_in_memory = config(&[memory]);
+    let memory = &config_in_memory.checkpoint.memory;
+    assert_eq!((memory.every_steps, memory.folder.to_str()), (5, Some("/mnt/memory")));
+    check_round_trip(&config_in_memory);
+    let plain = config(&[]).checkpoint;
+    assert_eq!((plain.memory.every_steps, plain.memory.folder.to_str()), (0, Some("/dev/shm")));
+    assert_eq!((plain.failures_per_node_day, plain.remote), (0.0065, None));
+}
+
+#[test]
 fn every_field_of_a_preset_can_be_overridden() {
     let sets = ["model={preset: llama3.2-1b, layers: 2, rope: {scaling: {factor: 8}}}".to_owned()];
     let m = config(&sets).model;

@@ -41,7 +41,7 @@ fn the_quickstart_divides() {
     assert!(stage.global_batch.is_multiple_of(8));
     assert_eq!((c.training.micro_batch, c.num_ranks()), (1, Some(2)));
     assert!(c.validation.every_steps > 0 && c.data.validation_fraction > 0.0);
-    assert_eq!(c.checkpoint.every_steps, 50);
+    assert_eq!(c.checkpoint.every_steps, Some(50));
     for ranks in [1, 2, 4, 8] {
         let set = [format!("cluster.ranks_per_node={ranks}")];
         RunConfig::load(&path("quickstart.yaml"), &set).unwrap_or_else(|e| panic!("{e}"));

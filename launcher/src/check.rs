@@ -5,6 +5,7 @@ use crate::pipeline::PipelinePlan;
 use crate::plan::LayoutPlan;
 use crate::print::err;
 use crate::room;
+use checkpoint_format::interval::{MAX_S, expected_mttf_s, lost_fraction, optimum_s};
 use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
 use rank_protocol::exit_code;
@@ -14,6 +15,10 @@ use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What a save is expected to keep training for, in seconds, until it is measured.
+const EXPECTED_STALL_S: f64 = 0.2;
 
 /// Validates `config` with `overrides` and prints the plan on standard output; problems go to
 /// standard error, and with `json` to standard output too. With `schedule_svg` the pipeline's
@@ -201,6 +206,7 @@ impl Plan {
             "tokens": self.tokens,
             "batch_stages": stages,
             "checkpoints": self.num_checkpoints(),
+            "checkpoint_interval_s": self.expected_interval_s().map(|(seconds, _)| seconds),
             "notes": self.notes.iter().map(|note| json!({
                 "level": match note.level {
                     NoteLevel::Warning => "warning",
@@ -212,13 +218,56 @@ impl Plan {
         })
     }
 
-    /// Checkpoints written over the run; the last step is always saved.
-    fn num_checkpoints(&self) -> u64 {
-        let (steps, every) = (self.config.training.steps, self.config.checkpoint.every_steps);
-        match every {
+    /// Checkpoints written over the run, where that is known; the last step is always saved.
+    fn num_checkpoints(&self) -> Option<u64> {
+        let (steps, every) = (self.config.training.steps, self.config.checkpoint.every_steps?);
+        Some(match every {
             0 => 1,
             every => steps / every + u64::from(!steps.is_multiple_of(every)),
+        })
+    }
+
+    fn checkpoint_rows(&self, row: &mut impl FnMut(&str, String)) {
+        let c = &self.config.checkpoint;
+        let kept = format!("the newest {} kept", c.keep_last);
+        match (c.every_steps, self.num_checkpoints()) {
+            (Some(0), _) => row("checkpoints", format!("at the end, 1 in all, {kept}")),
+            (Some(every), Some(written)) => {
+                row("checkpoints", format!("every {every} steps, {written} in all, {kept}"));
+            }
+            _ => row("checkpoints", format!("as often as loses the least time, {kept}")),
         }
+        if let Some(expected) = self.expected_interval_s() {
+            row("", self.expected_interval(expected));
+        }
+        if c.memory.every_steps > 0 {
+            let (every, folder) = (c.memory.every_steps, c.memory.folder.display());
+            row("", format!("kept in memory every {every} steps, in {folder}"));
+        }
+        if let Some(remote) = &c.remote {
+            row("", format!("copied to {remote}/{}", self.config.name));
+        }
+    }
+
+    /// What `checkpoint.every_steps: auto` comes to before anything is measured, and the mean time
+    /// to failure that it follows from, in seconds; `None`: the config says how many steps.
+    fn expected_interval_s(&self) -> Option<(f64, f64)> {
+        let c = &self.config.checkpoint;
+        let mttf_s = expected_mttf_s(self.config.cluster.nodes, c.failures_per_node_day);
+        let interval_s = optimum_s(EXPECTED_STALL_S, mttf_s).min(MAX_S);
+        c.every_steps.is_none().then_some((interval_s, mttf_s))
+    }
+
+    fn expected_interval(&self, (interval_s, mttf_s): (f64, f64)) -> String {
+        let nodes = self.config.cluster.nodes;
+        let short = |s: f64| crate::time::short(Duration::try_from_secs_f64(s).unwrap_or_default());
+        let lost = 100.0 * lost_fraction(interval_s, EXPECTED_STALL_S, mttf_s);
+        format!(
+            "a failure every {} on {nodes} node(s) and a stall of {EXPECTED_STALL_S} s: every {}, \
+             which loses {lost:.2} %",
+            short(mttf_s),
+            short(interval_s)
+        )
     }
 
     fn table(&self) -> String {
@@ -323,12 +372,7 @@ impl Plan {
                 ),
             );
         }
-        let every = match c.checkpoint.every_steps {
-            0 => "at the end".to_owned(),
-            every => format!("every {every} steps"),
-        };
-        let (written, kept) = (self.num_checkpoints(), c.checkpoint.keep_last);
-        row("checkpoints", format!("{every}, {written} in all, the newest {kept} kept"));
+        self.checkpoint_rows(row);
         let validation = match c.validation.every_steps {
             0 => "never".to_owned(),
             every => format!("every {every} steps, {} batches", c.validation.steps),

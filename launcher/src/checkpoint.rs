@@ -2,6 +2,8 @@
 
 use crate::error::UserError;
 use crate::print::{err, out};
+use crate::remote::store::Stored;
+use crate::remote::{self, Place};
 use crate::runs;
 use crate::supervisor::restore::is_current;
 use checkpoint_format::diff::diff;
@@ -14,6 +16,7 @@ use checkpoint_format::{Checkpoint, Dtype, FormatError, WeightSource, import::im
 use clap::ValueEnum;
 use rank_protocol::{RunDir, exit_code};
 use run_config::RunConfig;
+use serde::Serialize;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -133,36 +136,76 @@ pub fn run(command: CheckpointCommand) -> i32 {
 fn list(run: &str, is_json: bool) -> Outcome {
     let run = find_run(run)?;
     let Scan { committed, damaged } = scan_run(&run)?;
+    let (place, stored) = stored_of(&run);
+    let in_store = |step: u64, generation: u64| {
+        stored.iter().any(|s| (s.target.step, s.target.generation) == (step, generation))
+    };
+    let mut all: Vec<Listed> = Vec::new();
+    for Found { step, generation, bytes, path } in &committed {
+        let mut tiers = vec!["local"];
+        tiers.extend(in_store(*step, *generation).then_some("remote"));
+        let (path, bytes) = (path.display().to_string(), Some(*bytes));
+        let generation = Some(*generation);
+        all.push(Listed { step: *step, generation, bytes, path, damaged: None, tiers });
+    }
+    for Damaged { step, path, reason, .. } in &damaged {
+        let (path, damaged) = (path.display().to_string(), Some(reason.clone()));
+        let (generation, bytes, tiers) = (None, None, vec!["local"]);
+        all.push(Listed { step: *step, generation, bytes, path, damaged, tiers });
+    }
+    for stored in &stored {
+        let (step, generation) = (stored.target.step, stored.target.generation);
+        if committed.iter().any(|found| (found.step, found.generation) == (step, generation)) {
+            continue;
+        }
+        let folder = names::remote_folder(step, generation);
+        let (path, bytes) = (format!("{place}/{folder}"), Some(stored.bytes));
+        let (generation, tiers) = (Some(generation), vec!["remote"]);
+        all.push(Listed { step, generation, bytes, path, damaged: None, tiers });
+    }
+    all.sort_by_key(|listed| (listed.step, listed.generation));
     if is_json {
-        let good = committed.iter().map(|found| {
-            json!({ "step": found.step, "path": found.path, "generation": found.generation,
-                "bytes": found.bytes, "damaged": null })
-        });
-        let bad = damaged.iter().map(|damaged| {
-            json!({ "step": damaged.step, "path": damaged.path, "generation": null,
-                "bytes": null, "damaged": damaged.reason })
-        });
-        let mut all: Vec<Value> = good.chain(bad).collect();
-        all.sort_by_key(|entry| entry["step"].as_u64());
         out!("{}", json!({ "run": run.root(), "checkpoints": all }));
         return Ok(exit_code::DONE);
     }
-    if committed.is_empty() && damaged.is_empty() {
+    if all.is_empty() {
         out!("no checkpoints in {}", run.root().display());
     }
-    let mut lines: Vec<(u64, String)> = Vec::new();
-    for Found { step, generation, bytes, path } in &committed {
-        let size = human_bytes(*bytes);
-        lines.push((*step, format!("generation {generation:<4} {size:>9}  {}", path.display())));
-    }
-    for Damaged { step, path, reason, .. } in &damaged {
-        lines.push((*step, format!("DAMAGED: {reason}  {}", path.display())));
-    }
-    lines.sort();
-    for (step, line) in lines {
-        out!("step {step:<8} {line}");
+    for Listed { step, generation, bytes, path, damaged, tiers } in &all {
+        let size = bytes.map_or(String::new(), human_bytes);
+        let generation = generation.unwrap_or(0);
+        let tiers = tiers.join("+");
+        match damaged {
+            None => {
+                out!("step {step:<8} generation {generation:<4} {size:>9}  {tiers:<12}  {path}")
+            }
+            Some(reason) => out!("step {step:<8} DAMAGED: {reason}  {path}"),
+        }
     }
     Ok(exit_code::DONE)
+}
+
+/// A line of the list.
+#[derive(Clone, Debug, Serialize)]
+struct Listed {
+    step: u64,
+    path: String,
+    generation: Option<u64>,
+    bytes: Option<u64>,
+    /// What is wrong with it.
+    damaged: Option<String>,
+    /// `local`, `remote`.
+    tiers: Vec<&'static str>,
+}
+
+/// The complete checkpoints of a run in its object store, and where that is; none, where it has no
+/// such store or it cannot be read, which is said.
+fn stored_of(run: &RunDir) -> (String, Vec<Stored>) {
+    let config = RunConfig::load(&run.config(), &[]).ok().map(|loaded| loaded.config);
+    let run_id = || runs::history(run).ok().and_then(|history| history.run_id);
+    let place = config.as_ref().and_then(|config| Place::of(config, run_id()));
+    let Some(place) = place else { return (String::new(), Vec::new()) };
+    (place.describe(), remote::list_or_say(&place))
 }
 
 fn verify(target: &str, is_json: bool) -> Outcome {

@@ -3,7 +3,7 @@
 use crate::cluster::agent;
 use crate::error::UserError;
 use crate::print::err;
-use crate::{cancel, check, checkpoint, data, logs, machine, simulate, start, status, why};
+use crate::{cancel, check, checkpoint, data, logs, machine, memory, simulate, start, status, why};
 use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::ffi::OsString;
@@ -50,6 +50,9 @@ enum Verb {
     /// Let a trained model write; see `phalanx generate --help`.
     #[command(disable_help_flag = true)]
     Generate(GenerateArgs),
+    /// Removes what a launcher that is gone kept in memory; launchers start it.
+    #[command(hide = true)]
+    MemoryKeeper(memory::KeeperArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -100,6 +103,7 @@ pub fn main() -> i32 {
         Verb::Why(args) => why::run(args),
         Verb::Cancel(args) => cancel::run(args),
         Verb::Generate(args) => generate(args),
+        Verb::MemoryKeeper(args) => memory::keep(&args),
     };
     result.unwrap_or_else(|error| {
         err!("{error}");

@@ -2,7 +2,7 @@
 
 use crate::error::UserError;
 use crate::print::err;
-use crate::supervisor::restore;
+use crate::supervisor::restore::{self, Search};
 use checkpoint_format::hf::HfSource;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
@@ -49,7 +49,8 @@ pub fn check(model: &ModelConfig, runs: &Path) -> Result<Option<InitFrom>, UserE
 fn choose(init_from: &InitFrom, runs: &Path) -> Result<InitFrom, String> {
     let InitFrom::Run { run, step: None } = init_from else { return Ok(init_from.clone()) };
     let dir = folder_of(run, runs)?;
-    let newest = restore::newest(&RunDir::new(&dir).checkpoints(), &[], None)?;
+    let newest =
+        restore::newest(&Search { dir: RunDir::new(&dir).checkpoints(), ..Search::default() })?;
     for damaged in &newest.damaged {
         let (step, reason) = (damaged.step, &damaged.reason);
         err!("model.init_from: the checkpoint of step {step} is damaged, passed over: {reason}");

@@ -3,7 +3,8 @@
 //! [`cli`] says what a user can type; [`runs`] finds, makes and locks run directories; [`machine`]
 //! resolves what depends on this machine; [`start`] begins and resumes runs, `verify` does steps
 //! again; [`health`] looks whether a machine is fit to run ranks;
-//! [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines;
+//! [`supervisor`] runs the ranks, [`cluster`] has agents run them on other machines, [`remote`]
+//! keeps checkpoints in an object store, [`memory`] in this machine's memory;
 //! [`status`], [`logs`], [`why`] and [`cancel`] work on any run from its files; [`check`],
 //! [`data`], [`checkpoint`] and [`simulate`] need no run at all.
 
@@ -21,9 +22,11 @@ pub mod health;
 pub mod init_from;
 pub mod logs;
 pub mod machine;
+pub mod memory;
 mod pipeline;
 mod plan;
 mod print;
+pub mod remote;
 mod room;
 pub mod runs;
 pub mod simulate;

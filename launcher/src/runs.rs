@@ -4,7 +4,7 @@ use crate::error::UserError;
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
 use crate::supervisor::restore::Branch;
-use rank_protocol::{RollBack, RunDir, env, exit_code, jsonl};
+use rank_protocol::{FailureClass, RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -197,6 +197,8 @@ pub struct History {
     pub roll_backs: Vec<RollBack>,
     /// Restarts after a failure.
     pub restarts: u64,
+    /// Failures of what the run runs on: not of the config, and no numeric trouble.
+    pub failures: u64,
     /// Whether `cluster.threads_per_rank` was `auto`, for the number of ranks it has now.
     pub has_auto_threads: bool,
     /// Whether the last launcher was the coordinator and a node too.
@@ -301,6 +303,11 @@ impl History {
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
                 self.restarts += u64::from(is_restart == Some(true));
             }
+            Some("first_cause") => {
+                let class = event.get("class").cloned().unwrap_or_default();
+                let class = serde_json::from_value::<FailureClass>(class);
+                self.failures += u64::from(class.is_ok_and(FailureClass::is_of_the_machines));
+            }
             Some("rolled_back") => {
                 let roll_back = serde_json::from_value::<RollBack>(event.clone());
                 self.roll_backs.extend(roll_back.ok());
@@ -348,6 +355,16 @@ mod tests {
         }
         let expected = ConfigChange { generation: 1, keys: vec!["a".to_owned()] };
         assert_eq!(history.config_changes, [expected]);
+    }
+
+    #[test]
+    fn numeric_trouble_is_no_failure_of_a_machine() {
+        let mut history = History::default();
+        for class in ["process", "numeric", "node", "config", "hang", "transient", "nonsense"] {
+            history.take(&json!({ "kind": "first_cause", "class": class }));
+        }
+        history.take(&json!({ "kind": "rank_failed", "class": "process" }));
+        assert_eq!(history.failures, 4);
     }
 
     #[test]

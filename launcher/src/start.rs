@@ -10,25 +10,29 @@ use crate::cluster::store::held::Held;
 use crate::error::UserError;
 use crate::health;
 use crate::machine::{self, Resolved, Starter};
+use crate::memory::{self, MemoryTier};
 use crate::print::err;
+use crate::remote::Place;
 use crate::room;
 use crate::runs::{self, History, RunLock};
 use crate::supervisor::ledger::{Ledger, Sums};
 use crate::supervisor::record::write_whole;
-use crate::supervisor::restore::{Branch, is_current};
+use crate::supervisor::restore::Branch;
 use crate::supervisor::run::{Adopt, Plan, supervise};
 use crate::verify::verify;
 use crate::view::View;
-use checkpoint_format::scan::scan;
 use layout::Mesh;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, exit_code};
-use run_config::{ClusterKind, RestartStore, RunConfig};
+use run_config::{ClusterKind, Memory, RestartStore, RunConfig};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 mod args;
+mod choice;
+
+use choice::choose_start;
 
 pub use args::{CoordinatorArgs, ListenArgs, NodeArgs, Options, ResumeArgs, RunArgs};
 
@@ -232,7 +236,7 @@ fn go_on_with(
     // Ranks that run know nothing of a change.
     let is_same = changes.is_empty() && args.step.is_none();
     let may_adopt = may_run_elsewhere && is_same && starter == Starter::Agents;
-    let start = match choose_start(&run, &history, &args) {
+    let start = match choose_start(&run, config, &history, &args) {
         // Only the ranks themselves can save it.
         Err(_) if may_adopt && history.committed.is_none() => Start::default(),
         chosen => chosen?,
@@ -385,53 +389,6 @@ struct Start {
     may_begin: bool,
 }
 
-fn choose_start(run: &RunDir, history: &History, args: &ResumeArgs) -> Result<Start, UserError> {
-    let scan = scan(&run.checkpoints()).map_err(|error| UserError::failed(error.to_string()))?;
-    let is_current = |found: &&checkpoint_format::scan::Found| {
-        is_current(found.step, found.generation, &history.branches)
-    };
-    let newest = scan.committed.iter().rev().find(is_current).map(|found| found.step);
-    let name = runs::name_of(run);
-    if let Some(step) = args.step {
-        if !scan.committed.iter().any(|found| found.step == step) {
-            let steps: Vec<String> =
-                scan.committed.iter().map(|found| found.step.to_string()).collect();
-            let error =
-                UserError::usage(format!("run {name} has no good checkpoint of step {step}"));
-            return Err(error.hint(format!("it has: {}", steps.join(", "))));
-        }
-        let generation = history.last_generation + 1;
-        let branch = (Some(step) != newest).then_some(Branch { step, generation });
-        let (committed, first_step) = (Some(step), Some(step));
-        return Ok(Start { committed, first_step, branch, ..Start::default() });
-    }
-    match (newest, args.from_start) {
-        (Some(step), true) => {
-            let error = UserError::usage(format!(
-                "run {name} has a good checkpoint of step {step}: --from-start is for runs without"
-            ));
-            Err(error.hint("start a new run with --set name=…"))
-        }
-        (Some(step), false) => Ok(Start { committed: Some(step), ..Start::default() }),
-        (None, true) => Ok(Start { may_begin: true, ..Start::default() }),
-        (None, false) => Err(without_a_checkpoint(&name, history, scan.damaged.len())),
-    }
-}
-
-fn without_a_checkpoint(name: &str, history: &History, num_damaged: usize) -> UserError {
-    let again = "--from-start begins again from the initial weights";
-    match history.committed {
-        Some(step) => UserError::usage(format!(
-            "run {name} committed step {step}, and no good checkpoint is left \
-             ({num_damaged} damaged)"
-        ))
-        .hint(format!("`phalanx checkpoint verify {name}` says what is wrong; {again}")),
-        None => {
-            UserError::usage(format!("run {name} ended before its first checkpoint")).hint(again)
-        }
-    }
-}
-
 /// What must be there before a directory is made.
 #[derive(Default)]
 struct Prepared {
@@ -452,6 +409,7 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
         room.iter().for_each(|note| err!("{note}"));
     }
+    memory::check(config, starter)?;
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
@@ -503,35 +461,49 @@ fn go(
         num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
     });
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
+    let memory = memory_tier(&config, &run_id)?;
     let plan = Plan {
         run,
-        run_id,
+        run_id: run_id.clone(),
         world_size: resolved.world_size,
         threads: resolved.threads,
         trainer: prepared.trainer,
         library_path: prepared.library_path,
         last_generation: history.last_generation,
         committed: start.committed,
+        ever_committed: history.committed.filter(|_| branches.is_empty() && !start.may_begin),
         branches,
         roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,
+        failures: history.failures,
         ledger,
         cluster,
         has_lost_coordinator: start.has_lost_coordinator,
         adopt,
         stop_after: None,
         keeper: held.map(|held| held.keeper),
+        remote: Place::of(&config, Some(run_id)),
+        memory: memory.as_ref().map(MemoryTier::checkpoints),
         may_begin: start.may_begin,
         config,
     };
     let code = supervise(plan, View::start(options.json), begun)
         .map_err(|error| UserError::failed(format!("the supervisor failed: {error}")))?;
-    drop(lock);
+    drop((memory, lock));
     if let Some(companion) = companion {
         companion.end();
     }
     Ok(code)
+}
+
+/// Where the config asks for one.
+fn memory_tier(config: &RunConfig, run_id: &str) -> Result<Option<MemoryTier>, UserError> {
+    let Memory { every_steps, folder } = &config.checkpoint.memory;
+    let begin = || MemoryTier::begin(folder, run_id);
+    (*every_steps > 0).then(begin).transpose().map_err(|error| {
+        UserError::failed(format!("checkpoint.memory.folder: {}: {error}", folder.display()))
+    })
 }
 
 /// Starts the agent of this node, and says what is to be typed on the others.

@@ -4,8 +4,9 @@ use crate::error::UserError;
 use crate::print::{err, out};
 use crate::runs::{self, holder, name_of};
 use crate::supervisor::ledger::Sums;
-use crate::supervisor::record::{Layout, Status, ended};
+use crate::supervisor::record::{Layout, Resumed, Status, ended};
 use crate::view::thousands;
+use checkpoint_format::interval::Interval;
 use rank_protocol::jsonl::read_metrics;
 use rank_protocol::{RunDir, exit_code};
 use std::time::{Duration, SystemTime};
@@ -136,12 +137,7 @@ fn describe(status: &Status) -> String {
     if let Some(eta) = eta {
         lines.push(("time left", crate::time::short(eta)));
     }
-    let checkpoint =
-        status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
-    lines.push(("checkpoint", checkpoint));
-    if let Some(alarm) = &status.alarm {
-        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
-    }
+    lines.extend(checkpoints(status));
     if let Some(alarm) = &status.store_alarm {
         let meanwhile = "the ranks go on; nothing is restarted meanwhile";
         lines.push(("ALARM", format!("the store does not answer ({meanwhile}): {alarm}")));
@@ -152,7 +148,12 @@ fn describe(status: &Status) -> String {
     if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
         lines.push(("ALARM", format!("the run has {missing}")));
     }
-    lines.push(("generation", format!("{} ({} restarts)", status.generation, status.restarts)));
+    let from = status
+        .resumed
+        .map(|Resumed { step, tier }| format!(", from step {step} out of {}", tier.describe()));
+    let (generation, restarts) = (status.generation, status.restarts);
+    let from = from.unwrap_or_default();
+    lines.push(("generation", format!("{generation} ({restarts} restarts){from}")));
     if let Some(ledger) = &status.ledger {
         lines.push(("ettr", ettr(ledger)));
         lines.push(("time", ledger.describe()));
@@ -167,6 +168,44 @@ fn describe(status: &Status) -> String {
         lines.push(("rank", format!("{}: {what}", rank.rank)));
     }
     lines.iter().map(|(name, value)| format!("{name:<12}{value}\n")).collect()
+}
+
+/// What is saved, where, and what goes wrong with it.
+fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
+    let newest = status.last_checkpoint.map_or("none yet".into(), |step| format!("step {step}"));
+    let mut lines = vec![("checkpoint", newest)];
+    if let Some(interval) = &status.checkpoint_interval {
+        lines.push(("", every(interval)));
+    }
+    if let Some(alarm) = &status.alarm {
+        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+    }
+    if let Some(step) = status.memory_checkpoint.filter(|_| status.exit_code.is_none()) {
+        lines.push(("in memory", format!("step {step}")));
+    }
+    if let Some(alarm) = &status.memory_alarm {
+        lines.push(("ALARM", format!("no checkpoint is kept in memory: {alarm}")));
+    }
+    if let Some(remote) = &status.remote {
+        let copied = status.remote_checkpoint.map(|step| format!("step {step}"));
+        let copied = copied.unwrap_or_else(|| "none copied yet".into());
+        lines.push(("remote", format!("{copied}, in {remote}")));
+    }
+    if let Some(alarm) = &status.remote_alarm {
+        lines.push(("ALARM", format!("copying to the object store fails: {alarm}")));
+    }
+    lines
+}
+
+/// The interval between checkpoints, where the run chose it, and why.
+fn every(interval: &Interval) -> String {
+    let short = |s: f64| crate::time::short(Duration::try_from_secs_f64(s).unwrap_or_default());
+    let Interval { steps, seconds, stall_s, mttf_s, .. } = interval;
+    format!(
+        "one every {steps} steps ({seconds:.1} s): a save stalls for {stall_s:.3} s, and something \
+         fails every {}",
+        short(*mttf_s)
+    )
 }
 
 fn ettr(ledger: &Sums) -> String {

@@ -155,16 +155,20 @@ fn replay_steps(
         // Its checkpoint is of this generation, and an older one may not save.
         last_generation: replay.from.generation,
         committed: Some(replay.from.step),
+        ever_committed: None,
         branches: Vec::new(),
         roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),
         restarts: 0,
+        failures: 0,
         ledger: Ledger::new(&Sums::default(), Instant::now()),
         cluster: None,
         has_lost_coordinator: false,
         adopt: None,
         may_begin: false,
         stop_after: Some(last),
+        remote: None,
+        memory: None,
         config,
     };
     let code = supervise(plan, View::start(false), Vec::new())

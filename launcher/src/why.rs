@@ -3,6 +3,7 @@
 use crate::error::UserError;
 use crate::print::out;
 use crate::runs;
+use crate::supervisor::restore::Tier;
 use rank_protocol::{exit_code, jsonl};
 use serde_json::Value;
 
@@ -47,6 +48,9 @@ pub fn run(args: WhyArgs) -> Result<i32, UserError> {
     if let Some(log) = detail["log"].as_str() {
         out!("log: {}", run.root().join(log).display());
     }
+    if let Some(next) = went_on(&events, cause) {
+        out!("{next}");
+    }
     let reason = end.and_then(|end| end["reason"].as_str());
     let told = |reason: &&str| described.lines().any(|line| reason.contains(line.trim()));
     match reason {
@@ -58,6 +62,22 @@ pub fn run(args: WhyArgs) -> Result<i32, UserError> {
         None => {}
     }
     Ok(exit_code::DONE)
+}
+
+/// What the generation after the one that failed began with.
+fn went_on(events: &[Value], cause: &Value) -> Option<String> {
+    let failed = cause["generation"].as_u64()?;
+    let is_later = |event: &&Value| {
+        event["kind"] == "generation_started" && event["generation"].as_u64() > Some(failed)
+    };
+    let next = events.iter().find(is_later)?;
+    let generation = &next["generation"];
+    let Some(step) = next["resume_step"].as_u64() else {
+        return Some(format!("generation {generation} began again from the start"));
+    };
+    let tier = serde_json::from_value::<Tier>(next["resume_tier"].clone());
+    let tier = tier.map_or(String::new(), |tier| format!(", out of {}", tier.describe()));
+    Some(format!("generation {generation} went on from step {step}{tier}"))
 }
 
 fn describe(cause: &Value, detail: &Value) -> String {
@@ -81,4 +101,31 @@ fn describe(cause: &Value, detail: &Value) -> String {
         out.push_str(&format!("\n  {}", text(line)));
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[track_caller]
+    fn check(next: Value, expected: Option<&str>) {
+        let cause = json!({ "kind": "first_cause", "generation": 2 });
+        let started = json!({ "kind": "generation_started", "generation": 2, "resume_step": 5 });
+        let found = went_on(&[started, cause.clone(), next], &cause);
+        assert_eq!(found.as_deref(), expected);
+    }
+
+    #[test]
+    fn what_followed_a_failure_is_told_with_its_tier() {
+        let mut next = json!({ "kind": "generation_started", "generation": 3, "resume_step": 20 });
+        check(next.clone(), Some("generation 3 went on from step 20"));
+        next["resume_tier"] = "remote".into();
+        check(next.clone(), Some("generation 3 went on from step 20, out of the object store"));
+        next["resume_tier"] = "local".into();
+        check(next.clone(), Some("generation 3 went on from step 20, out of the run's folder"));
+        next["resume_step"] = Value::Null;
+        check(next, Some("generation 3 began again from the start"));
+        check(json!({ "kind": "run_failed", "generation": 2 }), None);
+    }
 }

@@ -231,7 +231,7 @@ impl World {
                     let step = self.committed;
                     self.step = step.unwrap_or(0);
                     self.working = None;
-                    self.handle(Event::Found { step });
+                    self.handle(Event::Found { step, is_committed: true });
                 }
                 Action::Gather { step, num_ranks, fewer_after } => {
                     self.gathering = Some(step);

@@ -18,7 +18,7 @@ impl Run {
         let mut run =
             Self { state: State::new(Policy::new(world_size, 3), 0), now: Instant::now() };
         assert_eq!(run.event(Event::Begin { committed }), ["find"]);
-        let started = run.event(Event::Found { step: committed });
+        let started = run.event(Event::Found { step: committed, is_committed: true });
         assert_eq!(started, [format!("spawn 1 from {committed:?}")]);
         run
     }
@@ -114,7 +114,10 @@ fn after_a_crash_all_ranks_start_again_from_the_newest_checkpoint() {
     assert_eq!(ended.len(), 1);
     assert!(ended[0].starts_with("abort: rank 1 failed at step 7"), "{ended:?}");
     assert_eq!(run.killed(0), ["first cause: rank 1", "find"]);
-    assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+    assert_eq!(
+        run.event(Event::Found { step: Some(5), is_committed: true }),
+        ["spawn 2 from Some(5)"]
+    );
 }
 
 #[test]
@@ -231,9 +234,9 @@ fn the_cause_of_lost_links_is_waited_for() {
 fn the_same_failure_three_times_is_not_tried_again() {
     let mut run = Run::begin(2, None);
     assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
-    run.event(Event::Found { step: None });
+    run.event(Event::Found { step: None, is_committed: true });
     assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
-    run.event(Event::Found { step: None });
+    run.event(Event::Found { step: None, is_committed: true });
     assert_eq!(run.crash_at(6), ["first cause: rank 1", "finish 93"]);
 }
 
@@ -242,7 +245,7 @@ fn no_progress_in_three_generations_gives_up() {
     let mut run = Run::begin(2, None);
     for step in 6..8 {
         assert_eq!(run.crash_at(step), ["first cause: rank 1", "find"]);
-        run.event(Event::Found { step: None });
+        run.event(Event::Found { step: None, is_committed: true });
     }
     assert_eq!(run.crash_at(8), ["first cause: rank 1", "finish 1"]);
 }
@@ -253,8 +256,26 @@ fn progress_resets_the_count() {
     for generation in 1..20 {
         run.event(Event::Committed { step: generation * 10 });
         assert_eq!(run.crash_at(generation * 10 + 3), ["first cause: rank 1", "find"]);
-        run.event(Event::Found { step: Some(generation * 10) });
+        run.event(Event::Found { step: Some(generation * 10), is_committed: true });
     }
+}
+
+#[test]
+fn what_is_kept_in_memory_is_progress_and_no_commit() {
+    let mut run = Run::begin(2, Some(5));
+    for generation in 1..20 {
+        assert_eq!(run.crash_at(generation * 10 + 8), ["first cause: rank 1", "find"]);
+        let step = generation * 10;
+        let started = run.event(Event::Found { step: Some(step), is_committed: false });
+        assert_eq!(started, [format!("spawn {} from {:?}", generation + 1, Some(step))]);
+        assert_eq!(run.state.committed(), Some(5));
+    }
+    // The memory is lost: what was committed is there, and that is no progress.
+    for _ in 0..2 {
+        assert_eq!(run.crash_at(220), ["first cause: rank 1", "find"]);
+        run.event(Event::Found { step: Some(5), is_committed: true });
+    }
+    assert_eq!(run.crash_at(230), ["first cause: rank 1", "finish 1"]);
 }
 
 /// A rank that reports this class, or exits with this code, ends the run with `expected`.
@@ -293,11 +314,14 @@ fn numeric_trouble_goes_back_without_the_samples_and_not_for_ever() {
     run.event(Event::Committed { step: 5 });
     let told = roll_back_at(&mut run, 7);
     assert_eq!(told[1..], ["first cause: rank 0", "back behind step 7, without 56 to 63", "find"]);
-    assert_eq!(run.event(Event::Found { step: Some(5) }), ["spawn 2 from Some(5)"]);
+    assert_eq!(
+        run.event(Event::Found { step: Some(5), is_committed: true }),
+        ["spawn 2 from Some(5)"]
+    );
     // The step before a checkpoint was reached is in trouble again and again, with other samples.
     for generation in 3..=4 {
         assert_eq!(roll_back_at(&mut run, 7)[3], "find");
-        let started = run.event(Event::Found { step: Some(5) });
+        let started = run.event(Event::Found { step: Some(5), is_committed: true });
         assert_eq!(started, [format!("spawn {generation} from Some(5)")]);
     }
     let told = roll_back_at(&mut run, 7);
@@ -318,7 +342,7 @@ fn an_exit_with_0_before_the_end_is_a_failure() {
     let mut run = Run::begin(1, None);
     assert_eq!(run.exit(0, 0), ["rank 0 failed", "first cause: rank 0", "find"]);
     // And 75 is one where nobody asked to stop.
-    run.event(Event::Found { step: None });
+    run.event(Event::Found { step: None, is_committed: true });
     assert_eq!(run.exit(0, 75), ["rank 0 failed", "first cause: rank 0", "find"]);
 }
 
@@ -346,7 +370,7 @@ fn a_commit_that_nobody_told_of_counts() {
     for step in [20, 40, 60, 80] {
         assert_eq!(run.crash_at(step + 1), ["first cause: rank 1", "find"]);
         let expected = format!("spawn {} from Some({step})", step / 20 + 1);
-        assert_eq!(run.event(Event::Found { step: Some(step) }), [expected]);
+        assert_eq!(run.event(Event::Found { step: Some(step), is_committed: true }), [expected]);
     }
     run.killed(0);
     run.killed(1);
@@ -429,7 +453,7 @@ fn a_rank_that_does_not_exit_after_the_last_step_is_a_hang() {
 fn a_run_whose_checkpoints_are_all_lost_does_not_start_from_zero() {
     let mut run = Run::begin(1, Some(5));
     run.killed(0);
-    assert_eq!(run.event(Event::Found { step: None }), ["finish 1"]);
+    assert_eq!(run.event(Event::Found { step: None, is_committed: true }), ["finish 1"]);
 }
 
 #[test]
@@ -504,7 +528,7 @@ proptest! {
                 for action in state.handle(event, now) {
                     prop_assert!(!is_over, "{action:?} after the end");
                     match action {
-                        Action::FindCheckpoint => queue.push(Event::Found { step: committed }),
+                        Action::FindCheckpoint => queue.push(Event::Found { step: committed, is_committed: true }),
                         Action::Spawn { generation: next, resume_step } => {
                             prop_assert!(alive.iter().all(|is_alive| !is_alive));
                             prop_assert_eq!(next, generation + 1);

@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod bench;
+pub mod cadence;
 pub mod error;
 pub mod faults;
 pub mod generate;

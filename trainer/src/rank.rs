@@ -1,6 +1,7 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
 use crate::backend::Backend;
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::identity;
 use crate::numeric::Watch;
@@ -8,8 +9,9 @@ use crate::numeric::faults::Faults;
 use crate::setup::{
     Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
 };
-use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
+use crate::state::{BUCKET_BYTES, Memory, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
+use checkpoint_format::names;
 use optim::AdamW;
 use parallel::Worker;
 use rank_protocol::client::RankClient;
@@ -99,7 +101,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let device = device(&config, assignment.local_rank)?;
     identity::agree(client, &config)?;
     let backend = Backend::start(&config, assignment)?;
-    let Connections { groups, storage } = connect(client, &config, device, &backend)?;
+    let Connections { groups, storage, memory } = connect(client, &config, device, &backend)?;
     let positions = longest_sequence(&config);
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
@@ -112,7 +114,9 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         Some(step) => {
             (place.phase, place.step) = (Phase::Load, Some(step));
             client.phase(Phase::Load)?;
-            let mut state = load(&run_dir, step, &config, &worker, &mut optimizer)?;
+            let dir = assignment.resume_dir.clone().unwrap_or_else(|| run_dir.checkpoints());
+            let step_dir = dir.join(names::step_folder(step));
+            let mut state = load(&step_dir, &config, &worker, &mut optimizer)?;
             verify_cursor(&state, &loader)?;
             let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
             skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
@@ -134,6 +138,10 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         worker.groups.mesh.size()
     );
     let watch = Watch::restore(&config.numeric, &watched, roll_backs)?;
+    let cadence = Cadence::new(&config, assignment, first_step - 1);
+    let every_steps = config.checkpoint.memory.every_steps;
+    let memory = assignment.memory_dir.clone().zip(memory);
+    let memory = memory.map(|(dir, group)| Memory { dir, group, every_steps, saving: None });
     let rank = Rank {
         config,
         client: client.clone(),
@@ -148,7 +156,9 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         skipped_in_a_row: skips.1,
         watch,
         faults: Faults::from_env()?,
+        cadence,
         saving: None,
+        memory,
     };
     Ok((rank, backend))
 }

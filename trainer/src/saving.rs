@@ -5,7 +5,6 @@ use crate::error::{Result, TrainError};
 use checkpoint::{CheckpointError, SaveReport, Snapshot};
 use collectives::Communicator;
 use parallel::Groups;
-use rank_protocol::client::RankClient;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -17,7 +16,8 @@ pub struct Saving {
 }
 
 impl Saving {
-    /// Begins to write it, together with all ranks; rank 0 tells the agent once it is committed.
+    /// Begins to write it, together with all ranks, which meet in `storage`; `tell` runs on rank 0
+    /// once it is committed.
     ///
     /// # Errors
     /// Where there is no thread for it.
@@ -26,7 +26,7 @@ impl Saving {
         step: u64,
         storage: Arc<dyn Communicator>,
         groups: Groups,
-        client: RankClient,
+        tell: impl FnOnce() + Send + 'static,
     ) -> Result<Self> {
         let write = move || {
             let mut barrier = || {
@@ -38,8 +38,7 @@ impl Saving {
             let (bytes, seconds) = (saved.bytes, saved.seconds);
             tracing::debug!(bytes, seconds, "checkpoint of step {step} committed");
             if groups.rank == 0 {
-                // Without an agent there is nobody to tell, and the control thread ends it all.
-                let _ = client.checkpoint_committed(step);
+                tell();
             }
             Ok(saved)
         };
@@ -53,17 +52,17 @@ impl Saving {
         self.thread.is_finished()
     }
 
-    /// Waits until it is over.
+    /// Waits until it is over; returns the seconds that this rank took to write it.
     ///
     /// # Errors
     /// Why it was not committed.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(self) -> Result<f64> {
         let result = self.thread.join();
         let saved =
             result.map_err(|_| TrainError::Panic("the thread that saves panicked".into()))??;
         if let Some(error) = saved.retention_error {
             tracing::warn!("an old checkpoint could not be removed: {error}");
         }
-        Ok(())
+        Ok(saved.seconds)
     }
 }

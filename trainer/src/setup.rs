@@ -30,6 +30,8 @@ use torch_shim::tch::Device;
 const UNUSED_CPU_BYTES: usize = 1 << 30;
 /// Name of the group in which ranks wait for each other's storage, while training goes on.
 const STORAGE: &str = "storage";
+/// The group in which ranks wait for what they keep in memory.
+const MEMORY: &str = "memory";
 
 /// A model and its parameters.
 pub struct Trainee {
@@ -172,6 +174,8 @@ pub struct Connections {
     pub groups: Groups,
     /// All ranks, to wait for each other's storage, which may take much longer than a step.
     pub storage: Arc<dyn Communicator>,
+    /// All ranks, to wait for each other's memory, where checkpoints are kept there.
+    pub memory: Option<Arc<dyn Communicator>>,
 }
 
 /// The groups: NCCL's between GPUs, and this backend's; an abort by the agent ends every wait in
@@ -194,21 +198,24 @@ pub fn connect(
     let timeout = Duration::from_secs(config.cluster.timeout_s);
     let options =
         |name: &str| GroupOptions { timeout, ..GroupOptions::new(name, place.generation) };
-    let storage = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(STORAGE) };
     let gpu = match device {
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,
     };
-    // Those in which the thread that trains waits: the storage's is used by another beside it.
+    // Those in which the thread that trains waits: the others are used by one beside it.
     let whereabouts = Whereabouts::new(&store(client), place.generation, place.rank)?;
     let mut connect = |name: &str, ranks: &[usize]| -> Result<Arc<dyn Communicator>, CommError> {
         let group = join(client, backend, ranks, &options(name), gpu.as_ref())?;
         Ok(shared(client, group.among(&whereabouts), false))
     };
-    Ok(Connections {
-        groups: Groups::connect(config, mesh, place.rank, &mut connect)?,
-        storage: shared(client, join(client, backend, &all, &storage, None)?, true),
-    })
+    let groups = Groups::connect(config, mesh, place.rank, &mut connect)?;
+    let beside = |name: &str| -> Result<Arc<dyn Communicator>, CommError> {
+        let options = GroupOptions { timeout: STORAGE_TIMEOUT.max(timeout), ..options(name) };
+        Ok(shared(client, join(client, backend, &all, &options, None)?, true))
+    };
+    let storage = beside(STORAGE)?;
+    let memory = place.memory_dir.as_ref().map(|_| beside(MEMORY)).transpose()?;
+    Ok(Connections { groups, storage, memory })
 }
 
 /// The launcher's store, for this run alone.

@@ -1,5 +1,6 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
+use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
@@ -12,10 +13,11 @@ use optim::AdamW;
 use parallel::{Groups, Worker};
 use rank_protocol::RollBack;
 use rank_protocol::client::RankClient;
-use rank_protocol::message::Phase;
+use rank_protocol::message::{Event, Phase};
 use rank_protocol::run_dir::RunDir;
 use run_config::{RunConfig, SampleRange};
 use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use torch_shim::tch::Device;
@@ -50,7 +52,23 @@ pub struct Rank {
     pub watch: Watch,
     /// What goes wrong on purpose, in tests.
     pub faults: Faults,
+    /// When to save.
+    pub cadence: Cadence,
     /// The checkpoint that is being written.
+    pub saving: Option<Saving>,
+    /// Checkpoints in memory, where there are any.
+    pub memory: Option<Memory>,
+}
+
+/// Checkpoints in memory.
+pub struct Memory {
+    /// Their folder.
+    pub dir: PathBuf,
+    /// All ranks, to wait for each other's: not those that a disk is waited for with.
+    pub group: Arc<dyn Communicator>,
+    /// Steps between two.
+    pub every_steps: u64,
+    /// The one that is being written.
     pub saving: Option<Saving>,
 }
 
@@ -98,8 +116,7 @@ pub fn open_share(
 /// # Errors
 /// Where it is damaged or of another model.
 pub fn load(
-    run_dir: &RunDir,
-    step: u64,
+    step_dir: &Path,
     config: &RunConfig,
     worker: &Worker,
     optimizer: &mut AdamW,
@@ -107,7 +124,7 @@ pub fn load(
     let moments = [("m", optimizer.flat_m()), ("v", optimizer.flat_v())];
     let whole = model_spec::hf_tensors(&config.model);
     let target = Target { whole: &whole, held: &worker.held, params: &worker.params };
-    let state = checkpoint::load(&run_dir.checkpoint(step), target, &moments)?;
+    let state = checkpoint::load(step_dir, target, &moments)?;
     optimizer.set_num_steps(state.step - state.skipped_steps.min(state.step));
     Ok(state)
 }
@@ -151,14 +168,48 @@ impl Rank {
     /// # Errors
     /// Where the state cannot be put into words, or there is no thread.
     pub fn begin_save(&mut self, learning_rate: f64, is_last: bool) -> Result<()> {
-        let snapshot = self.snapshot(learning_rate, is_last)?;
+        let c = &self.config.checkpoint;
+        let kept = (c.keep_last, c.keep_every_steps);
+        let dir = self.run_dir.checkpoints();
+        let snapshot = self.snapshot(&dir, kept, learning_rate, is_last)?;
         let (storage, groups) = (self.storage.clone(), self.worker.groups.clone());
-        let saving = Saving::start(snapshot, self.step, storage, groups, self.client.clone())?;
-        self.saving = Some(saving);
+        let (step, client) = (self.step, self.client.clone());
+        let tell = move || {
+            // Without an agent there is nobody to tell, and the control thread ends it all.
+            let _ = client.checkpoint_committed(step);
+        };
+        self.saving = Some(Saving::start(snapshot, step, storage, groups, tell)?);
         Ok(())
     }
 
-    fn snapshot(&self, learning_rate: f64, is_last: bool) -> Result<Snapshot> {
+    /// Begins to keep the state after the step just done in memory, as [`Rank::begin_save`] does on
+    /// disk; nothing where there is no such memory.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin_keep(&mut self, learning_rate: f64) -> Result<()> {
+        let Some(memory) = &self.memory else { return Ok(()) };
+        let snapshot = self.snapshot(&memory.dir, (1, 0), learning_rate, false)?;
+        let (group, groups) = (memory.group.clone(), self.worker.groups.clone());
+        let (step, client) = (self.step, self.client.clone());
+        let tell = move || {
+            let fields = [("step".to_owned(), step.into())].into_iter().collect();
+            let _ = client.event(Event { kind: "checkpoint_kept".into(), fields });
+        };
+        let saving = Saving::start(snapshot, step, group, groups, tell)?;
+        if let Some(memory) = &mut self.memory {
+            memory.saving = Some(saving);
+        }
+        Ok(())
+    }
+
+    fn snapshot(
+        &self,
+        checkpoints_dir: &Path,
+        (keep_last, keep_every_steps): (usize, u64),
+        learning_rate: f64,
+        is_last: bool,
+    ) -> Result<Snapshot> {
         let config = &self.config;
         let cursor = self.loader.cursor_after(self.step);
         let plain = |error: serde_json::Error| TrainError::Config(error.to_string());
@@ -183,7 +234,7 @@ impl Rank {
         };
         let moments = [("m", self.optimizer.flat_m()), ("v", self.optimizer.flat_v())];
         let request = SaveRequest {
-            checkpoints_dir: &self.run_dir.checkpoints(),
+            checkpoints_dir,
             step: self.step,
             generation: self.client.assignment().generation,
             rank: groups.rank,
@@ -195,8 +246,8 @@ impl Rank {
             params: &self.worker.params,
             moments: &moments,
             state,
-            keep_last: config.checkpoint.keep_last,
-            keep_every_steps: config.checkpoint.keep_every_steps,
+            keep_last,
+            keep_every_steps,
         };
         // Nothing changes after the last one, which then needs no memory of its own.
         Ok(if is_last { Snapshot::view(&request) } else { Snapshot::take(&request) })

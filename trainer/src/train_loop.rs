@@ -8,9 +8,11 @@ use crate::saving::Saving;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
 use crate::validation::validate;
+use collectives::ReduceOp;
+use parallel::all_reduce_scalars;
 use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Instant;
 
 /// How a rank's training ended well.
@@ -36,6 +38,10 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         if rank.saving.as_ref().is_some_and(Saving::is_over) {
             finish_save(rank, false)?;
         }
+        let kept = rank.memory.as_ref().and_then(|memory| memory.saving.as_ref());
+        if kept.is_some_and(Saving::is_over) {
+            finish_keep(rank)?;
+        }
         rank.enter(Phase::Train)?;
         faults::at_step(rank)?;
         let (started, waited) = (Instant::now(), collectives::waited());
@@ -43,12 +49,14 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             Err(error) if error.roll_back().is_some() => {
                 // What is being written is the newest checkpoint before the trouble.
                 finish_save(rank, false)?;
+                finish_keep(rank)?;
                 return Err(error);
             }
             result => result?,
         };
         let mut report = report(rank, &result, started.elapsed().as_secs_f64());
         report.comm_wait_s = rank.waited_since(waited);
+        rank.cadence.stepped(report.step_time_s);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
         }
@@ -60,8 +68,10 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         count_skips(rank, &result)?;
         let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
         let at_end = rank.step == last || stop;
-        if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
+        if at_end || rank.cadence.is_due(rank.step) {
             save(rank, result.learning_rate, at_end)?;
+        } else if rank.memory.as_ref().is_some_and(|m| is_due(rank.step, m.every_steps)) {
+            keep(rank, result.learning_rate)?;
         }
         if stop && rank.step < last {
             finish_metrics(rank, metrics)?;
@@ -164,9 +174,59 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
 /// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
+    if is_last {
+        finish_keep(rank)?;
+    }
+    let began = Instant::now();
     finish_save(rank, false)?;
     rank.begin_save(learning_rate, is_last)?;
-    if is_last { finish_save(rank, true) } else { Ok(()) }
+    if is_last {
+        return finish_save(rank, true);
+    }
+    rank.cadence.stalled(began.elapsed());
+    agree_on_the_next(rank)
+}
+
+/// Keeps the state in memory, while training goes on; one still being written is waited for, which
+/// no disk makes long.
+fn keep(rank: &mut Rank, learning_rate: f64) -> Result<()> {
+    rank.enter(Phase::Save)?;
+    finish_keep(rank)?;
+    rank.begin_keep(learning_rate)
+}
+
+/// Waits for what is being kept. Where there is no room for it, training goes on without.
+fn finish_keep(rank: &mut Rank) -> Result<()> {
+    let saving = rank.memory.as_mut().and_then(|memory| memory.saving.take());
+    let Some(saving) = saving else { return Ok(()) };
+    let step = saving.step;
+    let Err(error) = saving.finish() else { return Ok(()) };
+    if !error.is_of_storage() {
+        return Err(error);
+    }
+    tracing::warn!("the state after step {step} is not kept in memory: {error}");
+    if error.class() == FailureClass::Storage {
+        event(rank, "checkpoint_not_kept", json!({ "step": step, "reason": error.to_string() }))?;
+    }
+    Ok(())
+}
+
+/// Where the interval is the run's to choose: all ranks choose it alike, from the largest of what
+/// each measured.
+fn agree_on_the_next(rank: &mut Rank) -> Result<()> {
+    let Some(mut measured) = rank.cadence.measured() else { return Ok(()) };
+    all_reduce_scalars(rank.worker.groups.world.as_ref(), &mut measured, ReduceOp::Max)?;
+    let Some(interval) = rank.cadence.agreed(rank.step, measured) else { return Ok(()) };
+    if rank.worker.groups.rank == 0 {
+        event(rank, "checkpoint_interval", json!(interval))?;
+    }
+    Ok(())
+}
+
+/// Tells something for `events.jsonl`; `fields` is an object.
+fn event(rank: &Rank, kind: &str, fields: Value) -> Result<()> {
+    let fields = fields.as_object().cloned().unwrap_or_default();
+    Ok(rank.client.event(Event { kind: kind.to_owned(), fields })?)
 }
 
 /// Waits for a save that is under way. Where there is no room, or a disk fails, training goes on
@@ -175,16 +235,17 @@ fn finish_save(rank: &mut Rank, is_last: bool) -> Result<()> {
     let Some(saving) = rank.saving.take() else { return Ok(()) };
     let step = saving.step;
     let error = match saving.finish() {
-        Ok(()) => return Ok(()),
+        Ok(seconds) => {
+            rank.cadence.written(seconds);
+            return Ok(());
+        }
         Err(error) if !is_last && error.is_of_storage() => error,
         Err(error) => return Err(error),
     };
     tracing::warn!("the checkpoint of step {step} was not written: {error}");
     // Others only know that some rank failed.
     if error.class() == FailureClass::Storage {
-        let fields = json!({ "step": step, "reason": error.to_string() });
-        let fields = fields.as_object().cloned().unwrap_or_default();
-        rank.client.event(Event { kind: "checkpoint_failed".into(), fields })?;
+        event(rank, "checkpoint_failed", json!({ "step": step, "reason": error.to_string() }))?;
     }
     Ok(())
 }

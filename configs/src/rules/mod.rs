@@ -278,15 +278,24 @@ impl Rules<'_, '_> {
             (n.on_non_finite == OnNonFinite::Rollback, "numeric.on_non_finite"),
         ];
         for (_, key) in goes_back.into_iter().filter(|(asked, _)| *asked) {
-            if c.checkpoint.every_steps == 0 {
+            if c.checkpoint.every_steps == Some(0) {
                 let message = "rollback begins from the start: checkpoint.every_steps is 0";
                 self.note(NoteLevel::Warning, key, message.to_owned());
             }
         }
+        // With `auto` there is a checkpoint at each of those steps too.
         let (every, keep) = (c.checkpoint.every_steps, c.checkpoint.keep_every_steps);
-        if keep > 0 && (every == 0 || !keep.is_multiple_of(every)) {
+        if let Some(every) = every
+            && keep > 0
+            && (every == 0 || !keep.is_multiple_of(every))
+        {
             let message = format!("checkpoints come every {every} steps, so few of every {keep}");
             self.note(NoteLevel::Warning, "checkpoint.keep_every_steps", message);
+        }
+        let in_memory = c.checkpoint.memory.every_steps;
+        if let Some(every) = every.filter(|every| (1..=in_memory).contains(every)) {
+            let message = format!("those on disk come every {every} steps, and are as new");
+            self.note(NoteLevel::Warning, "checkpoint.memory.every_steps", message);
         }
     }
 }

@@ -461,6 +461,10 @@ mod tests {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            memory_dir: None,
+            resume_dir: None,
+            failures: 0,
+            observed_s: 0,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

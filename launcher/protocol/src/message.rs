@@ -128,6 +128,18 @@ pub struct Assignment {
     /// Steps that the run went back behind: their samples are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roll_backs: Vec<RollBack>,
+    /// The folder of checkpoints in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_dir: Option<PathBuf>,
+    /// The folder of checkpoints that holds the one to continue from; `None`: the run's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_dir: Option<PathBuf>,
+    /// Failures so far of what the run runs on; numeric trouble is none.
+    #[serde(default)]
+    pub failures: u64,
+    /// Seconds that the run has been up and down so far.
+    #[serde(default)]
+    pub observed_s: u64,
 }
 
 /// A step in numeric trouble, behind which the run went back to go on without its samples.
@@ -286,6 +298,19 @@ impl FailureClass {
             FailureClass::Numeric => "numeric",
             FailureClass::Preemption => "preemption",
             FailureClass::Storage => "storage",
+        }
+    }
+
+    /// Whether it comes of what a run runs on, so that more of them are to be expected in more
+    /// time: not of what it was told or what it learns.
+    pub fn is_of_the_machines(self) -> bool {
+        match self {
+            FailureClass::Transient
+            | FailureClass::Process
+            | FailureClass::Node
+            | FailureClass::Hang
+            | FailureClass::Storage => true,
+            FailureClass::Config | FailureClass::Numeric | FailureClass::Preemption => false,
         }
     }
 }

@@ -210,7 +210,7 @@ impl World<'_> {
             }
             Happens::Searched => {
                 let step = (self.saved > 0).then_some(self.saved);
-                self.handle(Event::Found { step });
+                self.handle(Event::Found { step, is_committed: true });
             }
             Happens::Loads { generation } if self.moves(generation) => {
                 self.ledger.phase(Phase::Load, self.now);

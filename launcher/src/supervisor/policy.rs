@@ -101,6 +101,8 @@ pub enum Event {
     Found {
         /// Step to continue from; `None`: there is no checkpoint.
         step: Option<u64>,
+        /// Whether it lies where it outlives the launcher.
+        is_committed: bool,
     },
     /// The nodes of the next generation are there.
     Gathered {

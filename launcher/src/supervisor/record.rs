@@ -5,7 +5,9 @@
 use super::cause::Cause;
 use super::ledger::{Ledger, Sums};
 use super::pace::{Pace, Slow};
+use super::restore::Tier;
 use crate::cluster::store::keeper::Keeper;
+use checkpoint_format::interval::Interval;
 use rank_protocol::jsonl::{Appender, read_metrics};
 use rank_protocol::{RunDir, StepReport, exit_code};
 use run_config::RunConfig;
@@ -36,8 +38,9 @@ pub struct Status {
     pub run_id: String,
     /// Process id of its launcher.
     pub pid: u32,
-    /// `starting`, `running`, `restarting`, `stopping`; at the end `finished`, `preempted`,
-    /// `interrupted` or `failed`; `lost` for readers, where the launcher is gone without a word.
+    /// `starting`, `running`, `restarting`, `stopping`; `copying` where all is done but the copy of
+    /// the last checkpoint in the object store; at the end `finished`, `preempted`, `interrupted`
+    /// or `failed`; `lost` for readers, where the launcher is gone without a word.
     pub state: String,
     /// Generation.
     pub generation: u64,
@@ -72,6 +75,28 @@ pub struct Status {
     /// Nodes that are not well, and why, the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unhealthy: Vec<String>,
+    /// What the current generation goes on from; `None`: it began with the initial weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resumed: Option<Resumed>,
+    /// With `checkpoint.every_steps: auto`: the steps between checkpoints, and what they follow
+    /// from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_interval: Option<Interval>,
+    /// Step of the newest checkpoint in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_checkpoint: Option<u64>,
+    /// Why none is kept there, while that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_alarm: Option<String>,
+    /// The folder of the object store that checkpoints are copied to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<String>,
+    /// Step of the last checkpoint that this launcher copied there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote_checkpoint: Option<u64>,
+    /// Why copying fails, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote_alarm: Option<String>,
     /// Generations that were started because the one before had failed.
     pub restarts: u64,
     /// When the launcher started.
@@ -90,6 +115,15 @@ pub struct Status {
     pub layout: Option<Layout>,
     /// The ranks of the current generation.
     pub ranks: Vec<RankStatus>,
+}
+
+/// The checkpoint that a generation goes on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// Its step.
+    pub step: u64,
+    /// Where it was found.
+    pub tier: Tier,
 }
 
 /// The degrees of parallelism of a generation, in `status.json` and `events.jsonl`.

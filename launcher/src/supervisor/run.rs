@@ -5,20 +5,24 @@ use super::ledger::{Ledger, Spent};
 use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
-use super::restore::{self, Branch, Restored};
+use super::restore::{Branch, Restored};
 use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
+use crate::remote::Place;
+use crate::remote::upload::Uploader;
+use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
+use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
+use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
+use signals::Signals;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// Where the ranks of one machine reach each other.
@@ -51,6 +55,8 @@ pub struct Plan {
     pub last_generation: u64,
     /// Newest step that earlier launchers committed.
     pub committed: Option<u64>,
+    /// Newest step that was ever committed, here still or not, where nobody went back behind it.
+    pub ever_committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
     /// Steps that the run went back behind: their samples are left out.
@@ -59,6 +65,8 @@ pub struct Plan {
     pub first_step: Option<u64>,
     /// Restarts after a failure so far.
     pub restarts: u64,
+    /// Failures so far of what the run runs on.
+    pub failures: u64,
     /// What earlier launchers spent the run's time on.
     pub ledger: Ledger,
     /// Set where agents start the ranks.
@@ -74,6 +82,10 @@ pub struct Plan {
     pub may_begin: bool,
     /// Step after which it is saved and stopped.
     pub stop_after: Option<u64>,
+    /// Where checkpoints are copied to, and read from where they are missing here.
+    pub remote: Option<Place>,
+    /// The folder of checkpoints in memory.
+    pub memory: Option<PathBuf>,
 }
 
 /// The generation of an earlier coordinator.
@@ -84,8 +96,10 @@ pub struct Adopt {
     pub num_ranks: usize,
 }
 
+mod checkpoints;
 mod elsewhere;
 mod roll_backs;
+mod signals;
 mod spawning;
 
 struct Executor {
@@ -97,8 +111,14 @@ struct Executor {
     ranks: Vec<RankHandle>,
     /// The ranks' machines, where agents start them.
     elsewhere: Option<Elsewhere>,
+    /// The copying of checkpoints to an object store.
+    copies: Option<Uploader>,
     inputs: mpsc::Sender<Input>,
     searches: mpsc::Sender<Result<Restored, String>>,
+    /// Failures of what the run runs on: how often one is to be expected follows from them.
+    failures: u64,
+    /// Whether the last generation failed while it read a checkpoint.
+    has_failed_to_load: bool,
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
@@ -138,19 +158,12 @@ pub fn supervise(
         };
         let mut executor = Executor::new(plan, view, inputs, searches);
         executor.elsewhere = nodes.map(Elsewhere::new);
+        let copied = executor.start_copies()?;
         for (kind, fields) in begun {
             executor.recorder.event(kind, fields);
         }
-        executor.run(received, found, happened).await
+        executor.run(received, found, happened, copied).await
     })
-}
-
-/// The next signal, where it is listened to; never, otherwise.
-async fn received(signal: &mut Option<Signal>) -> Option<()> {
-    match signal {
-        Some(signal) => signal.recv().await,
-        None => std::future::pending().await,
-    }
 }
 
 impl Executor {
@@ -192,6 +205,7 @@ impl Executor {
         let pace = pace_of(&plan.config, plan.world_size);
         let mut recorder = Recorder::open(plan.run.clone(), status, plan.ledger.clone(), pace);
         recorder.keeper = plan.keeper.take();
+        let failures = plan.failures;
         view.begin(plan.config.training.steps);
         Self {
             plan,
@@ -201,8 +215,11 @@ impl Executor {
             store: Store::default(),
             ranks: Vec::new(),
             elsewhere: None,
+            copies: None,
             inputs,
             searches,
+            failures,
+            has_failed_to_load: false,
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
@@ -219,16 +236,9 @@ impl Executor {
         mut inputs: mpsc::Receiver<Input>,
         mut searches: mpsc::Receiver<Result<Restored, String>>,
         mut happened: Option<mpsc::Receiver<Happening>>,
+        mut copied: Option<mpsc::Receiver<CopyNews>>,
     ) -> std::io::Result<i32> {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut quit = signal(SignalKind::quit())?;
-        let mut user = signal(SignalKind::user_defined2())?;
-        // A terminal that goes away stops the run, but for `nohup`.
-        let mut hangup = match rank_protocol::signals::ignores_hangup() {
-            false => Some(signal(SignalKind::hangup())?),
-            true => None,
-        };
+        let mut signals = Signals::listen()?;
         let mut standing = self.recorder.keeper.as_ref().map(Keeper::watch);
         self.update_status();
         if !self.expect_ranks_elsewhere() {
@@ -242,12 +252,8 @@ impl Executor {
                 Some(search) = searches.recv() => { self.take_search(search); None }
                 Some(happening) = next_of(&mut happened) => { self.happened(happening); None }
                 () = changed(&mut standing) => { self.store_changed(); None }
-                _ = interrupt.recv() => Some("SIGINT"),
-                _ = terminate.recv() => Some("SIGTERM"),
-                Some(_) = received(&mut hangup) => Some("SIGHUP"),
-                _ = quit.recv() => Some("SIGQUIT"),
-                // A scheduler's warning that time is nearly up; never a wish to stop at once.
-                _ = user.recv() => { self.asked_to_stop("SIGUSR2".to_owned()); None }
+                news = next_of_copies(&mut copied) => { self.copied(news); None }
+                signal = signals.next() => Some(signal),
                 () = tokio::time::sleep_until(wake) => None,
             };
             let now = Instant::now();
@@ -258,22 +264,34 @@ impl Executor {
             if wake.into_std() <= now {
                 self.wake();
             }
-            if let Some(by) = by {
-                let first = *first_signal.get_or_insert(now);
-                match by == "SIGQUIT" || now.duration_since(first) >= SAME_REQUEST {
-                    true => self.handle(Event::StopNow { by: by.to_owned() }),
-                    false => self.asked_to_stop(by.to_owned()),
+            match by {
+                None => {}
+                // A scheduler's warning that time is nearly up; never a wish to stop at once.
+                Some("SIGUSR2") => self.asked_to_stop("SIGUSR2".to_owned()),
+                Some(by) => {
+                    let first = *first_signal.get_or_insert(now);
+                    match by == "SIGQUIT" || now.duration_since(first) >= SAME_REQUEST {
+                        true => self.handle(Event::StopNow { by: by.to_owned() }),
+                        false => self.asked_to_stop(by.to_owned()),
+                    }
                 }
             }
             self.look_elsewhere();
+        }
+        if self.superseded.is_none() {
+            let (code, reason) = self.finish.clone().unwrap_or_default();
+            // Nodes are kept waiting for nothing that is no longer theirs.
+            if let Some(elsewhere) = &mut self.elsewhere {
+                elsewhere.nodes.over(code, &reason).await;
+            }
+            drop(happened);
+            self.update_status();
+            self.outlast_copies(&mut copied, &mut signals, &mut standing).await;
         }
         if let Some(holder) = self.superseded.take() {
             return Ok(self.give_way(&holder));
         }
         let (code, reason) = self.finish.take().unwrap_or((exit_code::FAILED, String::new()));
-        if let Some(elsewhere) = &mut self.elsewhere {
-            elsewhere.nodes.over(code, &reason).await;
-        }
         Ok(self.end(code, reason))
     }
 
@@ -339,15 +357,7 @@ impl Executor {
                     self.show_step(&report);
                 }
             }
-            FromRank::CheckpointCommitted { step } => {
-                self.recorder.status.alarm = None;
-                self.recorder.event("checkpoint_committed", json!({ "step": step }));
-                if let Some(elsewhere) = &self.elsewhere {
-                    let num_ranks = elsewhere.nodes.room();
-                    self.handle(Event::Room { num_ranks });
-                }
-                self.handle(Event::Committed { step });
-            }
+            FromRank::CheckpointCommitted { step } => self.committed(step),
             FromRank::Here(position) => {
                 let waits = position.waits.join("; ");
                 tracing::info!("rank {rank} is in {} {waits}", position.phase.name());
@@ -369,29 +379,6 @@ impl Executor {
                 self.reply(replies);
             }
         }
-    }
-
-    fn hear_event(&mut self, rank: usize, event: rank_protocol::message::Event) {
-        let mut fields = event.fields;
-        fields.insert("rank".into(), rank.into());
-        let reason = fields.get("reason").and_then(|reason| reason.as_str());
-        let reason = reason.unwrap_or_default().to_owned();
-        match event.kind.as_str() {
-            "checkpoint_failed" => {
-                tracing::error!("rank {rank} could not save: {reason}");
-                self.recorder.status.alarm = Some(reason);
-            }
-            "metrics_failed" => {
-                tracing::error!("training goes on without metrics: {reason}");
-                self.recorder.status.alarm = Some(reason);
-            }
-            "metrics_recovered" => {
-                tracing::info!("the metrics are written again, and those that waited");
-                self.recorder.status.alarm = None;
-            }
-            _ => {}
-        }
-        self.recorder.event(&event.kind, fields.into());
     }
 
     fn reply(&self, replies: Vec<(Requester, rank_protocol::store::StoreReply)>) {
@@ -418,23 +405,6 @@ impl Executor {
         if self.recorder.next_write() <= Instant::now() {
             self.update_status();
         }
-    }
-
-    fn take_search(&mut self, search: Result<Restored, String>) {
-        let restored = match search {
-            Ok(restored) => restored,
-            Err(reason) => {
-                return self.handle(Event::Broken { code: exit_code::FAILED, reason });
-            }
-        };
-        for damaged in &restored.damaged {
-            let (step, reason) = (damaged.step, &damaged.reason);
-            tracing::warn!("the checkpoint of step {step} is damaged and passed over: {reason}");
-            let fields = json!({ "step": step, "reason": reason });
-            self.recorder.event("checkpoint_damaged", fields);
-        }
-        self.leave_out(&restored.roll_backs);
-        self.handle(Event::Found { step: restored.found.map(|found| found.step) });
     }
 
     fn handle(&mut self, event: Event) {
@@ -476,6 +446,8 @@ impl Executor {
             }
             Action::RecordFirstCause(cause) => {
                 self.is_growing = false;
+                self.failures += u64::from(cause.class.is_of_the_machines());
+                self.has_failed_to_load = cause.phase == Phase::Load;
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
@@ -522,29 +494,6 @@ impl Executor {
         }
     }
 
-    /// Reading all of a checkpoint takes long: another thread does it.
-    fn search(&mut self) {
-        // What the ranks of the last generation hold must not outlive it.
-        self.ranks.clear();
-        let only = self.plan.first_step.filter(|_| self.is_first_search);
-        self.is_first_search = false;
-        let (dir, branches) = (self.plan.run.checkpoints(), self.plan.branches.clone());
-        let searches = self.searches.clone();
-        let generation = self.state.generation();
-        // Ranks on a node that was given up may still run: from here on they save nothing.
-        let fence = self.elsewhere.is_some().then_some(generation + 1);
-        tokio::task::spawn_blocking(move || {
-            if let Some(next) = fence
-                && let Err(error) = restore::raise_fence(&dir, next)
-            {
-                let _ = searches.blocking_send(Err(error));
-                return;
-            }
-            restore::remove_unfinished(&dir, generation);
-            let _ = searches.blocking_send(restore::newest(&dir, &branches, only));
-        });
-    }
-
     fn update_status(&mut self) {
         let ranks = self.state.ranks().zip(&self.ranks).enumerate();
         let ranks = ranks.map(|(rank, ((state, phase, step), handle))| RankStatus {
@@ -558,7 +507,9 @@ impl Executor {
         self.recorder.status.ranks = ranks.collect();
         self.recorder.status.last_checkpoint = self.state.committed();
         if self.recorder.status.exit_code.is_none() {
-            self.recorder.status.state = self.state.name().to_owned();
+            let is_copying = self.finish.is_some() && self.copies.is_some();
+            let state = if is_copying { "copying" } else { self.state.name() };
+            self.recorder.status.state = state.to_owned();
         }
         self.recorder.write_status();
     }

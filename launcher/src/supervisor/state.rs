@@ -68,6 +68,8 @@ pub struct State {
     causes: Vec<Cause>,
     committed: Option<u64>,
     committed_before: Option<u64>,
+    /// Newest step that a generation went on from, or the next one will.
+    reached: Option<u64>,
     no_progress: u32,
     /// Whether an earlier coordinator started these ranks, and may have told them to stop.
     has_adopted: bool,
@@ -97,6 +99,7 @@ impl State {
             causes: Vec::new(),
             committed: None,
             committed_before: None,
+            reached: None,
             no_progress: 0,
             has_adopted: false,
             failures: Vec::new(),
@@ -179,7 +182,7 @@ impl State {
                 }
                 Vec::new()
             }
-            Event::Found { step } => self.found(step, now),
+            Event::Found { step, is_committed } => self.found(step, is_committed, now),
             Event::Gathered { step, num_ranks } => self.gathered(step, num_ranks, now),
             Event::Room { num_ranks } => {
                 self.room = num_ranks;
@@ -205,12 +208,13 @@ impl State {
         }
     }
 
-    fn found(&mut self, step: Option<u64>, now: Instant) -> Vec<Action> {
+    fn found(&mut self, step: Option<u64>, is_committed: bool, now: Instant) -> Vec<Action> {
         if self.stage != Stage::Between {
             return Vec::new();
         }
+        let committed = step.filter(|_| is_committed);
         if let Some((by, _)) = self.stop.clone() {
-            self.committed = self.committed.max(step);
+            self.committed = self.committed.max(committed);
             return self.over_between(&by);
         }
         if let (None, Some(committed)) = (step, self.committed) {
@@ -221,8 +225,12 @@ impl State {
             return self.over(exit_code::FAILED, reason);
         }
         // A rank may end after the commit and before it tells of it.
-        if step > self.committed {
-            (self.committed, self.no_progress) = (step, 0);
+        if committed > self.committed {
+            (self.committed, self.no_progress) = (committed, 0);
+        }
+        // What was kept in memory was done, too.
+        if step > self.reached {
+            (self.reached, self.no_progress) = (step, 0);
         }
         if !self.policy.has_agents {
             return self.gathered(step, self.num_ranks, now);

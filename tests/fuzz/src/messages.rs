@@ -43,6 +43,10 @@ fn assignment() -> Assignment {
         replicas: Some(2),
         stop_after: None,
         roll_backs: Vec::new(),
+        memory_dir: Some("/dev/shm/phalanx-run".into()),
+        resume_dir: Some("/dev/shm/phalanx-run".into()),
+        failures: 1,
+        observed_s: 60,
     }
 }
 

@@ -64,7 +64,7 @@ fn train() -> Result<i32> {
             return Ok(exit_code::PREEMPTED);
         }
         fake.step(step)?;
-        let every = config.checkpoint.every_steps;
+        let every = config.checkpoint.every_steps.unwrap_or(0);
         let is_last = step == config.training.steps;
         let stops = fake.client.assignment().stop_after == Some(step) && !is_last;
         if is_last || stops || (every > 0 && step % every == 0) {

@@ -170,7 +170,7 @@ impl Head {
 
     /// The search for a checkpoint is over.
     pub fn searched(&mut self, step: Option<u64>, now: Instant, log: &mut Log) {
-        self.handle(Event::Found { step }, now, log);
+        self.handle(Event::Found { step, is_committed: true }, now, log);
         self.look(now, log);
     }
 
@@ -311,6 +311,10 @@ impl Head {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            memory_dir: None,
+            resume_dir: None,
+            failures: 0,
+            observed_s: 0,
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");

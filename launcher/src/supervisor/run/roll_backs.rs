@@ -1,6 +1,7 @@
 //! The executor's part in numeric trouble: samples that are left out from now on.
 
 use super::Executor;
+use crate::memory;
 use rank_protocol::RollBack;
 use serde_json::json;
 
@@ -14,6 +15,17 @@ impl Executor {
         }
     }
 
+    /// What is in memory is as near to the trouble as can be, and of a future that is given up.
+    fn forget_memory(&mut self) {
+        let Some(memory) = &self.plan.memory else { return };
+        self.recorder.status.memory_checkpoint = None;
+        if let Err(error) = memory::forget(memory) {
+            // Better none than that one.
+            tracing::error!("nothing is read from memory any more: {}: {error}", memory.display());
+            self.plan.memory = None;
+        }
+    }
+
     /// Notes it where later launchers find it, before any rank knows.
     pub(super) fn record_roll_back(&mut self, roll_back: RollBack) {
         let (step, samples) = (roll_back.step, roll_back.samples);
@@ -24,5 +36,6 @@ impl Executor {
         );
         self.recorder.event("rolled_back", json!(roll_back));
         self.leave_out(&[roll_back]);
+        self.forget_memory();
     }
 }

@@ -8,10 +8,12 @@ use crate::supervisor::mpirun;
 use crate::supervisor::rank::{Input, News, set_environment, start};
 use crate::supervisor::record::Layout;
 use crate::supervisor::relay::RankLog;
+use crate::supervisor::restore::Tier;
 use rank_protocol::store::Store;
 use rank_protocol::{Assignment, ToRank, env, exit_code};
 use run_config::ClusterKind;
 use serde_json::json;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -46,6 +48,7 @@ impl Executor {
             "world_size": size.ranks,
             "layout": layout,
             "resume_step": resume_step,
+            "resume_tier": self.recorder.status.resumed.map(|resumed| resumed.tier),
             "is_restart": is_restart,
         });
         self.recorder.event("generation_started", fields);
@@ -115,6 +118,12 @@ impl Executor {
         self.handle(Event::Broken { code: exit_code::CONFIG, reason });
     }
 
+    /// Where the checkpoint is that the ranks go on from, where it is not in the run's folder.
+    fn resume_dir(&self) -> Option<PathBuf> {
+        let is_kept = self.recorder.status.resumed.is_some_and(|from| from.tier == Tier::Memory);
+        self.plan.memory.clone().filter(|_| is_kept)
+    }
+
     fn set_environment(&self, command: &mut Command) {
         set_environment(command, self.plan.threads, self.plan.library_path.as_deref());
     }
@@ -144,6 +153,10 @@ impl Executor {
             replicas: self.elsewhere.is_some().then_some(size.replicas),
             stop_after: self.plan.stop_after,
             roll_backs: self.plan.roll_backs.clone(),
+            memory_dir: self.plan.memory.clone(),
+            resume_dir: self.resume_dir(),
+            failures: self.failures,
+            observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
         }
     }
 }

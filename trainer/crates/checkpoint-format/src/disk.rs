@@ -8,14 +8,20 @@
 use crate::checksum::Checksum;
 use crate::error::{FormatError, Result};
 use crate::failpoint::{self, Fault};
+use crate::parallel;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes checksummed and written at a time: within the cache of a core.
 const PIECE: usize = 256 << 10;
+/// Bytes that one thread writes before it looks for more.
+const SHARE: usize = 8 << 20;
 
 /// Whether a name may stand in a manifest or an index: one plain component, no path.
 pub fn is_plain_name(name: &str) -> bool {
@@ -128,6 +134,15 @@ pub struct Points {
     pub fsync: &'static str,
 }
 
+/// What one thread writes of a part.
+struct WriteShare<'a> {
+    part: usize,
+    /// Where in the file.
+    at: u64,
+    bytes: &'a [u8],
+    checksum: OnceLock<Checksum>,
+}
+
 /// A new file that is checksummed as it is written.
 #[derive(Debug)]
 pub struct DurableFile {
@@ -160,23 +175,58 @@ impl DurableFile {
     /// # Errors
     /// [`FormatError::Write`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<Checksum> {
-        let mut checksum = Checksum::default();
-        for piece in bytes.chunks(PIECE) {
-            checksum = checksum.append(piece);
-            let result = match failpoint::check(self.points.write) {
-                None => self.file.write_all(piece),
-                Some(fault) => self.torn_write(piece, fault),
-            };
-            result.map_err(|error| self.error(error))?;
-            self.written += piece.len() as u64;
+        let checksums = self.write_parts(&[bytes])?;
+        Ok(checksums.first().copied().unwrap_or_default())
+    }
+
+    /// Appends parts, on several threads; returns the checksum of each.
+    ///
+    /// # Errors
+    /// [`FormatError::Write`].
+    pub fn write_parts(&mut self, parts: &[&[u8]]) -> Result<Vec<Checksum>> {
+        let mut shares = Vec::new();
+        let mut at = self.written;
+        for (part, bytes) in parts.iter().enumerate() {
+            for bytes in bytes.chunks(SHARE) {
+                shares.push(WriteShare { part, at, bytes, checksum: OnceLock::new() });
+                at += bytes.len() as u64;
+            }
         }
-        self.checksum = self.checksum.then(checksum, bytes.len() as u64);
+        let written = AtomicU64::new(self.written);
+        parallel::for_each(&shares, |share| {
+            let checksum = self.write_share(share, &written);
+            let checksum =
+                checksum.map_err(|error| self.error(written.load(Ordering::Relaxed), error))?;
+            share.checksum.get_or_init(|| checksum);
+            Ok(())
+        })?;
+        self.written = at;
+        let mut checksums = vec![Checksum::default(); parts.len()];
+        for WriteShare { part, bytes, checksum, .. } in &shares {
+            let (checksum, length) = (*checksum.get_or_init(Checksum::default), bytes.len() as u64);
+            checksums[*part] = checksums[*part].then(checksum, length);
+            self.checksum = self.checksum.then(checksum, length);
+        }
+        Ok(checksums)
+    }
+
+    fn write_share(&self, share: &WriteShare<'_>, written: &AtomicU64) -> io::Result<Checksum> {
+        let (mut checksum, mut at) = (Checksum::default(), share.at);
+        for piece in share.bytes.chunks(PIECE) {
+            checksum = checksum.append(piece);
+            match failpoint::check(self.points.write) {
+                None => self.file.write_all_at(piece, at)?,
+                Some(fault) => self.torn_write(piece, at, fault)?,
+            }
+            at += piece.len() as u64;
+            written.fetch_add(piece.len() as u64, Ordering::Relaxed);
+        }
         Ok(checksum)
     }
 
     /// A fault in the middle of a write leaves half of it.
-    fn torn_write(&mut self, piece: &[u8], fault: Fault) -> std::io::Result<()> {
-        self.file.write_all(&piece[..piece.len() / 2])?;
+    fn torn_write(&self, piece: &[u8], at: u64, fault: Fault) -> io::Result<()> {
+        self.file.write_all_at(&piece[..piece.len() / 2], at)?;
         match fault {
             Fault::Abort => std::process::abort(),
             Fault::Error(error) => Err(error),
@@ -187,15 +237,14 @@ impl DurableFile {
     ///
     /// # Errors
     /// [`FormatError::Write`].
-    pub fn finish(self) -> Result<(u64, Checksum)> {
+    pub fn finish(&self) -> Result<(u64, Checksum)> {
         let synced = failpoint::hit(self.points.fsync).and_then(|()| self.file.sync_all());
-        synced.map_err(|error| self.error(error))?;
+        synced.map_err(|error| self.error(self.written, error))?;
         Ok((self.written, self.checksum))
     }
 
-    fn error(&self, error: std::io::Error) -> FormatError {
-        let (path, bytes, total) = (self.path.clone(), self.written, self.total);
-        FormatError::Write { path, bytes, total, error }
+    fn error(&self, bytes: u64, error: io::Error) -> FormatError {
+        FormatError::Write { path: self.path.clone(), bytes, total: self.total, error }
     }
 }
 

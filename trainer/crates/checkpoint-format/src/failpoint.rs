@@ -50,6 +50,11 @@ points! {
     RETIRE_REMOVE = "retire_remove": "An old checkpoint's files are removed.",
 }
 
+/// A manifest or `COMMIT` that came from another place is written; no save passes it.
+pub const WRITE_ARRIVED: &str = "write_arrived";
+/// Files that came from another place go to disk; no save passes it.
+pub const FSYNC_ARRIVED: &str = "fsync_arrived";
+
 struct Armed {
     name: String,
     count: u64,

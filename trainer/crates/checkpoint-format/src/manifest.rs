@@ -1,9 +1,11 @@
 //! `MANIFEST.json` and `state.json`.
 
 use crate::checksum::Checksum;
+use crate::error::Result;
 use crate::index::Coverage;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Version of `MANIFEST.json`.
 pub const MANIFEST_VERSION: u32 = 1;
@@ -24,6 +26,18 @@ pub struct Manifest {
     pub files: BTreeMap<String, FileEntry>,
     /// What the index adds up to.
     pub coverage: Coverage,
+}
+
+impl Manifest {
+    /// From the bytes of a `MANIFEST.json` and of its `COMMIT`, wherever they come from. `path` is
+    /// its own, for messages.
+    ///
+    /// # Errors
+    /// [`crate::FormatError::Damaged`] where `commit` is not its hash;
+    /// [`crate::FormatError::Refused`] where it is no manifest, or names what is no plain file.
+    pub fn sealed(path: &Path, commit: &[u8], bytes: &[u8]) -> Result<Manifest> {
+        crate::read::checked_manifest(path, commit, bytes)
+    }
 }
 
 /// A file.

@@ -53,6 +53,19 @@ pub fn parse_temporary_folder(name: &str) -> Option<u64> {
     generation.parse().ok()
 }
 
+/// A checkpoint's folder in an object store, where nothing can be renamed and so nothing is ever
+/// written twice: `step-0001200.g0003`.
+pub fn remote_folder(step: u64, generation: u64) -> String {
+    format!("{}.g{generation:04}", step_folder(step))
+}
+
+/// The step and the generation of a checkpoint's folder in an object store, where it is one.
+pub fn parse_remote_folder(name: &str) -> Option<(u64, u64)> {
+    let (folder, generation) = name.split_once(".g")?;
+    let found = (parse_step_folder(folder)?, generation.parse().ok()?);
+    (remote_folder(found.0, found.1) == name).then_some(found)
+}
+
 /// A tensor file of a rank: `rank-00000-000.safetensors`.
 pub fn tensor_file(rank: usize, number: usize) -> String {
     format!("rank-{rank:05}-{number:03}.safetensors")
@@ -78,6 +91,10 @@ mod tests {
             assert_eq!(parse_step_folder(&step_folder(step)), Some(step));
             assert_eq!(parse_temporary_folder(&temporary_folder(step, 3)), Some(3));
             assert_eq!(parse_temporary_folder(&retired_folder(step, 12_345)), Some(12_345));
+            assert_eq!(parse_remote_folder(&remote_folder(step, 12_345)), Some((step, 12_345)));
+        }
+        for name in ["step-0000120", "step-120.g0001", "step-0000120.g1", "step-0000120.g+001"] {
+            assert_eq!(parse_remote_folder(name), None, "{name}");
         }
         for name in
             ["step-120", "step-+000120", "step-00000120", ".step-0000120.g0001.tmp", "step-"]

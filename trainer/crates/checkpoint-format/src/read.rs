@@ -13,9 +13,12 @@ use crate::manifest::{MANIFEST_VERSION, Manifest, STATE_VERSION, TrainState};
 use crate::mapped::Mapped;
 use crate::names;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::OnceLock;
 
+/// Largest `COMMIT` that is read.
+const MAX_COMMIT: u64 = 1024;
 /// Largest `MANIFEST.json` that is read.
 pub const MAX_MANIFEST: u64 = 64 << 20;
 /// Largest `index.json` that is read.
@@ -101,6 +104,26 @@ impl Checkpoint {
     /// The tensors by name.
     pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
         &self.index.tensors
+    }
+
+    /// One of its files, in the folder that was opened, whatever has that folder's name by now.
+    ///
+    /// # Errors
+    /// [`FormatError::Refused`] for a link or a special file; [`FormatError::Damaged`] where it is
+    /// missing.
+    pub fn open_file(&self, name: &str) -> Result<File> {
+        self.folder.open_file(name)
+    }
+
+    /// The bytes of `COMMIT` and of the manifest, in the folder that was opened.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn seal(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let commit = self.folder.read(names::COMMIT, MAX_COMMIT)?;
+        let manifest = self.folder.read(names::MANIFEST, MAX_MANIFEST)?;
+        checked_manifest(&self.path().join(names::MANIFEST), &commit, &manifest)?;
+        Ok((commit, manifest))
     }
 
     /// The index.
@@ -195,22 +218,27 @@ fn read_manifest(folder: &Folder) -> Result<Manifest> {
     if !folder.has(names::COMMIT) {
         return Err(FormatError::damaged(path, "it has no COMMIT: the save was not finished"));
     }
-    let commit = folder.read(names::COMMIT, 1024)?;
+    let commit = folder.read(names::COMMIT, MAX_COMMIT)?;
     let bytes = folder.read(names::MANIFEST, MAX_MANIFEST)?;
-    if commit != format!("{}\n", sha256_hex(&bytes)).as_bytes() {
-        return Err(FormatError::damaged(path, "COMMIT is not the SHA-256 of MANIFEST.json"));
+    checked_manifest(&path.join(names::MANIFEST), &commit, &bytes)
+}
+
+/// A manifest of which `commit` is the `COMMIT`. `path` is its own, for messages.
+pub(crate) fn checked_manifest(path: &Path, commit: &[u8], bytes: &[u8]) -> Result<Manifest> {
+    if commit != format!("{}\n", sha256_hex(bytes)).as_bytes() {
+        let folder = path.parent().unwrap_or(path);
+        return Err(FormatError::damaged(folder, "COMMIT is not the SHA-256 of MANIFEST.json"));
     }
-    let manifest: Manifest = serde_json::from_slice(&bytes)
-        .map_err(|error| FormatError::refused(&path.join(names::MANIFEST), error.to_string()))?;
+    let refused = |reason: String| Err(FormatError::refused(path, reason));
+    let manifest: Manifest = match serde_json::from_slice(bytes) {
+        Ok(manifest) => manifest,
+        Err(error) => return refused(error.to_string()),
+    };
     if manifest.version != MANIFEST_VERSION {
-        return Err(FormatError::refused(
-            &path.join(names::MANIFEST),
-            format!("version {} is not {MANIFEST_VERSION}", manifest.version),
-        ));
+        return refused(format!("version {} is not {MANIFEST_VERSION}", manifest.version));
     }
     if let Some(name) = manifest.files.keys().find(|name| !is_plain_name(name)) {
-        let reason = format!("{name:?} is not a file name");
-        return Err(FormatError::refused(&path.join(names::MANIFEST), reason));
+        return refused(format!("{name:?} is not a file name"));
     }
     Ok(manifest)
 }

@@ -11,8 +11,14 @@ use std::path::Path;
 /// least 1) and the multiples of `keep_every_steps` (0: none are kept for that). Pure.
 pub fn steps_to_remove(committed: &[u64], keep_last: usize, keep_every_steps: u64) -> Vec<u64> {
     let old = committed.len().saturating_sub(keep_last.max(1));
-    let kept_for_good = |step: u64| keep_every_steps > 0 && step.is_multiple_of(keep_every_steps);
-    committed[..old].iter().copied().filter(|step| !kept_for_good(*step)).collect()
+    let is_kept = |step: &u64| is_milestone(*step, keep_every_steps);
+    committed[..old].iter().copied().filter(|step| !is_kept(step)).collect()
+}
+
+/// Whether a checkpoint is kept for good: its step is a multiple of `keep_every_steps` (0: none
+/// is).
+pub fn is_milestone(step: u64, keep_every_steps: u64) -> bool {
+    keep_every_steps > 0 && step.is_multiple_of(keep_every_steps)
 }
 
 /// Removes old checkpoints, and damaged ones that are older than all that are kept by number.

@@ -24,10 +24,11 @@ use crate::fence::Fence;
 use crate::index::{Index, StoredBox, TensorEntry};
 use crate::manifest::{FileEntry, MANIFEST_VERSION, Manifest, TrainState};
 use crate::tensor_file::{HeaderEntry, TensorFile};
-use crate::{names, retention};
+use crate::{names, parallel, place, retention};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Largest tensor file a rank writes.
 pub const MAX_FILE_BYTES: u64 = 4 << 30;
@@ -157,14 +158,23 @@ impl Save {
             }
         }
         let mut part = RankPart { files: BTreeMap::new(), index: Index::default() };
-        let mut bytes = 0;
+        let mut files = Vec::with_capacity(groups.len());
         for (number, group) in groups.iter().enumerate() {
             let name = names::tensor_file(rank, number);
-            let (entry, index) = self.write_file(&name, group)?;
-            bytes += entry.size;
-            part.files.insert(name, entry);
+            let (file, index) = self.write_file(&name, group)?;
             part.index.merge(index).map_err(FormatError::Request)?;
+            files.push((name, file, OnceLock::new()));
         }
+        // None waits for another to be on disk.
+        parallel::for_each(&files, |(_, file, entry)| {
+            let (size, checksum) = file.finish()?;
+            entry.get_or_init(|| FileEntry { size, checksum });
+            Ok(())
+        })?;
+        let entries =
+            files.into_iter().filter_map(|(name, _, entry)| Some((name, entry.into_inner()?)));
+        part.files.extend(entries);
+        let bytes = part.files.values().map(|entry| entry.size).sum();
         let path = self.temporary().join(names::part_file(rank));
         let unfinished = path.with_extension("unfinished");
         disk::write_file(&unfinished, &json(&path, &part)?, PART)?;
@@ -208,14 +218,15 @@ impl Save {
         Ok(out)
     }
 
-    fn write_file(&self, name: &str, pieces: &[Piece<'_>]) -> Result<(FileEntry, Index)> {
+    fn write_file(&self, name: &str, pieces: &[Piece<'_>]) -> Result<(TensorFile, Index)> {
         let entries: Vec<HeaderEntry> = pieces.iter().map(header_entry).collect();
         let path = self.temporary().join(name);
         let mut file = TensorFile::create(&path, &entries, &[], TENSORS)?;
         let mut index = Index::default();
         let mut start = file.data_start();
-        for piece in pieces {
-            let checksum = file.write(piece.data)?;
+        let data: Vec<&[u8]> = pieces.iter().map(|piece| piece.data).collect();
+        let checksums = file.write_all(&data)?;
+        for (piece, checksum) in pieces.iter().zip(checksums) {
             let range = [start, start + piece.data.len() as u64];
             start = range[1];
             let file = name.to_string();
@@ -225,8 +236,7 @@ impl Save {
             let share = Index { tensors: [(piece.name.clone(), entry)].into(), ..Index::default() };
             index.merge(share).map_err(FormatError::Request)?;
         }
-        let (size, checksum) = file.finish()?;
-        Ok((FileEntry { size, checksum }, index))
+        Ok((file, index))
     }
 
     /// Rank 0, when all have written: merges, proves the coverage, and commits. The bytes of the
@@ -260,7 +270,7 @@ impl Save {
         disk::write_file(&unfinished, format!("{}\n", sha256_hex(&manifest)).as_bytes(), COMMIT)?;
         disk::rename(&unfinished, &path, failpoint::RENAME_COMMIT)?;
         disk::sync_folder(&temporary, failpoint::FSYNC_COMMITTED)?;
-        self.take_name()?;
+        place::take_name(&self.checkpoints_dir, self.step, self.generation, &temporary)?;
         Ok(bytes)
     }
 
@@ -298,38 +308,6 @@ impl Save {
             std::fs::remove_file(&path).map_err(|error| FormatError::io("remove", &path, error))?;
         }
         Ok((files, index))
-    }
-
-    /// Under the fence: the folder takes its name, in exchange for an earlier one of the same step.
-    fn take_name(&self) -> Result<()> {
-        let (temporary, folder) = (self.temporary(), self.folder());
-        let _fence = Fence::raise(&self.checkpoints_dir, self.generation)?;
-        if std::fs::symlink_metadata(&folder).is_err() {
-            disk::rename(&temporary, &folder, failpoint::RENAME_STEP)?;
-            return disk::sync_folder(&self.checkpoints_dir, failpoint::FSYNC_PARENT);
-        }
-        let retired = self.checkpoints_dir.join(names::retired_folder(self.step, self.generation));
-        failpoint::hit(failpoint::RENAME_STEP)
-            .map_err(|error| FormatError::io("rename", &temporary, error))?;
-        let exchanged = rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &temporary,
-            rustix::fs::CWD,
-            &folder,
-            rustix::fs::RenameFlags::EXCHANGE,
-        );
-        // A file system that cannot exchange: for a moment the step is under neither name, and the
-        // checkpoint before it is the newest.
-        let renames = if exchanged.is_ok() {
-            vec![(&temporary, &retired)]
-        } else {
-            vec![(&folder, &retired), (&temporary, &folder)]
-        };
-        for (from, to) in renames {
-            std::fs::rename(from, to).map_err(|error| FormatError::io("rename", from, error))?;
-        }
-        disk::sync_folder(&self.checkpoints_dir, failpoint::FSYNC_PARENT)?;
-        retention::remove_unless_read(&retired)
     }
 
     /// Rank 0, after a failure: removes what was written. Old checkpoints stay.

@@ -62,11 +62,19 @@ impl TensorFile {
         self.file.write(bytes)
     }
 
+    /// Appends bytes of the entries to come, on several threads; returns the checksum of each.
+    ///
+    /// # Errors
+    /// [`FormatError::Write`].
+    pub fn write_all(&mut self, entries: &[&[u8]]) -> Result<Vec<Checksum>> {
+        self.file.write_parts(entries)
+    }
+
     /// Puts the file on disk; returns its size and checksum.
     ///
     /// # Errors
     /// [`FormatError::Write`].
-    pub fn finish(self) -> Result<(u64, Checksum)> {
+    pub fn finish(&self) -> Result<(u64, Checksum)> {
         self.file.finish()
     }
 }

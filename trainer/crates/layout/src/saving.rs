@@ -5,7 +5,8 @@ use crate::mesh::{Axis, Mesh};
 use model_spec::{LocalParameter, Place};
 use run_config::{DeviceKind, RunConfig};
 
-/// Bytes of the copy, where bytes of an element are `compute` in compute and `state` in master
+/// Bytes of the copy, and of what it keeps in the machine's memory (`checkpoint.memory`: the newest
+/// checkpoint, the one being written, and its copy), where bytes of an element are `compute` in compute and `state` in master
 /// weights and optimizer state: its weights, master weights where they are others, and two moments.
 /// Ranks that own the same elements write equal shares of them, to within one tensor or 1 MiB.
 ///
@@ -17,15 +18,18 @@ pub(crate) fn copy_bytes(
     held: &Held,
     (compute, state): (u64, u64),
 ) -> u64 {
-    let every = config.checkpoint.every_steps;
-    let has_copy = (1..config.training.steps).contains(&every);
-    if !has_copy || config.cluster.device == DeviceKind::Cuda {
+    let steps = 1..config.training.steps;
+    // With `auto` there is a checkpoint before the last step, where there are several steps.
+    let has_copy = steps.contains(&config.checkpoint.every_steps.unwrap_or(1));
+    let is_kept = steps.contains(&config.checkpoint.memory.every_steps);
+    let times = u64::from(has_copy) + 3 * u64::from(is_kept);
+    if config.cluster.device == DeviceKind::Cuda {
         return 0;
     }
     let master = if compute == state { 0 } else { state };
     let all = num_counted(held).saturating_mul(compute + master + 2 * state);
     let copies = mesh.degree(Axis::Context) * mesh.degree(Axis::Replicate);
-    all.div_ceil(copies as u64)
+    times * all.div_ceil(copies as u64)
 }
 
 /// Elements that the rank owns, and that no other pipeline stage or tensor-parallel rank writes.
@@ -90,6 +94,10 @@ mod tests {
         check(&["checkpoint.every_steps=10"], 0);
         check(&["cluster.device=cuda"], 0);
         check(&["checkpoint.every_steps=9", "precision.compute=fp64"], 3 * 8);
+        check(&["checkpoint.every_steps=auto", "precision.compute=fp64"], 3 * 8);
+        let kept = ["checkpoint.memory.every_steps=1", "precision.compute=fp64"];
+        check(&kept, (1 + 3) * 3 * 8);
+        check(&[kept[0], kept[1], "checkpoint.every_steps=0"], 3 * 3 * 8);
     }
 
     #[test]
