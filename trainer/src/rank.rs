@@ -99,7 +99,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage } = connect(client, &config, device, &backend)?;
     let positions = longest_sequence(&config);
-    let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
+    let dense = Dense::new(kernels(device)?);
+    let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES, dense)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
     let roll_backs = &assignment.roll_backs;

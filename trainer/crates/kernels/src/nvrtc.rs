@@ -158,10 +158,11 @@ impl Nvrtc {
         }
         self.check("nvrtcCompileProgram", code)?;
         let Functions { cubin_size, cubin, ptx_size, ptx, .. } = &self.functions;
-        Ok(Compiled {
-            cubin: handle.bytes("nvrtcGetCUBIN", *cubin_size, *cubin)?,
-            ptx: handle.bytes("nvrtcGetPTX", *ptx_size, *ptx)?,
-        })
+        let cubin = handle.bytes("nvrtcGetCUBIN", *cubin_size, *cubin)?;
+        let mut ptx = handle.bytes("nvrtcGetPTX", *ptx_size, *ptx)?;
+        // A C text.
+        ptx.truncate(ptx.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1));
+        Ok(Compiled { cubin, ptx })
     }
 
     fn check(&self, function: &'static str, code: Code) -> Result<()> {
