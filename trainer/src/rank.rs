@@ -6,10 +6,12 @@ use crate::identity;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
-    Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
+    Connections, check_libtorch, connect, device, initialize, kernels, prepare_libtorch,
+    read_config,
 };
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
+use model::Dense;
 use optim::AdamW;
 use parallel::Worker;
 use rank_protocol::client::RankClient;

@@ -153,35 +153,32 @@ struct alignas(16) Words {
   u32 word[4];
 };
 
-// out = (x / scale)^T, a scale a column of x, [rows, width]; out is [width, rows].
+// out = (x / scale)^T, a scale a column of x, [rows, width]; out is [width, rows]. A block takes a tile.
 extern "C" __global__ void __launch_bounds__(256)
     quantise_columns(const T* x, const Wide* inverses, u8* out, i64 rows, int width) {
   __shared__ u32 words[kTileColumns * kTileStride / 4];
   u8* tile = (u8*)words;
   int first_column = blockIdx.x * kTileColumns;
-  for (i64 first_row = (i64)blockIdx.y * kTileRows; first_row < rows; first_row += (i64)gridDim.y * kTileRows) {
-    __syncthreads();  // the tile before may still be read
-    if (width % kLanes == 0 && aligned(x) && aligned(inverses))
-      fill_tile<true>(x, inverses, first_row, rows, first_column, width, tile);
-    else
-      fill_tile<false>(x, inverses, first_row, rows, first_column, width, tile);
-    __syncthreads();
-    bool vector = rows % 16 == 0 && aligned(out);
-    if (vector) {
-      for (int work = threadIdx.x; work < kTileColumns * (kTileRows / 16); work += kBlock) {
-        int column = work / (kTileRows / 16), row = work % (kTileRows / 16) * 16;
-        if (first_column + column >= width || first_row + row >= rows) continue;
-        Words pack;
+  i64 first_row = (i64)blockIdx.y * kTileRows;
+  if (width % kLanes == 0 && aligned(x) && aligned(inverses))
+    fill_tile<true>(x, inverses, first_row, rows, first_column, width, tile);
+  else
+    fill_tile<false>(x, inverses, first_row, rows, first_column, width, tile);
+  __syncthreads();
+  if (rows % 16 == 0 && aligned(out)) {
+    for (int work = threadIdx.x; work < kTileColumns * (kTileRows / 16); work += kBlock) {
+      int column = work / (kTileRows / 16), row = work % (kTileRows / 16) * 16;
+      if (first_column + column >= width || first_row + row >= rows) continue;
+      Words pack;
 #pragma unroll
-        for (int i = 0; i < 4; i++) pack.word[i] = words[(column * kTileStride + row) / 4 + i];
-        *(Words*)(out + (i64)(first_column + column) * rows + first_row + row) = pack;
-      }
-    } else {
-      for (int work = threadIdx.x; work < kTileColumns * kTileRows; work += kBlock) {
-        int column = work / kTileRows, row = work % kTileRows;
-        if (first_column + column >= width || first_row + row >= rows) continue;
-        out[(i64)(first_column + column) * rows + first_row + row] = tile[column * kTileStride + row];
-      }
+      for (int i = 0; i < 4; i++) pack.word[i] = words[(column * kTileStride + row) / 4 + i];
+      *(Words*)(out + (i64)(first_column + column) * rows + first_row + row) = pack;
+    }
+  } else {
+    for (int work = threadIdx.x; work < kTileColumns * kTileRows; work += kBlock) {
+      int column = work / kTileRows, row = work % kTileRows;
+      if (first_column + column >= width || first_row + row >= rows) continue;
+      out[(i64)(first_column + column) * rows + first_row + row] = tile[column * kTileStride + row];
     }
   }
 }

@@ -33,7 +33,7 @@ const BAND: i64 = 256;
 const TILE_COLUMNS: i64 = 64;
 const TILE_ROWS: i64 = 128;
 /// A limit of CUDA's: blocks in y.
-const MAX_BLOCKS_Y: u32 = 65_535;
+const MAX_BLOCKS_Y: i64 = 65_535;
 
 /// A quantised matrix: `x = values * scales`, a scale a row of `values`.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     kernels.check(KERNEL, "x", x, storage.kind(), &shape)?;
     let variant = plain(&PROGRAM, storage);
     let bands = count.div_ceil(BAND).max(1);
-    let most = BAND * i64::from(MAX_BLOCKS_Y);
+    let most = TILE_ROWS * MAX_BLOCKS_Y;
     expect(count <= most, KERNEL, "the rows of x", count, format!("at most {most}"))?;
     let partial = kernels.empty(&[bands, width], storage.wide())?;
     let inverses = kernels.empty(&[width], storage.wide())?;
@@ -113,8 +113,8 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     let grid = Grid::line(blocks(width.div_ceil(i64::from(BLOCK))), BLOCK);
     // SAFETY: as above; a thread for each column.
     unsafe { kernels.launch(variant, "column_scales", grid, &arguments)? };
-    let down = blocks(count.div_ceil(TILE_ROWS)).min(MAX_BLOCKS_Y);
-    let grid = Grid { blocks: (blocks(width.div_ceil(TILE_COLUMNS)), down), threads: BLOCK };
+    let tiles = (blocks(width.div_ceil(TILE_COLUMNS)), blocks(count.div_ceil(TILE_ROWS)));
+    let grid = Grid { blocks: tiles, threads: BLOCK };
     let arguments =
         [Argument::read(x), Argument::read(&inverses), Argument::write(&values), rows, columns];
     // SAFETY: as above; the blocks cover the matrix in tiles.

@@ -1,8 +1,8 @@
 // CUDA's words for a host compiler, and what stands behind them: the threads of a block as fibers that take turns, so that a
 // kernel runs as it is written, barriers and shuffles included. x86-64 only.
 //
-// A thread runs until it waits for others, in an order that the launch names. The same launch is run in several orders, of
-// threads and of blocks, and must leave the same bits: where it does not, a barrier is missing. Every buffer is copied to
+// A thread runs until it waits for others. The same launch is run in several orders, of threads, warps and blocks, and must leave
+// the same bits: where it does not, a barrier is missing. Every buffer is copied to
 // memory that ends at a page that nobody may touch, so that an access outside is seen; what a kernel only writes holds NaNs
 // before, as shared memory does at the start of each block.
 #pragma once
@@ -155,52 +155,64 @@ static uint64_t place(int order, uint64_t i, uint64_t count) {
   return (i * step + count / 3) % count;
 }
 
-// Lets go what has all come together; false where nothing has.
-static bool release(int threads) {
-  bool moved = false;
+// Exchanges between the lanes of a warp, where all have come to the same shuffle.
+static bool release_shuffle(Fiber* warp) {
+  for (int i = 0; i < kWarpSize; i++)
+    if (warp[i].state != State::kShuffle || warp[i].kind != warp[0].kind || warp[i].size != warp[0].size) return false;
+  for (int i = 0; i < kWarpSize; i++) memcpy(warp[i].taken, warp[warp[i].from].given, warp[i].size);
+  for (int i = 0; i < kWarpSize; i++) warp[i].state = State::kReady;
+  return true;
+}
+
+// Lets all threads go on, where all have come to a barrier.
+static bool release_barrier(int threads) {
   int at_barrier = 0, done = 0;
   for (int i = 0; i < threads; i++) {
     at_barrier += fibers[i].state == State::kBarrier;
     done += fibers[i].state == State::kDone;
   }
-  for (int first = 0; first < threads; first += kWarpSize) {
-    bool together = true;
-    for (int i = first; i < first + kWarpSize; i++)
-      together = together && fibers[i].state == State::kShuffle && fibers[i].kind == fibers[first].kind &&
-                 fibers[i].size == fibers[first].size;
-    if (!together) continue;
-    for (int i = first; i < first + kWarpSize; i++)
-      memcpy(fibers[i].taken, fibers[first + fibers[i].from].given, fibers[i].size);
-    for (int i = first; i < first + kWarpSize; i++) fibers[i].state = State::kReady;
-    moved = true;
-  }
-  if (at_barrier == threads) {
-    for (int i = 0; i < threads; i++) fibers[i].state = State::kReady;
-    moved = true;
-  }
-  if (!moved)
+  if (at_barrier < threads) {
     report("block (%u, %u): %d of %d threads wait at a barrier, %d have left the kernel, the others wait in shuffles",
            block_index.x, block_index.y, at_barrier, threads, done);
-  return moved;
+    return false;
+  }
+  for (int i = 0; i < threads; i++) fibers[i].state = State::kReady;
+  return true;
 }
 
+// Runs the lanes of a warp until each waits; whether any ran, or could go on then.
+static bool run_warp(Fiber* warp, int order) {
+  bool moved = false;
+  for (int i = 0; i < kWarpSize; i++) {
+    Fiber& fiber = warp[place(order, i, kWarpSize)];
+    if (fiber.state != State::kReady) continue;
+    current = &fiber;
+    phx_switch(&scheduler, fiber.stack_pointer);
+    moved = true;
+  }
+  return release_shuffle(warp) || moved;
+}
+
+// In the first order the warps keep step with each other; in the others each runs ahead as far as it can, to the next barrier of
+// the block, so that what a slower one still wants to read is overwritten where no barrier keeps it.
 static void run_block(int order, int threads) {
   // NaN in every format.
   if (__start_phx_shared) memset(__start_phx_shared, 0xff, __stop_phx_shared - __start_phx_shared);
   for (int i = 0; i < threads; i++) start(fibers[i], i);
+  int warps = threads / kWarpSize;
   for (;;) {
-    int done = 0, ran = 0;
-    for (int i = 0; i < threads; i++) {
-      Fiber& fiber = fibers[place(order, i, threads)];
-      if (fiber.state == State::kReady) {
-        current = &fiber;
-        phx_switch(&scheduler, fiber.stack_pointer);
-        ran++;
+    bool moved = false;
+    for (int i = 0; i < warps; i++) {
+      Fiber* warp = fibers + place(order, i, warps) * kWarpSize;
+      while (run_warp(warp, order)) {
+        moved = true;
+        if (order == 0) break;
       }
-      done += fiber.state == State::kDone;
     }
-    if (done == threads) return;
-    if (!release(threads)) return;
+    if (moved) continue;
+    int done = 0;
+    for (int i = 0; i < threads; i++) done += fibers[i].state == State::kDone;
+    if (done == threads || !release_barrier(threads)) return;
   }
 }
 

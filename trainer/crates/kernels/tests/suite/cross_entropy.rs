@@ -23,7 +23,7 @@ pub fn check(kernels: &Kernels, extent: Extent) -> f64 {
         }
         worst = worst.max(case(kernels, storage, [3, 64], 1));
         if extent == Extent::Full {
-            worst = worst.max(case(kernels, storage, [512, VOCABULARY], 0));
+            worst = worst.max(case(kernels, storage, [128, VOCABULARY], 0));
         }
         check_no_targets(kernels, storage);
     }

@@ -18,7 +18,7 @@ pub fn check(kernels: &Kernels, extent: Extent) {
         }
         case(kernels, &shifted(&random(kernels, &[32, 64], storage.kind()), 1));
         if extent == Extent::Full {
-            case(kernels, &random(kernels, &[4096, 14336], storage.kind()));
+            case(kernels, &random(kernels, &[2048, 14336], storage.kind()));
         }
         case(kernels, &edges(storage).to_device(kernels.device()));
     }

@@ -31,7 +31,7 @@ fn runs(length: i64) -> Vec<(Range<i64>, bool)> {
 /// All formats; the largest share of the tolerance that was used.
 pub fn check_adamw(kernels: &Kernels, extent: Extent) -> f64 {
     let mut worst: f64 = 0.0;
-    let length = if extent == Extent::Full { 100_000_000 } else { 70_000 };
+    let length = if extent == Extent::Full { 20_000_000 } else { 70_000 };
     for &storage in Storage::ALL {
         for length in [200, length] {
             for factor in [None, Some(0.37_f32)] {

@@ -46,7 +46,7 @@ pub fn check(kernels: &Kernels, extent: Extent) -> f64 {
         // Rows of whole vectors in memory that is not aligned.
         worst = worst.max(case(kernels, storage, &[3, 64], 1));
         if extent == Extent::Full {
-            worst = worst.max(case(kernels, storage, &[2, 4096, 4096], 0));
+            worst = worst.max(case(kernels, storage, &[2, 1024, 4096], 0));
         }
     }
     worst

@@ -28,7 +28,7 @@ pub fn check(kernels: &Kernels, extent: Extent) -> f64 {
         }
         worst = worst.max(case(kernels, storage, [2, 3, 2, 1, 32], true, 1));
         if extent == Extent::Full {
-            worst = worst.max(case(kernels, storage, [2, 2048, 32, 8, 128], false, 0));
+            worst = worst.max(case(kernels, storage, [2, 512, 32, 8, 128], false, 0));
         }
     }
     worst

@@ -25,7 +25,7 @@ pub fn check(kernels: &Kernels, extent: Extent) -> f64 {
         let edges = Tensor::from_slice(&edges).repeat([2, 2]).to_kind(storage.kind());
         worst = worst.max(case(kernels, storage, &edges.to_device(kernels.device())));
         if extent == Extent::Full {
-            let gate_up = random(kernels, &[2048, 28672], storage.kind()) * 3.0;
+            let gate_up = random(kernels, &[512, 28672], storage.kind()) * 3.0;
             worst = worst.max(case(kernels, storage, &gate_up));
         }
     }
