@@ -224,6 +224,11 @@ pub(crate) fn int(kernel: &'static str, what: &str, value: i64) -> Result<i32> {
     })
 }
 
+/// How many pieces of a size cover `count`.
+pub(crate) fn pieces(count: i64, size: i64) -> i64 {
+    (count + size - 1) / size
+}
+
 /// `value` rounded up to whole warps, between one and `most` threads.
 pub(crate) fn threads(value: i64, most: u32) -> u32 {
     let whole = u32::try_from(value.clamp(1, 1024)).unwrap_or(1024).next_multiple_of(32);

@@ -10,6 +10,7 @@
 //! **Who keeps the memory alive.** A launch goes on libtorch's current stream of the device, as
 //! libtorch's own operators do, so its allocator's rules hold for the tensors of a launch.
 #![expect(unsafe_code, reason = "this crate is the fence around CUDA's driver and NVRTC")]
+#![expect(non_snake_case, reason = "tensor variables end in their shape, one letter a dimension")]
 
 mod cache;
 pub mod driver;

@@ -34,6 +34,11 @@ fn cross_entropy() {
 }
 
 #[test]
+fn embedding() {
+    used(suite::embedding::check(&emulator::kernels(), Extent::Small));
+}
+
+#[test]
 fn adamw() {
     used(suite::optimizer::check_adamw(&emulator::kernels(), Extent::Small));
 }

@@ -79,6 +79,13 @@ fn cross_entropy() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn embedding() {
+    let (kernels, _folder) = open();
+    report(&kernels, "embedding", suite::embedding::check(&kernels, Extent::Full));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn adamw() {
     let (kernels, _folder) = open();
     report(&kernels, "adamw", suite::optimizer::check_adamw(&kernels, Extent::Full));

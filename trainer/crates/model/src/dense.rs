@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::inputs::Inputs;
 use kernels::Kernels;
 use kernels::ops::rope::{Layout, Tables};
-use kernels::ops::{cross_entropy, rms_norm, rope, swiglu};
+use kernels::ops::{cross_entropy, embedding, rms_norm, rope, swiglu};
 use torch_shim::fused;
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
@@ -33,7 +33,10 @@ impl LayerBuilder for Dense {
     }
 
     fn embedding(&self, tokens_BS: &Tensor, weight: &Parameter) -> Result<Tensor> {
-        Ok(fused::embedding(tokens_BS, weight)?)
+        match &self.kernels {
+            Some(kernels) => Ok(embedding::embedding(kernels, tokens_BS, weight)?),
+            None => Ok(fused::embedding(tokens_BS, weight)?),
+        }
     }
 
     fn linear(&self, x: &Tensor, weight: &Parameter, _: LinearRole) -> Result<Tensor> {

@@ -3,7 +3,7 @@
 use torch_shim::tch::Tensor;
 
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, plain, threads};
+use crate::launch::{Argument, Grid, Kernels, pieces, plain, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "accumulate";
@@ -32,9 +32,9 @@ pub fn accumulate(kernels: &Kernels, sum: &Tensor, x: &Tensor) -> Result<()> {
     kernels.check(KERNEL, "the sum", sum, storage.wide(), &shape)?;
     let count = x.numel() as i64;
     let arguments = [Argument::update(sum), Argument::read(x), Argument::I64(count)];
-    let vectors = count.div_ceil(storage.lanes());
+    let vectors = pieces(count, storage.lanes());
     let threads = threads(vectors, MAX_THREADS);
-    let blocks = kernels.blocks(vectors.div_ceil(i64::from(threads)), THREADS / threads);
+    let blocks = kernels.blocks(pieces(vectors, i64::from(threads)), THREADS / threads);
     // SAFETY: the parameters are those of the source; both tensors have `count` elements.
     unsafe {
         kernels.launch(plain(&PROGRAM, storage), KERNEL, Grid::line(blocks, threads), &arguments)

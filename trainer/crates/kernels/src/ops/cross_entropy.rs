@@ -9,7 +9,7 @@ use torch_shim::{Result as ShimResult, ShimError, autograd, fused};
 
 use super::{exactly, expect, given};
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, plain, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, int, pieces, plain, rows, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "cross_entropy";
@@ -56,7 +56,7 @@ pub fn cross_entropy(
         Argument::F64(scale),
         Argument::I32(i32::from(gradients)),
     ];
-    let threads = threads(width.div_ceil(storage.lanes()), MAX_THREADS);
+    let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
     let grid = Grid::line(kernels.blocks(count, BLOCKS * MAX_THREADS / threads), threads);
     // SAFETY: the parameters are those of the source; logits have `count` rows of `width` elements,
     // targets and losses `count` elements.

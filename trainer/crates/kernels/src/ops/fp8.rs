@@ -5,7 +5,7 @@ use torch_shim::tch::{Kind, Tensor};
 
 use super::expect;
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, plain, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, int, pieces, plain, rows, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "fp8";
@@ -67,7 +67,7 @@ pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
         Argument::I64(count),
         Argument::I32(int(KERNEL, "the width of a row", width)?),
     ];
-    let threads = threads(width.div_ceil(storage.lanes()), MAX_THREADS);
+    let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
     let grid = Grid::line(kernels.blocks(count, THREADS / threads), threads);
     // SAFETY: the parameters are those of the source; x and values have `count` rows of `width`
     // elements, and there is a scale for each row.
@@ -86,7 +86,7 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     let (count, width) = rows(KERNEL, x)?;
     kernels.check(KERNEL, "x", x, storage.kind(), &shape)?;
     let variant = plain(&PROGRAM, storage);
-    let bands = count.div_ceil(BAND).max(1);
+    let bands = pieces(count, BAND).max(1);
     let most = TILE_ROWS * MAX_BLOCKS_Y;
     expect(count <= most, KERNEL, "the rows of x", count, format!("at most {most}"))?;
     let partial = kernels.empty(&[bands, width], storage.wide())?;
@@ -97,7 +97,7 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     let rows = Argument::I64(count);
     let columns = Argument::I32(int(KERNEL, "the width of a row", width)?);
     let blocks = |work: i64| kernels.blocks(work, u32::MAX);
-    let across = blocks(width.div_ceil(32 * lanes));
+    let across = blocks(pieces(width, 32 * lanes));
     let grid = Grid { blocks: (across, blocks(bands)), threads: BLOCK };
     let arguments = [Argument::read(x), Argument::write(&partial), rows, columns];
     // SAFETY: the parameters are those of the source; there is a row of blocks for every band of
@@ -110,10 +110,10 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
         Argument::I64(bands),
         columns,
     ];
-    let grid = Grid::line(blocks(width.div_ceil(i64::from(BLOCK))), BLOCK);
+    let grid = Grid::line(blocks(pieces(width, i64::from(BLOCK))), BLOCK);
     // SAFETY: as above; a thread for each column.
     unsafe { kernels.launch(variant, "column_scales", grid, &arguments)? };
-    let tiles = (blocks(width.div_ceil(TILE_COLUMNS)), blocks(count.div_ceil(TILE_ROWS)));
+    let tiles = (blocks(pieces(width, TILE_COLUMNS)), blocks(pieces(count, TILE_ROWS)));
     let grid = Grid { blocks: tiles, threads: BLOCK };
     let arguments =
         [Argument::read(x), Argument::read(&inverses), Argument::write(&values), rows, columns];

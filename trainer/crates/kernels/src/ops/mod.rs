@@ -4,6 +4,7 @@
 pub mod accumulate;
 pub mod adamw;
 pub mod cross_entropy;
+pub mod embedding;
 pub mod fp8;
 pub mod gradient_norm;
 pub mod rms_norm;
@@ -17,10 +18,11 @@ use crate::error::{KernelError, Result};
 use crate::program::Program;
 
 /// Every program.
-pub const PROGRAMS: [&Program; 8] = [
+pub const PROGRAMS: [&Program; 9] = [
     &accumulate::PROGRAM,
     &adamw::PROGRAM,
     &cross_entropy::PROGRAM,
+    &embedding::PROGRAM,
     &fp8::PROGRAM,
     &gradient_norm::PROGRAM,
     &rms_norm::PROGRAM,

@@ -9,7 +9,7 @@ use torch_shim::{Result as ShimResult, autograd, fused};
 
 use super::{exactly, expect, given};
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, int, pieces, rows, threads};
 use crate::program::{Program, Storage, Variant};
 
 const KERNEL: &str = "rms_norm";
@@ -52,7 +52,7 @@ fn choose(storage: Storage, width: i64) -> Result<(Variant, u32)> {
     expect(width <= MAX_WIDTH, KERNEL, "the width of a row", width, expected)?;
     let fits = |items: &&u32| i64::from(**items) * i64::from(MAX_THREADS) >= width;
     let items = ITEMS.iter().find(fits).copied().unwrap_or(ITEMS[2]);
-    let threads = threads(width.div_ceil(i64::from(items)), MAX_THREADS);
+    let threads = threads(pieces(width, i64::from(items)), MAX_THREADS);
     Ok((Variant { program: &PROGRAM, storage, items }, threads))
 }
 
@@ -147,7 +147,7 @@ pub fn backward(
         Argument::I32(int(KERNEL, "blocks", i64::from(blocks))?),
         Argument::I32(width_int),
     ];
-    let blocks = kernels.blocks(width.div_ceil(COLUMNS), u32::MAX);
+    let blocks = kernels.blocks(pieces(width, COLUMNS), u32::MAX);
     let grid = Grid::line(blocks, MAX_THREADS);
     // SAFETY: the parameters are those of the source; there is a block for every 32 columns.
     unsafe { kernels.launch(variant, "rms_norm_weight_gradient", grid, &arguments)? };

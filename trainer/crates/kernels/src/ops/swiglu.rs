@@ -7,7 +7,7 @@ use torch_shim::{Result as ShimResult, autograd, fused};
 
 use super::{exactly, expect, given};
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, plain, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, int, pieces, plain, rows, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "swiglu";
@@ -37,7 +37,7 @@ fn measure(kernels: &Kernels, storage: Storage, gate_up: &Tensor) -> Result<(i64
 fn grid(kernels: &Kernels, storage: Storage, count: i64, width: i64) -> Grid {
     let lanes = if width % storage.lanes() == 0 { storage.lanes() } else { 1 };
     let threads = threads(width / lanes, MAX_THREADS);
-    let across = kernels.blocks((width / lanes).div_ceil(i64::from(threads)), THREADS / threads);
+    let across = kernels.blocks(pieces(width / lanes, i64::from(threads)), THREADS / threads);
     let down = kernels.blocks(count, (THREADS / threads / across).max(1)).min(65_535);
     Grid { blocks: (across, down), threads }
 }

@@ -6,7 +6,9 @@ use std::time::Instant;
 use kernels::Kernels;
 use kernels::ops::adamw::{Buffers, Chunks, adamw};
 use kernels::ops::rope::{Layout, Tables};
-use kernels::ops::{accumulate, cross_entropy, fp8, gradient_norm, rms_norm, rope, swiglu};
+use kernels::ops::{
+    accumulate, cross_entropy, embedding, fp8, gradient_norm, rms_norm, rope, swiglu,
+};
 use torch_shim::cuda;
 use torch_shim::ops::AdamW;
 use torch_shim::tch::{Kind, Tensor};
@@ -27,7 +29,7 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
     let activations = (TOKENS * DIM * 2) as f64;
     let copy = {
         let (from, to) = (bf16(&[TOKENS, 16 * DIM]), bf16(&[TOKENS, 16 * DIM]));
-        rate(2.0 * 16.0 * activations, || drop(to.shallow_clone().copy_(&from)))
+        rate(2.0 * 16.0 * activations, || to.shallow_clone().copy_(&from))
     };
     let parts: Vec<(&str, f64)> = match name {
         "rms_norm" => {
@@ -79,6 +81,13 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
                 drop(cross_entropy::cross_entropy(kernels, &logits, &targets, 1e-4, true).unwrap());
             };
             vec![("with gradients", rate(bytes, run))]
+        }
+        "embedding" => {
+            let tokens = Tensor::arange(TOKENS, (Kind::Int64, kernels.device())).remainder(3000);
+            let (dy, gradient) = (bf16(&[TOKENS, DIM]), make(&[3000, DIM], Kind::Float));
+            let run = || embedding::accumulate_rows(kernels, &tokens, &dy, &gradient).unwrap();
+            // With the sort of the tokens.
+            vec![("gradient", rate(activations + (3000 * DIM * 8) as f64, run))]
         }
         "adamw" => {
             let make = || make(&[PARAMETERS], Kind::Float);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kernels::ops::rope::{Layout, Tables};
-use kernels::ops::{cross_entropy, rms_norm, rope, swiglu};
+use kernels::ops::{cross_entropy, embedding, rms_norm, rope, swiglu};
 use kernels::{Kernels, Storage};
 use torch_shim::params::{Parameter, ParameterSet, ParameterSpec};
 use torch_shim::tch::{self, Device, Kind, Tensor};
@@ -55,6 +55,7 @@ pub fn check(kernels: &Kernels) {
         add_norm(kernels, storage.kind());
         turn(kernels, storage.kind());
         glu(kernels, storage.kind());
+        table(kernels, storage.kind());
         head(kernels, storage);
     }
     refusals(kernels);
@@ -162,6 +163,23 @@ fn glu(kernels: &Kernels, kind: Kind) {
     let dy = random(kernels, &y.size(), kind);
     let got = gradients_of(&[&y], &[&dy], &[&gate_up]);
     same("swiglu: gradient", &got[0], &swiglu::backward(kernels, &dy, &gate_up).unwrap());
+}
+
+fn table(kernels: &Kernels, kind: Kind) {
+    let (_set, weight, ready) = parameter(kernels, &[11, 24], kind);
+    let tokens = Tensor::from_slice(&[3_i64, 0, 10, 3, 3, 7]).view([2, 3]);
+    let tokens = tokens.to_device(kernels.device());
+    let rows = || embedding::embedding(kernels, &tokens, &weight).unwrap();
+    same("embedding", &rows(), &weight.compute.index_select(0, &tokens.view([-1])).view([2, 3, 24]));
+    let dy = random(kernels, &[2, 3, 24], kind);
+    let want = Tensor::zeros([11, 24], (Kind::Float, kernels.device()));
+    for times in 1..=2 {
+        autograd::backward(&[&rows()], &[&dy]).unwrap();
+        let flat = (tokens.view([-1]), dy.view([-1, 24]));
+        embedding::accumulate_rows(kernels, &flat.0, &flat.1, &want).unwrap();
+        same("embedding: weight", &weight.grad, &want);
+        assert_eq!(ready.load(Ordering::SeqCst), times);
+    }
 }
 
 /// The head in chunks, against the plain form in FP64 of all logits at once.

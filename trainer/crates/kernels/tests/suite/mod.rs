@@ -10,6 +10,7 @@
 
 pub mod accumulate;
 pub mod cross_entropy;
+pub mod embedding;
 pub mod fp8;
 pub mod graph;
 pub mod optimizer;
@@ -54,9 +55,9 @@ pub fn random(kernels: &Kernels, shape: &[i64], kind: Kind) -> Tensor {
     values.to_kind(kind).to_device(kernels.device())
 }
 
-/// The same numbers in FP64 on the CPU, with a graph of its own.
+/// The same numbers in FP64 on the CPU, in memory of their own.
 pub fn exact(x: &Tensor) -> Tensor {
-    x.detach().to_device(Device::Cpu).to_kind(Kind::Double)
+    x.detach().to_device(Device::Cpu).to_kind(Kind::Double).copy()
 }
 
 /// The same, as a leaf.
