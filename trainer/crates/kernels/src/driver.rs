@@ -210,9 +210,8 @@ impl Gpu {
         let text = CString::new(name).unwrap_or_default();
         // SAFETY: the module is never unloaded; the name and the place for the answer live through
         // the call.
-        let code = unsafe {
-            (self.driver.functions.function)(&mut function, module.0.0, text.as_ptr())
-        };
+        let code =
+            unsafe { (self.driver.functions.function)(&mut function, module.0.0, text.as_ptr()) };
         self.driver.check("cuModuleGetFunction", code)?;
         Ok(Function(Handle(function)))
     }

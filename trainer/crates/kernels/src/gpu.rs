@@ -131,8 +131,8 @@ impl Executor for Gpu {
         Device::Cuda(self.index)
     }
 
-    fn multiprocessors(&self) -> u32 {
-        self.gpu.multiprocessors
+    fn sharing_blocks(&self, each: u32) -> u32 {
+        self.gpu.multiprocessors.saturating_mul(each)
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {

@@ -57,8 +57,12 @@ impl<'a> Argument<'a> {
         if tensor.numel() == 0 {
             return 0;
         }
-        let farthest: i64 =
-            tensor.size().iter().zip(tensor.stride()).map(|(size, stride)| (size - 1) * stride).sum();
+        let farthest: i64 = tensor
+            .size()
+            .iter()
+            .zip(tensor.stride())
+            .map(|(size, stride)| (size - 1) * stride)
+            .sum();
         usize::try_from(farthest + 1).unwrap_or(0) * tensor.kind().elt_size_in_bytes()
     }
 }
@@ -97,8 +101,8 @@ pub trait Executor: Send + Sync {
     /// Where the tensors are.
     fn device(&self) -> Device;
 
-    /// Blocks that run side by side, at least.
-    fn multiprocessors(&self) -> u32;
+    /// How many blocks share out work of any size, where each multiprocessor should get `each`.
+    fn sharing_blocks(&self, each: u32) -> u32;
 
     /// Carries a launch out, after what was issued before on the same stream.
     ///
@@ -134,10 +138,9 @@ impl Kernels {
         tensor.device() == self.device() && matches!(tensor.kind(), Kind::Float | Kind::BFloat16)
     }
 
-    /// Blocks for `work` that can be cut into as many: at most `each` a multiprocessor.
-    pub(crate) fn blocks(&self, work: i64, each: u32) -> u32 {
-        let most = i64::from(self.executor.multiprocessors()) * i64::from(each);
-        u32::try_from(work.clamp(1, most.max(1))).unwrap_or(1)
+    /// Blocks that take turns at `work` pieces: at most `each` a multiprocessor.
+    pub(crate) fn share(&self, work: i64, each: u32) -> u32 {
+        cover(work).min(self.executor.sharing_blocks(each)).max(1)
     }
 
     /// Carries a launch out.
@@ -222,6 +225,11 @@ pub(crate) fn int(kernel: &'static str, what: &str, value: i64) -> Result<i32> {
         value: value.to_string(),
         expected: format!("at most {}", i32::MAX),
     })
+}
+
+/// Blocks that take one of `work` pieces each.
+pub(crate) fn cover(work: i64) -> u32 {
+    u32::try_from(work.max(1)).unwrap_or(u32::MAX)
 }
 
 /// How many pieces of a size cover `count`.

@@ -121,7 +121,9 @@ mod tests {
             ["/given/", "", "/nowhere/torch/lib/../../nvidia/example/lib/", "/nowhere/system/"];
         let expected: Vec<PathBuf> = folders
             .iter()
-            .flat_map(|folder| WANTED.files.iter().map(move |file| format!("{folder}{file}").into()))
+            .flat_map(|folder| {
+                WANTED.files.iter().map(move |file| format!("{folder}{file}").into())
+            })
             .collect();
         assert_eq!(search.places(&WANTED), expected);
         assert_eq!(Search::default().places(&WANTED).len(), 4);

@@ -122,7 +122,12 @@ impl Nvrtc {
         fitting.max().copied().ok_or_else(|| KernelError::Architecture {
             version: self.version(),
             capability: format!("{major}.{minor}"),
-            known: self.architectures.iter().map(|a| format!("sm_{a}")).collect::<Vec<_>>().join(" "),
+            known: self
+                .architectures
+                .iter()
+                .map(|a| format!("sm_{a}"))
+                .collect::<Vec<_>>()
+                .join(" "),
         })
     }
 
@@ -267,7 +272,8 @@ mod tests {
     #[test]
     fn the_library_beside_is_found() {
         let folder = tempfile::TempDir::new().unwrap();
-        let names = ["libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0"];
+        let names =
+            ["libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0"];
         for name in names {
             std::fs::write(folder.path().join(name), "").unwrap();
         }

@@ -78,8 +78,7 @@ fn check_accesses(variant: &Variant, kernel: &str, body: &str) {
         body.lines().filter(has_16_bytes).count()
     };
     // Those that read and write partial sums, or single numbers.
-    let small =
-        ["rms_norm_weight_gradient", "sum_of_squares", "clip_coefficient", "column_scales"];
+    let small = ["rms_norm_weight_gradient", "sum_of_squares", "clip_coefficient", "column_scales"];
     // Those whose results are few, or a byte for each element.
     let reduces = ["squares_of_chunks", "column_maxima", "quantise_rows"];
     if !small.contains(&kernel) {
@@ -115,7 +114,8 @@ fn an_error_names_the_line() {
 #[test]
 fn a_device_gets_its_own_architecture_or_one_that_it_runs() {
     let Some(nvrtc) = nvrtc() else { return };
-    let check = |capability, expected| assert_eq!(nvrtc.architecture(capability).unwrap(), expected);
+    let check =
+        |capability, expected| assert_eq!(nvrtc.architecture(capability).unwrap(), expected);
     check((9, 0), 90);
     check((8, 6), 86);
     check((10, 0), 100);

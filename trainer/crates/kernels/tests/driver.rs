@@ -66,11 +66,8 @@ fn a_kernel_comes_to_its_stream_with_its_parameters() {
     let module = gpu.load(b"machine code\0").unwrap();
     let function = gpu.function(module, "norm").unwrap();
     let (mut address, mut number, mut small) = (0x1234_5678_u64, -7_i64, 42_i32);
-    let mut values: [*mut c_void; 3] = [
-        (&raw mut address).cast(),
-        (&raw mut number).cast(),
-        (&raw mut small).cast(),
-    ];
+    let mut values: [*mut c_void; 3] =
+        [(&raw mut address).cast(), (&raw mut number).cast(), (&raw mut small).cast()];
     let grid = Grid { blocks: (5, 6), threads: 96 };
     let stream = std::ptr::without_provenance_mut(0x77);
     // SAFETY: the fake driver reads three values of these sizes, and follows no address.
@@ -107,7 +104,10 @@ fn failures_come_back_in_the_drivers_words() {
     says(&gpu.load(b"x\0").err().unwrap(), &["cuModuleLoadData failed with code 209 (NAME_209)"]);
     let other = Fake::compiled_with(&[]);
     other.fail("cuInit", 100);
-    says(&Driver::load(&other.search()).err().unwrap(), &["cuInit failed with code 100 (NAME_100)"]);
+    says(
+        &Driver::load(&other.search()).err().unwrap(),
+        &["cuInit failed with code 100 (NAME_100)"],
+    );
 }
 
 #[test]

@@ -3,6 +3,8 @@
 #![expect(unsafe_code, reason = "the emulator calls what the host compiler made of a kernel")]
 
 mod emulator;
+#[path = "emulated/planted.rs"]
+mod planted;
 mod suite;
 
 use suite::Extent;
@@ -15,50 +17,50 @@ fn used(worst: f64) {
 
 #[test]
 fn rms_norm() {
-    used(suite::rms_norm::check(&emulator::kernels(), Extent::Small));
+    used(suite::rms_norm::check(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn rope() {
-    used(suite::rope::check(&emulator::kernels(), Extent::Small));
+    used(suite::rope::check(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn swiglu() {
-    used(suite::swiglu::check(&emulator::kernels(), Extent::Small));
+    used(suite::swiglu::check(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn cross_entropy() {
-    used(suite::cross_entropy::check(&emulator::kernels(), Extent::Small));
+    used(suite::cross_entropy::check(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn embedding() {
-    used(suite::embedding::check(&emulator::kernels(), Extent::Small));
+    used(suite::embedding::check(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn adamw() {
-    used(suite::optimizer::check_adamw(&emulator::kernels(), Extent::Small));
+    used(suite::optimizer::check_adamw(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn gradient_norm() {
-    used(suite::optimizer::check_norm(&emulator::kernels(), Extent::Small));
+    used(suite::optimizer::check_norm(&emulator::kernels(None), Extent::Small));
 }
 
 #[test]
 fn fp8() {
-    suite::fp8::check(&emulator::kernels(), Extent::Small);
+    suite::fp8::check(&emulator::kernels(None), Extent::Small);
 }
 
 #[test]
 fn accumulate() {
-    suite::accumulate::check(&emulator::kernels(), Extent::Small);
+    suite::accumulate::check(&emulator::kernels(None), Extent::Small);
 }
 
 #[test]
 fn autograd_functions() {
-    suite::graph::check(&emulator::kernels());
+    suite::graph::check(&emulator::kernels(None));
 }

@@ -66,11 +66,12 @@ fn run(compute: ComputeDtype, kernels: Option<Kernels>) -> (f64, Tensor) {
 fn check(compute: ComputeDtype) {
     let (exact_loss, exact) = run(ComputeDtype::Fp64, None);
     let error = |(loss, gradients): (f64, Tensor)| {
-        let distance = (gradients - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+        let distance =
+            (gradients - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
         (((loss - exact_loss) / exact_loss).abs(), distance)
     };
     let plain = error(run(compute, None));
-    let own = error(run(compute, Some(emulator::kernels())));
+    let own = error(run(compute, Some(emulator::kernels(None))));
     println!("{compute:?}: loss and gradients are off by {own:?}, without kernels by {plain:?}");
     let unit = if compute == ComputeDtype::Bf16 { 2f64.powi(-8) } else { 2f64.powi(-24) };
     assert!(own.1 > 0.0 && own.1 < 1.5 * plain.1, "{own:?} {plain:?}");
@@ -92,7 +93,7 @@ fn bf16() {
 #[test]
 fn fp64_is_not_touched() {
     let (loss, gradients) = run(ComputeDtype::Fp64, None);
-    let (same_loss, same) = run(ComputeDtype::Fp64, Some(emulator::kernels()));
+    let (same_loss, same) = run(ComputeDtype::Fp64, Some(emulator::kernels(None)));
     assert_eq!(loss.to_bits(), same_loss.to_bits());
     assert!(gradients.equal(&same));
 }

@@ -102,12 +102,7 @@ pub trait LayerBuilder: Send + Sync {
     /// Splits the fused projection, and turns queries and keys by the `tables` of the positions:
     /// cosines and sines, `[S, E]` or `[B, S, E]`. The projection's memory may be used for it:
     /// nobody else reads its values.
-    fn rope(
-        &self,
-        qkv_BSF: &Tensor,
-        tables: (&Tensor, &Tensor),
-        shape: HeadShape,
-    ) -> Result<Qkv>;
+    fn rope(&self, qkv_BSF: &Tensor, tables: (&Tensor, &Tensor), shape: HeadShape) -> Result<Qkv>;
 
     /// `silu(gate) * up` of the fused projection.
     fn swiglu(&self, gate_up_BS2I: &Tensor) -> Result<Tensor>;

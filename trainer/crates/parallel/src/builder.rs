@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use layout::communication::LOSS_CHUNK_TOKENS;
 use model::{
-    Dense, HeadShape, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Residual,
-    Result,
+    Dense, HeadShape, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute,
+    Residual, Result,
 };
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
@@ -91,12 +91,7 @@ impl LayerBuilder for Sharded {
         self.dense.add_norm(stream_BSD, branch_BSD, weight, eps)
     }
 
-    fn rope(
-        &self,
-        qkv_BSF: &Tensor,
-        tables: (&Tensor, &Tensor),
-        shape: HeadShape,
-    ) -> Result<Qkv> {
+    fn rope(&self, qkv_BSF: &Tensor, tables: (&Tensor, &Tensor), shape: HeadShape) -> Result<Qkv> {
         self.dense.rope(qkv_BSF, tables, shape)
     }
 

@@ -34,7 +34,7 @@ pub fn accumulate(kernels: &Kernels, sum: &Tensor, x: &Tensor) -> Result<()> {
     let arguments = [Argument::update(sum), Argument::read(x), Argument::I64(count)];
     let vectors = pieces(count, storage.lanes());
     let threads = threads(vectors, MAX_THREADS);
-    let blocks = kernels.blocks(pieces(vectors, i64::from(threads)), THREADS / threads);
+    let blocks = kernels.share(pieces(vectors, i64::from(threads)), THREADS / threads);
     // SAFETY: the parameters are those of the source; both tensors have `count` elements.
     unsafe {
         kernels.launch(plain(&PROGRAM, storage), KERNEL, Grid::line(blocks, threads), &arguments)

@@ -136,7 +136,7 @@ pub fn adamw(
         Argument::read(factor),
     ];
     arguments.extend(numbers.map(Argument::F64));
-    let grid = Grid::line(kernels.blocks(count, BLOCKS), THREADS);
+    let grid = Grid::line(kernels.share(count, BLOCKS), THREADS);
     // SAFETY: the parameters are those of the source; the chunks lie within the buffers, which have
     // one length.
     unsafe { kernels.launch(plain(&PROGRAM, storage), KERNEL, grid, &arguments) }
@@ -154,8 +154,7 @@ pub fn reference(
     let AdamW { learning_rate, beta1, beta2, eps, weight_decay, step } = *constants;
     let gradient = gradient.f_mul_scalar(factor)?;
     let weight = weight.f_mul_scalar(1.0 - learning_rate * weight_decay)?;
-    let first =
-        first.f_mul_scalar(beta1)?.f_add(&gradient.f_mul_scalar(1.0 - beta1)?)?;
+    let first = first.f_mul_scalar(beta1)?.f_add(&gradient.f_mul_scalar(1.0 - beta1)?)?;
     let square = gradient.f_square()?;
     let second = second.f_mul_scalar(beta2)?.f_add(&square.f_mul_scalar(1.0 - beta2)?)?;
     let unbiased = |moment: &Tensor, beta: f64| moment.f_div_scalar(1.0 - beta.powf(step as f64));

@@ -57,7 +57,7 @@ pub fn cross_entropy(
         Argument::I32(i32::from(gradients)),
     ];
     let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
-    let grid = Grid::line(kernels.blocks(count, BLOCKS * MAX_THREADS / threads), threads);
+    let grid = Grid::line(kernels.share(count, BLOCKS * MAX_THREADS / threads), threads);
     // SAFETY: the parameters are those of the source; logits have `count` rows of `width` elements,
     // targets and losses `count` elements.
     unsafe { kernels.launch(plain(&PROGRAM, storage), KERNEL, grid, &arguments)? };

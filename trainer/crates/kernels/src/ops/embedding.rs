@@ -58,8 +58,8 @@ pub fn accumulate_rows(
     let lanes = if width % storage.lanes() == 0 { storage.lanes() } else { 1 };
     let threads = threads(width / lanes, MAX_THREADS);
     // A token that comes often keeps its blocks busy for long: so there are several for each.
-    let across = kernels.blocks(pieces(width / lanes, i64::from(threads)), u32::MAX);
-    let grid = Grid { blocks: (kernels.blocks(count, BLOCKS), across.min(64)), threads };
+    let across = kernels.share(pieces(width / lanes, i64::from(threads)), BLOCKS);
+    let grid = Grid { blocks: (kernels.share(count, BLOCKS), across), threads };
     // SAFETY: the parameters are those of the source; tokens and their order have `count` elements,
     // dy as many rows, and the gradient `table` rows.
     unsafe { kernels.launch(plain(&PROGRAM, storage), "embedding_gradient", grid, &arguments) }

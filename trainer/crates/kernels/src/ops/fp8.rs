@@ -5,7 +5,7 @@ use torch_shim::tch::{Kind, Tensor};
 
 use super::expect;
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, pieces, plain, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, cover, int, pieces, plain, rows, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "fp8";
@@ -68,7 +68,7 @@ pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
         Argument::I32(int(KERNEL, "the width of a row", width)?),
     ];
     let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
-    let grid = Grid::line(kernels.blocks(count, THREADS / threads), threads);
+    let grid = Grid::line(kernels.share(count, THREADS / threads), threads);
     // SAFETY: the parameters are those of the source; x and values have `count` rows of `width`
     // elements, and there is a scale for each row.
     unsafe { kernels.launch(plain(&PROGRAM, storage), "quantise_rows", grid, &arguments)? };
@@ -96,9 +96,8 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     let lanes = if width % storage.lanes() == 0 { storage.lanes() } else { 1 };
     let rows = Argument::I64(count);
     let columns = Argument::I32(int(KERNEL, "the width of a row", width)?);
-    let blocks = |work: i64| kernels.blocks(work, u32::MAX);
-    let across = blocks(pieces(width, 32 * lanes));
-    let grid = Grid { blocks: (across, blocks(bands)), threads: BLOCK };
+    let across = cover(pieces(width, 32 * lanes));
+    let grid = Grid { blocks: (across, cover(bands)), threads: BLOCK };
     let arguments = [Argument::read(x), Argument::write(&partial), rows, columns];
     // SAFETY: the parameters are those of the source; there is a row of blocks for every band of
     // 256 rows.
@@ -110,10 +109,10 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
         Argument::I64(bands),
         columns,
     ];
-    let grid = Grid::line(blocks(pieces(width, i64::from(BLOCK))), BLOCK);
+    let grid = Grid::line(cover(pieces(width, i64::from(BLOCK))), BLOCK);
     // SAFETY: as above; a thread for each column.
     unsafe { kernels.launch(variant, "column_scales", grid, &arguments)? };
-    let tiles = (blocks(pieces(width, TILE_COLUMNS)), blocks(pieces(count, TILE_ROWS)));
+    let tiles = (cover(pieces(width, TILE_COLUMNS)), cover(pieces(count, TILE_ROWS)));
     let grid = Grid { blocks: tiles, threads: BLOCK };
     let arguments =
         [Argument::read(x), Argument::read(&inverses), Argument::write(&values), rows, columns];

@@ -46,7 +46,7 @@ pub fn squared_norm(kernels: &Kernels, gradients: &Tensor, chunks: &Chunks) -> R
             Argument::I64(count),
             Argument::write(&partial),
         ];
-        let grid = Grid::line(kernels.blocks(count, BLOCKS), THREADS);
+        let grid = Grid::line(kernels.share(count, BLOCKS), THREADS);
         // SAFETY: the parameters are those of the source; the chunks lie within the buffer, and
         // there is a place for the sum of each.
         unsafe { kernels.launch(plain(&PROGRAM, storage), "squares_of_chunks", grid, &arguments)? };

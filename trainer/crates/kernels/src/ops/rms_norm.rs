@@ -9,7 +9,7 @@ use torch_shim::{Result as ShimResult, autograd, fused};
 
 use super::{exactly, expect, given};
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, int, pieces, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, cover, int, pieces, rows, threads};
 use crate::program::{Program, Storage, Variant};
 
 const KERNEL: &str = "rms_norm";
@@ -90,7 +90,7 @@ pub fn forward(
         Argument::I32(int(KERNEL, "the width of a row", width)?),
         Argument::F64(eps),
     ];
-    let grid = Grid::line(kernels.blocks(count, FORWARD_THREADS / threads), threads);
+    let grid = Grid::line(kernels.share(count, FORWARD_THREADS / threads), threads);
     // SAFETY: the parameters are those of the source. All tensors were checked, or made, to have
     // `count` rows of `width` elements of the variant's format; threads times items reach a row.
     unsafe { kernels.launch(variant, "rms_norm_forward", grid, &arguments)? };
@@ -124,7 +124,7 @@ pub fn backward(
     }
     let (variant, threads) = choose(storage, width)?;
     let width_int = int(KERNEL, "the width of a row", width)?;
-    let blocks = kernels.blocks(count, BACKWARD_THREADS / threads);
+    let blocks = kernels.share(count, BACKWARD_THREADS / threads);
     let partial = kernels.empty(&[i64::from(blocks), width], wide)?;
     let dx = kernels.empty(&shape, kind)?;
     let arguments = [
@@ -147,7 +147,7 @@ pub fn backward(
         Argument::I32(int(KERNEL, "blocks", i64::from(blocks))?),
         Argument::I32(width_int),
     ];
-    let blocks = kernels.blocks(pieces(width, COLUMNS), u32::MAX);
+    let blocks = cover(pieces(width, COLUMNS));
     let grid = Grid::line(blocks, MAX_THREADS);
     // SAFETY: the parameters are those of the source; there is a block for every 32 columns.
     unsafe { kernels.launch(variant, "rms_norm_weight_gradient", grid, &arguments)? };

@@ -153,7 +153,7 @@ fn launch(
     arguments.extend([Argument::I32(i32::from(has_rows)), Argument::I32(sign)]);
     let lanes = if head_dim % (2 * storage.lanes()) == 0 { storage.lanes() } else { 1 };
     let threads = threads((heads + 2 * kv_heads) * head_dim / 2 / lanes, MAX_THREADS);
-    let grid = Grid::line(kernels.blocks(batch * sequence, THREADS / threads), threads);
+    let grid = Grid::line(kernels.share(batch * sequence, THREADS / threads), threads);
     // SAFETY: the parameters are those of the source. The parts were checked, or made, to have the
     // shapes that the numbers say, at their strides; the tables have a row for each token.
     unsafe { kernels.launch(plain(&PROGRAM, storage), KERNEL, grid, &arguments) }

@@ -37,8 +37,8 @@ fn measure(kernels: &Kernels, storage: Storage, gate_up: &Tensor) -> Result<(i64
 fn grid(kernels: &Kernels, storage: Storage, count: i64, width: i64) -> Grid {
     let lanes = if width % storage.lanes() == 0 { storage.lanes() } else { 1 };
     let threads = threads(width / lanes, MAX_THREADS);
-    let across = kernels.blocks(pieces(width / lanes, i64::from(threads)), THREADS / threads);
-    let down = kernels.blocks(count, (THREADS / threads / across).max(1)).min(65_535);
+    let across = kernels.share(pieces(width / lanes, i64::from(threads)), THREADS / threads);
+    let down = kernels.share(count, (THREADS / threads / across).max(1)).min(65_535);
     Grid { blocks: (across, down), threads }
 }
 

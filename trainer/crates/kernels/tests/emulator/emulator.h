@@ -2,9 +2,9 @@
 // kernel runs as it is written, barriers and shuffles included. x86-64 only.
 //
 // A thread runs until it waits for others. The same launch is run in several orders, of threads, warps and blocks, and must leave
-// the same bits: where it does not, a barrier is missing. Every buffer is copied to
-// memory that ends at a page that nobody may touch, so that an access outside is seen; what a kernel only writes holds NaNs
-// before, as shared memory does at the start of each block.
+// the same bits: where it does not, a barrier is missing. Every buffer is copied to memory that ends at a page that nobody may
+// touch, so that an access outside is seen. What a kernel only writes, shared memory at the start of each block, and the bytes
+// between a buffer and that page hold other numbers in each order: whoever reads them gives himself away.
 #pragma once
 
 #include <math.h>
@@ -107,6 +107,9 @@ static volatile sig_atomic_t running;
 static void (*kernel)(void** values);
 static void** kernel_values;
 
+// What memory holds that nobody has written, in each order: NaN in every format, a huge number, a small one.
+static const int kFill[kOrders] = {0xff, 0x7e, 0x3d};
+
 static void report(const char* format, ...) {
   if (problem[0]) return;
   va_list list;
@@ -196,8 +199,7 @@ static bool run_warp(Fiber* warp, int order) {
 // In the first order the warps keep step with each other; in the others each runs ahead as far as it can, to the next barrier of
 // the block, so that what a slower one still wants to read is overwritten where no barrier keeps it.
 static void run_block(int order, int threads) {
-  // NaN in every format.
-  if (__start_phx_shared) memset(__start_phx_shared, 0xff, __stop_phx_shared - __start_phx_shared);
+  if (__start_phx_shared) memset(__start_phx_shared, kFill[order], __stop_phx_shared - __start_phx_shared);
   for (int i = 0; i < threads; i++) start(fibers[i], i);
   int warps = threads / kWarpSize;
   for (;;) {
@@ -262,10 +264,10 @@ struct Memory {
     }
   }
 
-  void fill() {
+  void fill(int order) {
     for (int i = 0; i < count; i++) {
       Region& region = regions[i];
-      memset(region.mapped + kPage, 0xff, region.mapped_bytes - 2 * kPage);
+      memset(region.mapped + kPage, kFill[order], region.mapped_bytes - 2 * kPage);
       if (region.access & 1) memcpy(region.copy, region.original, region.bytes);
     }
   }
@@ -282,14 +284,14 @@ struct Memory {
     for (int i = 0; i < count; i++) {
       Region& region = regions[i];
       for (char* at = region.mapped + kPage; at < region.mapped + region.mapped_bytes - kPage; at++)
-        if ((at < region.copy || at >= region.copy + region.bytes) && *at != (char)0xff)
+        if ((at < region.copy || at >= region.copy + region.bytes) && *at != (char)kFill[order])
           report("region %d: %ld bytes from its beginning were written, it has %zu", i, (long)(at - region.copy), region.bytes);
       if (!(region.access & 2) && memcmp(region.copy, region.original, region.bytes))
         report("region %d is only read, they say, and was written", i);
       if (order == 0)
         memcpy(region.first_result, region.copy, region.bytes);
       else if (memcmp(region.first_result, region.copy, region.bytes))
-        report("another order of threads and blocks leaves other bits in region %d: a barrier is missing", i);
+        report("another order of threads leaves other bits in region %d: a barrier is missing, or memory is read that nobody wrote", i);
     }
   }
 
@@ -325,7 +327,7 @@ static void on_fault(int, siginfo_t* info, void*) {
 static void run_orders(const Launch& launch) {
   uint64_t blocks = (uint64_t)launch.grid.x * launch.grid.y;
   for (int order = 0; order < kOrders && !problem[0]; order++) {
-    memory->fill();
+    memory->fill(order);
     for (uint64_t i = 0; i < blocks && !problem[0]; i++) {
       uint64_t block = place(order, i, blocks);
       block_index = Dim{(unsigned)(block % launch.grid.x), (unsigned)(block / launch.grid.x), 0};

@@ -15,7 +15,7 @@ use torch_shim::ShimError;
 use torch_shim::tch::Device;
 
 /// Few, so that blocks take several turns.
-const MULTIPROCESSORS: u32 = 3;
+const BLOCKS: u32 = 3;
 
 /// `emulation::Argument`.
 #[repr(C)]
@@ -37,35 +37,42 @@ struct RawLaunch {
 
 type Emulate = unsafe extern "C" fn(*const RawLaunch) -> *const c_char;
 
+/// An error in a kernel: what stands in a text, and what is put there.
+pub type Planted = (&'static str, &'static str);
+
 /// Runs kernels on the CPU.
 #[derive(Default)]
 pub struct Emulator {
     libraries: Mutex<HashMap<PathBuf, Library>>,
+    planted: Option<Planted>,
 }
 
-/// The kernels, emulated.
-pub fn kernels() -> Kernels {
+/// The kernels, emulated; with an error in all texts that hold it, or none.
+pub fn kernels(planted: Option<Planted>) -> Kernels {
     torch_shim::tch::set_num_threads(1);
-    Kernels::new(Arc::new(Emulator::default()))
+    Kernels::new(Arc::new(Emulator { planted, ..Emulator::default() }))
 }
 
-fn source_of(variant: &Variant) -> String {
+fn source_of(variant: &Variant, planted: Option<Planted>) -> String {
     let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator/emulator.h");
     let defines = variant.defines();
     let defines = defines.iter().map(|(name, value)| format!("#define {name} {value}\n"));
     let entries = variant.program.kernels.iter().map(|name| format!("EMULATE({name})\n"));
+    let text = match planted {
+        Some((old, new)) => variant.text().replacen(old, new, 1),
+        None => variant.text(),
+    };
     format!(
-        "#include \"{}\"\n{}{}\n{}",
+        "#include \"{}\"\n{}{text}\n{}",
         header.display(),
         defines.collect::<String>(),
-        variant.text(),
         entries.collect::<String>()
     )
 }
 
 /// The compiled program, from an earlier test where there was one.
-fn library_of(variant: &Variant) -> PathBuf {
-    let text = source_of(variant);
+fn library_of(variant: &Variant, planted: Option<Planted>) -> PathBuf {
+    let text = source_of(variant, planted);
     let key = Key::of(&[&text, include_str!("emulator.h")]).to_string();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
     fs::create_dir_all(&folder).unwrap();
@@ -102,7 +109,7 @@ union Number {
 impl Emulator {
     /// The entry that runs a kernel of a variant.
     fn entry(&self, variant: &Variant, kernel: &str) -> Emulate {
-        let path = library_of(variant);
+        let path = library_of(variant, self.planted);
         let mut libraries = self.libraries.lock().unwrap();
         // SAFETY: the library is the one that was just compiled; it has no initializers.
         let open = || unsafe { Library::new(&path) }.unwrap();
@@ -118,8 +125,8 @@ impl Executor for Emulator {
         Device::Cpu
     }
 
-    fn multiprocessors(&self) -> u32 {
-        MULTIPROCESSORS
+    fn sharing_blocks(&self, _each: u32) -> u32 {
+        BLOCKS
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {

@@ -24,7 +24,8 @@ const REPEATS: u32 = 30;
 
 /// Bytes per second of a kernel, in words.
 pub fn of(kernels: &Kernels, name: &str) -> String {
-    let make = |shape: &[i64], kind| Tensor::randn(shape, (Kind::Float, kernels.device())).to_kind(kind);
+    let make =
+        |shape: &[i64], kind| Tensor::randn(shape, (Kind::Float, kernels.device())).to_kind(kind);
     let bf16 = |shape: &[i64]| make(shape, Kind::BFloat16);
     let activations = (TOKENS * DIM * 2) as f64;
     let copy = {
@@ -34,7 +35,8 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
     let parts: Vec<(&str, f64)> = match name {
         "rms_norm" => {
             let (x, residual, weight) = (bf16(&[TOKENS, DIM]), bf16(&[TOKENS, DIM]), bf16(&[DIM]));
-            let forward = || rms_norm::forward(kernels, &x, Some(&residual), &weight, 1e-5).unwrap();
+            let forward =
+                || rms_norm::forward(kernels, &x, Some(&residual), &weight, 1e-5).unwrap();
             let made = forward();
             let gradient = make(&[DIM], Kind::Float);
             let outer = (&x, Some(&residual));
@@ -65,7 +67,10 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
             let (gate_up, dy) = (bf16(&[TOKENS, 2 * FFN]), bf16(&[TOKENS, FFN]));
             let bytes = (TOKENS * FFN * 2) as f64;
             vec![
-                ("forward", rate(3.0 * bytes, || drop(swiglu::forward(kernels, &gate_up).unwrap()))),
+                (
+                    "forward",
+                    rate(3.0 * bytes, || drop(swiglu::forward(kernels, &gate_up).unwrap())),
+                ),
                 (
                     "backward",
                     rate(5.0 * bytes, || drop(swiglu::backward(kernels, &dy, &gate_up).unwrap())),
@@ -113,8 +118,7 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
         "gradient_norm" => {
             let gradients = make(&[PARAMETERS], Kind::Float);
             let chunks = Chunks::new(kernels, &[(0..PARAMETERS, true)]).unwrap();
-            let run =
-                || drop(gradient_norm::squared_norm(kernels, &gradients, &chunks).unwrap());
+            let run = || drop(gradient_norm::squared_norm(kernels, &gradients, &chunks).unwrap());
             vec![("norm", rate(PARAMETERS as f64 * 4.0, run))]
         }
         "fp8" => {
@@ -122,7 +126,10 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
             let bytes = (TOKENS * FFN) as f64;
             vec![
                 ("rows", rate(3.0 * bytes, || drop(fp8::quantise_rows(kernels, &x).unwrap()))),
-                ("columns", rate(5.0 * bytes, || drop(fp8::quantise_columns(kernels, &x).unwrap()))),
+                (
+                    "columns",
+                    rate(5.0 * bytes, || drop(fp8::quantise_columns(kernels, &x).unwrap())),
+                ),
             ]
         }
         _ => {

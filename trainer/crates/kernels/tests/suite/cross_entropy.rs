@@ -12,7 +12,8 @@ const VOCABULARY: i64 = 128_256;
 
 /// Rows and vocabulary: one token, no whole vectors in a row or at its beginning, more than a block
 /// takes at once, Llama 3's.
-const SHAPES: [[i64; 2]; 7] = [[1, 1], [3, 7], [5, 64], [9, 1021], [40, 37], [2, 9001], [2, VOCABULARY]];
+const SHAPES: [[i64; 2]; 7] =
+    [[1, 1], [3, 7], [5, 64], [9, 1021], [40, 37], [2, 9001], [2, VOCABULARY]];
 
 /// All shapes and formats; the largest share of the tolerance that was used.
 pub fn check(kernels: &Kernels, extent: Extent) -> f64 {

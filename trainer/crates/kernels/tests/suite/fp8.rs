@@ -47,7 +47,9 @@ fn edges(storage: Storage) -> Tensor {
                 2 => 1e-30 * f64::from(column),
                 3 if column == 7 => -3e38,
                 3 => 1.0,
-                _ => 2f64.powi(column - 40) * f64::from(row) * if row % 2 == 0 { 1.0 } else { -1.0 },
+                _ => {
+                    2f64.powi(column - 40) * f64::from(row) * if row % 2 == 0 { 1.0 } else { -1.0 }
+                }
             })
         })
         .collect();
@@ -65,7 +67,8 @@ fn every_number(kernels: &Kernels) {
     let numbers = Tensor::from_slice(&bytes).view_dtype(Kind::Float8e4m3fn).to_kind(Kind::Float);
     let between = (numbers.narrow(0, 0, 126) + numbers.narrow(0, 1, 126)) / 2.0;
     let centres = Tensor::cat(&[&numbers, &between], 0);
-    let around = [-2_i64, -1, 0, 1, 2].map(|step| (centres.view_dtype(Kind::Int) + step).clamp(0, 0x43e0_0000));
+    let around = [-2_i64, -1, 0, 1, 2]
+        .map(|step| (centres.view_dtype(Kind::Int) + step).clamp(0, 0x43e0_0000));
     let around = Tensor::cat(&around, 0).view_dtype(Kind::Float).view([1, -1]);
     case(kernels, &around.to_device(kernels.device()));
 }

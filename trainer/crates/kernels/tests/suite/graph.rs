@@ -170,7 +170,11 @@ fn table(kernels: &Kernels, kind: Kind) {
     let tokens = Tensor::from_slice(&[3_i64, 0, 10, 3, 3, 7]).view([2, 3]);
     let tokens = tokens.to_device(kernels.device());
     let rows = || embedding::embedding(kernels, &tokens, &weight).unwrap();
-    same("embedding", &rows(), &weight.compute.index_select(0, &tokens.view([-1])).view([2, 3, 24]));
+    same(
+        "embedding",
+        &rows(),
+        &weight.compute.index_select(0, &tokens.view([-1])).view([2, 3, 24]),
+    );
     let dy = random(kernels, &[2, 3, 24], kind);
     let want = Tensor::zeros([11, 24], (Kind::Float, kernels.device()));
     for times in 1..=2 {
@@ -245,7 +249,8 @@ fn refusals(kernels: &Kernels) {
     let (x, weight) = (make(&[3, 8]), make(&[8]));
     let error = rms_norm::forward(kernels, &x, None, &make(&[7]), EPS).unwrap_err();
     says(error, &["rms_norm: the shape of the weight is [7], expected [8]"]);
-    let error = rms_norm::forward(kernels, &x, Some(&make(&[8, 3]).tr()), &weight, EPS).unwrap_err();
+    let error =
+        rms_norm::forward(kernels, &x, Some(&make(&[8, 3]).tr()), &weight, EPS).unwrap_err();
     says(error, &["the memory of the residual is strides [1, 3], expected contiguous"]);
     let wide = make(&[1, 16385]);
     let error = rms_norm::forward(kernels, &wide, None, &make(&[16385]), EPS).unwrap_err();

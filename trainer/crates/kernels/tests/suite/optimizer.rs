@@ -132,16 +132,19 @@ pub fn check_norm(kernels: &Kernels, extent: Extent) -> f64 {
             let want = Tensor::from(want * want);
             // A square and the sum of a thread, in the format of the gradients; all else in FP64, of
             // which 60 roundings are less than one here.
-            let roundings = CHUNK / THREADS + 2.0 + if storage == Storage::Fp64 { 60.0 } else { 1.0 };
+            let roundings =
+                CHUNK / THREADS + 2.0 + if storage == Storage::Fp64 { 60.0 } else { 1.0 };
             let got = squares.to_kind(storage.kind());
             worst = worst.max(close("squares", storage, (&got, &want), (roundings, &want)));
             for limit in [None, Some(1.0), Some(1e6)] {
                 let norm = exact(&squares).sqrt();
                 let (got, coefficient) = clip(kernels, &squares, limit).unwrap();
-                let want = limit.map_or(1.0, |limit: f64| (limit / (norm.double_value(&[]) + 1e-6)).min(1.0));
+                let want = limit
+                    .map_or(1.0, |limit: f64| (limit / (norm.double_value(&[]) + 1e-6)).min(1.0));
                 worst = worst.max(close("norm", Storage::Fp64, (&got, &norm), (2.0, &norm)));
                 let want = Tensor::from(want);
-                worst = worst.max(close("clip", Storage::Fp32, (&coefficient, &want), (1.0, &want)));
+                worst =
+                    worst.max(close("clip", Storage::Fp32, (&coefficient, &want), (1.0, &want)));
             }
         }
     }

@@ -60,10 +60,12 @@ fn case(kernels: &Kernels, storage: Storage, shape: &[i64], offset: i64) -> f64 
     let (x, residual, weight) = (make(shape), make(shape), make(&[width]));
     let (d_normed, d_sum) = (make(shape), make(shape));
     let mut worst: f64 = 0.0;
-    for residual in [None, Some(&residual)] {
+    // All four forms of narrow rows; of wide ones, which take long to emulate, that with everything.
+    let is_wide = width > 1000;
+    for residual in [None, Some(&residual)].into_iter().filter(|x| x.is_some() || !is_wide) {
         let made = forward(kernels, &x, residual, &weight, EPS).unwrap();
         worst = worst.max(check_forward(storage, &x, residual, &weight, &made));
-        for d_sum in [None, Some(&d_sum)] {
+        for d_sum in [None, Some(&d_sum)].into_iter().filter(|x| x.is_some() || !is_wide) {
             let outer = (&d_normed, d_sum);
             worst = worst.max(check_backward(kernels, storage, outer, &weight, &made));
         }
