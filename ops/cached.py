@@ -1,4 +1,4 @@
-"""Things made once and kept under the cache folder, whoever asks for them and however often: used by libtorch.py and python_tests.py."""
+"""Things made once and kept under the cache folder, whoever asks for them and however often: used by libtorch.py, nvrtc.py and python_tests.py."""
 
 import fcntl
 import os

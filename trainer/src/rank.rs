@@ -7,11 +7,13 @@ use crate::identity;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
-    Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
+    Connections, check_libtorch, connect, device, initialize, kernels, prepare_libtorch,
+    read_config,
 };
 use crate::state::{BUCKET_BYTES, Memory, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use checkpoint_format::names;
+use model::Dense;
 use optim::AdamW;
 use parallel::Worker;
 use rank_protocol::client::RankClient;
@@ -103,7 +105,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage, memory } = connect(client, &config, device, &backend)?;
     let positions = longest_sequence(&config);
-    let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
+    let dense = Dense::new(kernels(device)?);
+    let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES, dense)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
     let roll_backs = &assignment.roll_backs;

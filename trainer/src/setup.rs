@@ -9,6 +9,7 @@ use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
 use checkpoint_format::{Checkpoint, FormatError, WeightSource, scan};
 use collectives::{CommError, Communicator, Group, GroupOptions, Whereabouts};
+use kernels::{Kernels, Options};
 use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};
 use model_spec::LocalParameter;
@@ -17,7 +18,7 @@ use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::{Phase, STORAGE_TIMEOUT, env, libtorch};
 use run_config::{DeviceKind, InitFrom, Parallelism, RunConfig};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use torch_shim::cuda;
@@ -78,6 +79,12 @@ pub fn prepare_libtorch(threads: usize) -> Result<()> {
     Ok(torch_shim::memory::keep_cpu_memory(UNUSED_CPU_BYTES)?)
 }
 
+/// The folder of the libtorch that is loaded.
+fn libtorch_lib() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    libtorch_prefix(&maps).map(|prefix| prefix.join("lib"))
+}
+
 /// The folder that holds `lib/libtorch_cpu.so`, of a list of mapped files.
 fn libtorch_prefix(maps: &str) -> Option<&Path> {
     let is_libtorch = |path: &&Path| path.file_name().is_some_and(|n| n == "libtorch_cpu.so");
@@ -115,6 +122,37 @@ pub fn device(config: &RunConfig, local_rank: usize) -> Result<Device> {
     Ok(Device::Cuda(local_rank % gpus))
 }
 
+/// The kernels of a GPU. There are none on the CPU, and none where `PHALANX_KERNELS` is `off`.
+///
+/// # Errors
+/// Where NVRTC or the driver cannot be used, or the variable is something else.
+pub fn kernels(device: Device) -> Result<Option<Kernels>> {
+    let variable = env::KERNELS;
+    match std::env::var(variable).as_deref() {
+        Ok("off") => return Ok(None),
+        Err(std::env::VarError::NotPresent) | Ok("on") => {}
+        Ok(other) => {
+            return Err(TrainError::Config(format!("{variable} is `{other}`, expected on or off")));
+        }
+        Err(error) => return Err(TrainError::Config(format!("{variable}: {error}"))),
+    }
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let search = kernels::Search { folder: None, libtorch_lib: libtorch_lib() };
+    let options = Options { search, cache: cache_folder().map(|cache| cache.join("kernels")) };
+    let kernels = Kernels::open(index, &options).map_err(|error| {
+        TrainError::Config(format!("{error}; {variable}=off computes without our own kernels"))
+    })?;
+    Ok(Some(kernels))
+}
+
+/// Where this machine's user keeps what can be made again.
+fn cache_folder() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = folder(env::CACHE_HOME).map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(folder(env::HOME)?).join(".cache")));
+    cache.map(|cache| cache.join("phalanx"))
+}
+
 fn has_nvidia_driver() -> bool {
     Path::new("/proc/driver/nvidia/gpus").is_dir()
 }
@@ -130,7 +168,8 @@ pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
     let decay_norms = config.optimizer.decay_norms;
     let params = allocate(&held, decay_norms, config.precision.compute, device)?;
-    let model = Llama::new(&config.model, stage, &params, Arc::new(Dense), num_positions)?;
+    let dense = Arc::new(Dense::new(kernels(device)?));
+    let model = Llama::new(&config.model, stage, &params, dense, num_positions)?;
     Ok(Trainee { model, params, held, device })
 }
 
@@ -226,10 +265,9 @@ fn store(client: &RankClient) -> Store {
 
 /// NCCL: the library that `PHALANX_NCCL` names, or libtorch's.
 fn load_nccl() -> Result<Nccl> {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let search = Search {
         path: std::env::var_os(env::NCCL).map(Into::into),
-        libtorch_lib: libtorch_prefix(&maps).map(|prefix| prefix.join("lib")),
+        libtorch_lib: libtorch_lib(),
         ..Search::default()
     };
     let nccl = Nccl::load(&search).map_err(|error| TrainError::Config(error.to_string()))?;

@@ -8,6 +8,13 @@ pub const TRAINER: &str = "PHALANX_TRAINER";
 pub const LIBTORCH: &str = "PHALANX_LIBTORCH";
 /// The NCCL library, or its folder, in place of libtorch's.
 pub const NCCL: &str = "PHALANX_NCCL";
+/// `off`: a GPU computes with libtorch's operators alone, and without kernels of our own.
+pub const KERNELS: &str = "PHALANX_KERNELS";
+/// Where programs keep what they can make again; `.cache` in [`HOME`] where unset. Compiled kernels
+/// are in `phalanx/kernels` there.
+pub const CACHE_HOME: &str = "XDG_CACHE_HOME";
+/// The user's own folder.
+pub const HOME: &str = "HOME";
 /// NCCL's own switch: several ranks on one GPU, for tests (NCCL 2.30 and later).
 pub const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 /// Hardware queues of a GPU. A collective that waits for its peers must not hold up another that

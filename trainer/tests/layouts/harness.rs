@@ -3,7 +3,7 @@
 use crate::tapped::{Tap, Tapped};
 use collectives::{CommError, Communicator, GroupOptions};
 use layout::Mesh;
-use model::{Inputs, llama::init::initialize, targets};
+use model::{Dense, Inputs, llama::init::initialize, targets};
 use optim::{AdamW, clip_coefficient};
 use parallel::{Groups, Pass, Worker, all_reduce_scalars};
 use run_config::{BatchStage, RunConfig};
@@ -101,7 +101,8 @@ pub fn member(config: &RunConfig, rank: usize, meeting: &Meeting) -> Member {
     let mut connect = |name: &str, ranks: &[usize]| meeting.join(name, ranks, rank);
     let groups = Groups::connect(config, mesh, rank, &mut connect).unwrap();
     let positions = batch_stage(config).sequence_length;
-    let worker = Worker::new(config, groups, Device::Cpu, positions, BUCKET_BYTES).unwrap();
+    let dense = Dense::default();
+    let worker = Worker::new(config, groups, Device::Cpu, positions, BUCKET_BYTES, dense).unwrap();
     initialize(config.seed, &worker.held, &worker.params).unwrap();
     worker.weights_changed().unwrap();
     let optimizer = AdamW::new(&config.optimizer, &worker.params).unwrap();

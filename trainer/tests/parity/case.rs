@@ -173,7 +173,8 @@ impl Case {
         set.refresh_compute().unwrap();
         let positions = self.sequence();
         let stage = Stage::whole(&self.config);
-        let model = Llama::new(&self.config, stage, &set, Arc::new(Dense), positions).unwrap();
+        let model =
+            Llama::new(&self.config, stage, &set, Arc::new(Dense::default()), positions).unwrap();
         Loaded { model, set, specs }
     }
 

@@ -9,6 +9,9 @@ const UNSAFE_ALLOWED: &[(&str, &str)] = &[
     ("trainer/crates/torch-shim/src/", "the one crate that calls libtorch"),
     ("trainer/crates/nccl-rs/src/", "the one crate that calls NCCL"),
     ("trainer/crates/nccl-rs/tests/nccl/fake.rs", "addresses that a fake NCCL writes down"),
+    ("trainer/crates/kernels/src/", "the one crate that calls CUDA's driver and NVRTC"),
+    ("trainer/crates/kernels/tests/driver.rs", "addresses that a fake driver writes down"),
+    ("trainer/crates/kernels/tests/emulator/mod.rs", "kernels as a host compiler made them"),
     ("trainer/crates/collectives/src/mpi/raw.rs", "memory that MPI writes to between its calls"),
     (
         "trainer/crates/collectives/src/nccl/native.rs",

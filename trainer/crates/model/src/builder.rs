@@ -36,6 +36,15 @@ pub struct Heads {
     pub kv: usize,
 }
 
+/// Heads, and how wide each is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// How many.
+    pub heads: Heads,
+    /// Elements of one.
+    pub head_dim: usize,
+}
+
 /// Queries, keys and values after the rotary embedding.
 #[derive(Debug)]
 pub struct Qkv {
@@ -89,6 +98,14 @@ pub trait LayerBuilder: Send + Sync {
         weight: &Parameter,
         eps: f64,
     ) -> Result<(Tensor, Tensor)>;
+
+    /// Splits the fused projection, and turns queries and keys by the `tables` of the positions:
+    /// cosines and sines, `[S, E]` or `[B, S, E]`. The projection's memory may be used for it:
+    /// nobody else reads its values.
+    fn rope(&self, qkv_BSF: &Tensor, tables: (&Tensor, &Tensor), shape: HeadShape) -> Result<Qkv>;
+
+    /// `silu(gate) * up` of the fused projection.
+    fn swiglu(&self, gate_up_BS2I: &Tensor) -> Result<Tensor>;
 
     /// Causal softmax attention within documents: `[B, S, H * E]`.
     fn attention(&self, qkv: &Qkv, inputs: &Inputs) -> Result<Tensor>;

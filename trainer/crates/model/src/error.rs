@@ -1,5 +1,6 @@
 //! What can go wrong in the model.
 
+use kernels::KernelError;
 use thiserror::Error;
 use torch_shim::{ShimError, tch::TchError};
 
@@ -9,6 +10,9 @@ pub enum ModelError {
     /// libtorch, or the shim around it, refused: a bug here or memory that ran out.
     #[error(transparent)]
     Shim(#[from] ShimError),
+    /// A kernel of our own, or what compiles and launches it, refused.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// A parameter the model needs is not in the set.
     #[error("parameter `{name}` is missing; hint: the set was made for another model or stage")]
     MissingParameter {

@@ -21,7 +21,7 @@ mod recompute;
 mod residual;
 mod weights;
 
-pub use builder::{Heads, LayerBuilder, LinearRole, Qkv, Recompute};
+pub use builder::{HeadShape, Heads, LayerBuilder, LinearRole, Qkv, Recompute};
 pub use cache::{KvCache, LayerCache};
 pub use dense::Dense;
 pub use error::{ModelError, Result};

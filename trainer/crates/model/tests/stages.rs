@@ -21,7 +21,7 @@ fn stage(config: &ModelConfig, stage: Stage) -> (Llama, ParameterSet) {
     let held: Vec<_> = stage.parameters(config).iter().map(LocalParameter::whole).collect();
     let set = allocate(&held, false, ComputeDtype::Fp64, Device::Cpu).unwrap();
     initialize(11, &held, &set).unwrap();
-    let model = Llama::new(config, stage, &set, Arc::new(Dense), POSITIONS).unwrap();
+    let model = Llama::new(config, stage, &set, Arc::new(Dense::default()), POSITIONS).unwrap();
     (model, set)
 }
 
@@ -87,7 +87,8 @@ fn what_a_stage_does_not_hold_is_an_error() {
     assert_eq!(message(beyond), "this stage does not hold block 1");
     let head = first.final_norm(stream(), &inputs).map(Residual::new);
     assert_eq!(message(head), "this stage does not hold the output head");
-    let whole = Llama::new(&config, Stage::whole(&config), &set, Arc::new(Dense), POSITIONS);
+    let whole =
+        Llama::new(&config, Stage::whole(&config), &set, Arc::new(Dense::default()), POSITIONS);
     let message = whole.err().unwrap().to_string();
     assert!(message.starts_with("parameter `layers.1."), "{message}");
 }

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 
 use layout::communication::LOSS_CHUNK_TOKENS;
 use model::{
-    Dense, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute, Residual, Result,
+    Dense, HeadShape, Heads, Inputs, LayerBuilder, LinearRole, ModelError, Qkv, Recompute,
+    Residual, Result,
 };
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
@@ -18,6 +19,8 @@ use crate::tensor::TensorGroup;
 
 /// Builds sharded layers.
 pub(crate) struct Sharded {
+    /// What a layer is where no axis cuts it.
+    pub(crate) dense: Dense,
     pub(crate) tensor: Option<TensorGroup>,
     pub(crate) context: Option<ContextGroup>,
     pub(crate) recompute: Recompute,
@@ -44,7 +47,7 @@ impl LayerBuilder for Sharded {
     fn embedding(&self, tokens_BS: &Tensor, weight: &Parameter) -> Result<Tensor> {
         let looked_up = || match &self.tensor {
             Some(tensor) => Ok(tensor.embedding(tokens_BS, weight)?),
-            None => Dense.embedding(tokens_BS, weight),
+            None => self.dense.embedding(tokens_BS, weight),
         };
         let Some((shards, _)) = &self.shards else { return looked_up() };
         shards.need_embedding(weight)?;
@@ -53,7 +56,7 @@ impl LayerBuilder for Sharded {
 
     fn linear(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
         self.need(weight)?;
-        let Some(tensor) = &self.tensor else { return Dense.linear(x, weight, role) };
+        let Some(tensor) = &self.tensor else { return self.dense.linear(x, weight, role) };
         Ok(match role {
             LinearRole::Qkv | LinearRole::GateUp => tensor.column(x, weight)?,
             LinearRole::AttentionOutput | LinearRole::Down => tensor.row(x, weight, true)?,
@@ -63,7 +66,7 @@ impl LayerBuilder for Sharded {
     fn linear_graph(&self, x: &Tensor, weight: &Parameter, role: LinearRole) -> Result<Tensor> {
         self.need(weight)?;
         match (&self.tensor, role) {
-            (None, _) => Dense.linear_graph(x, weight, role),
+            (None, _) => self.dense.linear_graph(x, weight, role),
             (Some(tensor), LinearRole::AttentionOutput | LinearRole::Down) => {
                 Ok(tensor.row(x, weight, false)?)
             }
@@ -74,7 +77,7 @@ impl LayerBuilder for Sharded {
 
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {
         self.need(weight)?;
-        Dense.norm(x_BSD, weight, eps)
+        self.dense.norm(x_BSD, weight, eps)
     }
 
     fn add_norm(
@@ -85,13 +88,21 @@ impl LayerBuilder for Sharded {
         eps: f64,
     ) -> Result<(Tensor, Tensor)> {
         self.need(weight)?;
-        Dense.add_norm(stream_BSD, branch_BSD, weight, eps)
+        self.dense.add_norm(stream_BSD, branch_BSD, weight, eps)
+    }
+
+    fn rope(&self, qkv_BSF: &Tensor, tables: (&Tensor, &Tensor), shape: HeadShape) -> Result<Qkv> {
+        self.dense.rope(qkv_BSF, tables, shape)
+    }
+
+    fn swiglu(&self, gate_up_BS2I: &Tensor) -> Result<Tensor> {
+        self.dense.swiglu(gate_up_BS2I)
     }
 
     fn attention(&self, qkv: &Qkv, inputs: &Inputs) -> Result<Tensor> {
         match &self.context {
             Some(context) => Ok(context.attention(qkv, &inputs.documents)?),
-            None => Dense.attention(qkv, inputs),
+            None => self.dense.attention(qkv, inputs),
         }
     }
 
@@ -99,7 +110,7 @@ impl LayerBuilder for Sharded {
         match &self.tensor {
             // Whoever wants logits loads the whole model: training and validation do not.
             Some(_) => Err(ModelError::NotOnThisStage { piece: "all logits".into() }),
-            None => Dense.logits(x_BSD, weight),
+            None => self.dense.logits(x_BSD, weight),
         }
     }
 
@@ -116,7 +127,7 @@ impl LayerBuilder for Sharded {
                 let chunk = LOSS_CHUNK_TOKENS as i64;
                 Ok(tensor.loss(x_BSD, weight, targets_BS, scale, chunk)?)
             }
-            None => Dense.loss(x_BSD, weight, targets_BS, scale),
+            None => self.dense.loss(x_BSD, weight, targets_BS, scale),
         }
     }
 

@@ -9,7 +9,7 @@ use layout::Schedule;
 use layout::mesh::Axis;
 use layout::plan::{PartialSum, SumOver, TensorPlace, partial_sums};
 use layout::schedule::Action;
-use model::{Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
+use model::{Dense, Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
 use model_spec::LocalParameter;
 use run_config::RunConfig;
 use torch_shim::ShimError;
@@ -59,6 +59,7 @@ pub struct Worker {
 
 impl Worker {
     /// Applies the parallel forms in their order, outside in; each decides what the next one finds.
+    /// `dense` builds what no form cuts.
     ///
     /// # Errors
     /// Where memory runs out or libtorch refuses.
@@ -68,6 +69,7 @@ impl Worker {
         device: Device,
         num_positions: usize,
         bucket_bytes: usize,
+        dense: Dense,
     ) -> Result<Self> {
         let (model, failure) = (&config.model, Failure::default());
         // 1. Pipeline: which blocks. All else is decided parameter by parameter.
@@ -82,7 +84,8 @@ impl Worker {
         let params = allocate_sharded(&held, decay_norms, compute, device, sharding)?;
         let data = Data::new(config, &groups, &params, &held, bucket_bytes, &failure)?;
         // 4. Sequence, context and recomputation: how each layer's graph is built.
-        let builder = builder(config, &groups, place, &failure, data.shards(&params, &held));
+        let shards = data.shards(&params, &held);
+        let builder = Sharded { dense, ..builder(config, &groups, place, &failure, shards) };
         let builder: Arc<dyn LayerBuilder> = Arc::new(builder);
         let parameters_of = parameters_of(&stages, &held);
         let chunk = |stage| Llama::new(model, stage, &params, builder.clone(), num_positions);
@@ -361,5 +364,5 @@ fn builder(
         run_config::Recompute::Selective => Recompute::Attention,
         run_config::Recompute::Full => Recompute::Block,
     };
-    Sharded { tensor, context, recompute, shards }
+    Sharded { dense: Dense::default(), tensor, context, recompute, shards }
 }

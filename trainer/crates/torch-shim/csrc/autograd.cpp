@@ -18,18 +18,26 @@ namespace {
 
 // The inputs must come as a TensorList: a std::vector<Tensor> would silently be taken for a non-tensor argument.
 struct RustFunction : torch::autograd::Function<RustFunction> {
+  // What `forward` returns beyond `num_out` tensors is saved: backward gets it behind the gradients, and it goes with the graph.
   static variable_list forward(torch::autograd::AutogradContext* context, at::TensorList inputs, ClosurePtr forward,
-                               ClosurePtr backward, int64_t num_out) {
+                               ClosurePtr backward, int64_t num_out, int64_t num_saved) {
     context->saved_data["backward"] = c10::IValue::make_capsule(backward);
     context->saved_data["num_in"] = static_cast<int64_t>(inputs.size());
-    return forward->call(inputs.vec(), num_out);
+    auto out = forward->call(inputs.vec(), num_out + num_saved);
+    if (num_saved > 0) {
+      context->set_materialize_grads(false);
+      context->save_for_backward(variable_list(out.begin() + num_out, out.end()));
+      out.resize(num_out);
+    }
+    return out;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* context, variable_list gradients) {
     auto capsule = context->saved_data["backward"].toCapsule();
     size_t num_in = context->saved_data["num_in"].toInt();
+    for (auto& saved : context->get_saved_variables()) gradients.push_back(saved);
     auto out = static_cast<Closure*>(capsule.get())->call(gradients, num_in);
-    out.resize(num_in + 3);  // the closures and the count take no gradient
+    out.resize(num_in + 4);  // the closures and the counts take no gradient
     return out;
   }
 };
@@ -48,16 +56,21 @@ bool phx_is_recording() { return c10::GradMode::is_enabled(); }
 void phx_free(void* pointer) { std::free(pointer); }
 
 // Takes both closures over whatever happens.
-char* phx_apply(Tensor* const* in, size_t num_in, Tensor** out, size_t num_out, void* forward_context,
+char* phx_apply(Tensor* const* in, size_t num_in, Tensor** out, size_t num_out, size_t num_saved, void* forward_context,
                 phx_call forward, void* backward_context, phx_call backward, phx_drop drop) {
   return guarded([&] {
     auto forward_closure = c10::make_intrusive<Closure>(forward_context, forward, drop);
     auto backward_closure = c10::make_intrusive<Closure>(backward_context, backward, drop);
     auto inputs = phalanx::tensors(in, num_in);
     auto results = RustFunction::apply(at::TensorList(inputs), forward_closure, backward_closure,
-                                       static_cast<int64_t>(num_out));
+                                       static_cast<int64_t>(num_out), static_cast<int64_t>(num_saved));
     for (size_t i = 0; i < num_out; i++) out[i] = phalanx::give(results[i]);
   });
+}
+
+// Counts a write to the tensor's memory that libtorch did not see.
+char* phx_written(Tensor* tensor) {
+  return guarded([&] { tensor->unsafeGetTensorImpl()->bump_version(); });
 }
 
 char* phx_post_accumulate_hook(Tensor* tensor, void* context, phx_call call, phx_drop drop) {

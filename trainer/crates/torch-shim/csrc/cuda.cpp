@@ -52,6 +52,11 @@ char* phx_stream_native(const c10::Stream* stream, void** out) {
   return guarded([&] { *out = stream->native_handle(); });
 }
 
+// This thread's current stream, as CUDA knows it; it lives as long as the process.
+char* phx_stream_current(int index, void** out) {
+  return guarded([&] { *out = guard().getStream(gpu(index)).native_handle(); });
+}
+
 // Marks the end of what is on this thread's current stream now.
 char* phx_event_on_current(int index, c10::Event** out) {
   return guarded([&] {

@@ -29,6 +29,21 @@ pub fn is_recording() -> bool {
 pub fn apply(
     inputs: &[&Tensor],
     num_out: usize,
+    forward: impl FnMut(&[Option<Tensor>]) -> Result<Vec<Tensor>> + Send + 'static,
+    backward: impl FnMut(&[Option<Tensor>]) -> Result<Tensors> + Send + 'static,
+) -> Result<Vec<Tensor>> {
+    apply_saving(inputs, (num_out, 0), forward, backward)
+}
+
+/// As [`apply`], where `forward` returns `num_saved` more tensors, which the graph keeps for
+/// `backward`: they come behind the gradients, and are let go when the graph is, or when backward
+/// has passed. With some, the gradient of an output that nobody used is `None`, not zeros.
+///
+/// # Errors
+/// As [`apply`]; in backward also where a saved tensor was written in the meantime.
+pub fn apply_saving(
+    inputs: &[&Tensor],
+    (num_out, num_saved): (usize, usize),
     mut forward: impl FnMut(&[Option<Tensor>]) -> Result<Vec<Tensor>> + Send + 'static,
     mut backward: impl FnMut(&[Option<Tensor>]) -> Result<Tensors> + Send + 'static,
 ) -> Result<Vec<Tensor>> {
@@ -44,6 +59,7 @@ pub fn apply(
             pointers.len(),
             out.as_mut_ptr(),
             num_out,
+            num_saved,
             context(forward),
             call_tensor_closure,
             context(backward),
@@ -52,6 +68,16 @@ pub fn apply(
         )
     })?;
     Ok(out.into_iter().map(|pointer| own(pointer).unwrap_or_default()).collect())
+}
+
+/// Says that the tensor's memory was written by someone whom libtorch does not know, so that it
+/// notices where a graph wants what was there before.
+///
+/// # Errors
+/// When libtorch refuses.
+pub fn written(tensor: &Tensor) -> Result<()> {
+    // SAFETY: the tensor lives through the call.
+    check(unsafe { sys::phx_written(raw(tensor)) })
 }
 
 /// Calls `hook` with the leaf after each accumulation into its `.grad`.

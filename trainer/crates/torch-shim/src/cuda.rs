@@ -48,6 +48,18 @@ pub fn synchronize(index: usize) -> Result<()> {
     check(unsafe { sys::phx_cuda_synchronize(number(index)?) })
 }
 
+/// The `cudaStream_t` of this thread's current stream of a GPU, on which libtorch's operators go; it
+/// lives as long as the process.
+///
+/// # Errors
+/// When there is no such GPU.
+pub fn current_stream(index: usize) -> Result<*mut c_void> {
+    let mut handle = null_mut();
+    // SAFETY: `handle` outlives the call.
+    check(unsafe { sys::phx_stream_current(number(index)?, &raw mut handle) })?;
+    Ok(handle)
+}
+
 /// A stream of a GPU: what is put on it runs in order.
 pub struct Stream(*mut RawStream);
 
@@ -174,11 +186,15 @@ mod tests {
     #[test]
     fn without_cuda_there_is_an_error_and_no_crash() {
         match load() {
-            Ok(devices) if devices > 0 => Stream::take(0).unwrap().native().map(|_| ()).unwrap(),
-            Ok(_) => assert!(Stream::take(0).is_err()),
+            Ok(devices) if devices > 0 => {
+                Stream::take(0).unwrap().native().map(|_| ()).unwrap();
+                current_stream(0).map(|_| ()).unwrap();
+            }
+            Ok(_) => assert!(Stream::take(0).is_err() && current_stream(0).is_err()),
             Err(error) => {
                 assert!(error.to_string().contains("libtorch_cuda"), "{error}");
                 assert!(Event::on_current(0).is_err() && set_device(0).is_err());
+                assert!(current_stream(0).is_err());
             }
         }
         assert!(set_device(1000).is_err());

@@ -107,6 +107,7 @@ unsafe extern "C" {
     pub(crate) fn phx_stream_take(index: i32, out: *mut *mut RawStream) -> ErrorText;
     pub(crate) fn phx_stream_free(stream: *mut RawStream);
     pub(crate) fn phx_stream_native(stream: *const RawStream, out: *mut *mut c_void) -> ErrorText;
+    pub(crate) fn phx_stream_current(index: i32, out: *mut *mut c_void) -> ErrorText;
     pub(crate) fn phx_event_on_current(index: i32, out: *mut *mut RawEvent) -> ErrorText;
     pub(crate) fn phx_event_on(stream: *const RawStream, out: *mut *mut RawEvent) -> ErrorText;
     pub(crate) fn phx_event_free(event: *mut RawEvent);
@@ -158,12 +159,14 @@ unsafe extern "C" {
         num_in: usize,
         outputs: *mut RawTensor,
         num_out: usize,
+        num_saved: usize,
         forward_context: *mut c_void,
         forward: Call,
         backward_context: *mut c_void,
         backward: Call,
         drop: DropContext,
     ) -> ErrorText;
+    pub(crate) fn phx_written(tensor: RawTensor) -> ErrorText;
     pub(crate) fn phx_post_accumulate_hook(
         tensor: RawTensor,
         context: *mut c_void,

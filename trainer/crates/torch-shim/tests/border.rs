@@ -68,6 +68,46 @@ fn closures_are_dropped_with_the_graph() {
     assert_eq!(Arc::strong_count(&alive), 1);
 }
 
+/// x and 2 x, with x^2 saved; the derivative is 100 x^2 whatever the gradients are.
+fn saving(x: &Tensor) -> Vec<Tensor> {
+    let forward = |x: &[Option<Tensor>]| {
+        let x = x[0].as_ref().unwrap();
+        Ok(vec![x * 1.0, x * 2.0, x * x])
+    };
+    let backward = |g: &[Option<Tensor>]| {
+        assert_eq!(g.len(), 3);
+        assert!(g[0].is_some() && g[1].is_none(), "a gradient that nobody gave is none");
+        Ok(vec![g[2].as_ref().map(|saved| saved * 100.0)])
+    };
+    autograd::apply_saving(&[x], (2, 1), forward, backward).unwrap()
+}
+
+#[test]
+fn saved_tensors_come_to_backward_and_go_with_it() {
+    let x = Tensor::from_slice(&[3f64]).set_requires_grad(true);
+    let y = saving(&x);
+    assert_eq!((y.len(), values(&y[1])), (2, vec![6.0]));
+    let gradients = autograd::gradients(&[&y[0]], &[], &[&x], true).unwrap();
+    assert_eq!(values(gradients[0].as_ref().unwrap()), [900.0]);
+    autograd::backward(&[&y[0]], &[]).unwrap();
+    assert_eq!(values(&x.grad()), [900.0]);
+    // The graph is still there, what it saved is not.
+    let error = autograd::backward(&[&y[0]], &[]).unwrap_err().to_string();
+    assert!(error.contains("a second time"), "{error}");
+    // Without gradients nothing is kept, and the values are the same.
+    assert_eq!(values(&tch::no_grad(|| saving(&x))[1]), [6.0]);
+}
+
+#[test]
+fn a_write_behind_libtorchs_back_is_noticed() {
+    let x = Tensor::from_slice(&[3f64]).set_requires_grad(true);
+    let z = &x * 1.0;
+    let y = &z * &z;
+    autograd::written(&z).unwrap();
+    let error = autograd::backward(&[&y], &[]).unwrap_err().to_string();
+    assert!(error.contains("modified by an inplace operation"), "{error}");
+}
+
 #[test]
 fn hooks_see_and_replace_gradients() {
     let x = Tensor::from_slice(&[3f64]).set_requires_grad(true);

@@ -4,13 +4,12 @@
 //! `E` head_dim, `F` = (H + 2 K) E rows of the fused projection.
 
 use super::block::Forward;
-use crate::builder::{Heads, LayerBuilder, LinearRole, Qkv};
+use crate::builder::{HeadShape, Heads, LayerBuilder, LinearRole};
 use crate::cache::LayerCache;
 use crate::error::Result;
 use crate::weights::find;
 use model_spec::names;
 use run_config::ModelConfig;
-use torch_shim::fused;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::Tensor;
 
@@ -64,15 +63,9 @@ impl Attention {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let qkv_BSF = forward.linear(x_BSD, &self.qkv, LinearRole::Qkv)?;
-        let (query_BHSE, key_BKSE, value_BKSE) = fused::rope_qkv(
-            &qkv_BSF,
-            &forward.rope.cos,
-            &forward.rope.sin,
-            self.heads.query as i64,
-            self.heads.kv as i64,
-            self.head_dim as i64,
-        )?;
-        let qkv = Qkv { query_BHSE, key_BKSE, value_BKSE };
+        let tables = (&forward.rope.cos, &forward.rope.sin);
+        let shape = HeadShape { heads: self.heads, head_dim: self.head_dim };
+        let qkv = forward.builder.rope(&qkv_BSF, tables, shape)?;
         let mixed_BSF = match cache {
             None => forward.builder.attention(&qkv, &forward.inputs)?,
             Some(cache) => cache.attend(&qkv)?,

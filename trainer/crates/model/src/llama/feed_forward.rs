@@ -7,7 +7,6 @@ use crate::builder::LinearRole;
 use crate::error::Result;
 use crate::weights::find;
 use model_spec::names;
-use torch_shim::fused;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::Tensor;
 
@@ -39,7 +38,7 @@ impl FeedForward {
     /// Where libtorch or a collective fails.
     pub fn forward(&self, forward: &Forward, x_BSD: &Tensor) -> Result<Tensor> {
         let gate_up_BS2I = forward.linear(x_BSD, &self.gate_up, LinearRole::GateUp)?;
-        let inner_BSI = fused::swiglu(&gate_up_BS2I)?;
+        let inner_BSI = forward.builder.swiglu(&gate_up_BS2I)?;
         forward.linear(&inner_BSI, &self.down, LinearRole::Down)
     }
 }

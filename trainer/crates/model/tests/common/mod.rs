@@ -35,6 +35,8 @@ pub fn small_model(config: &ModelConfig, compute: ComputeDtype) -> (Llama, Param
     let held: Vec<_> = parameters(config).iter().map(LocalParameter::whole).collect();
     let set = allocate(&held, false, compute, Device::Cpu).unwrap();
     initialize(11, &held, &set).unwrap();
-    let model = Llama::new(config, Stage::whole(config), &set, Arc::new(Dense), POSITIONS).unwrap();
+    let model =
+        Llama::new(config, Stage::whole(config), &set, Arc::new(Dense::default()), POSITIONS)
+            .unwrap();
     (model, set)
 }

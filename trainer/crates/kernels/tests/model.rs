@@ -1,0 +1,99 @@
+//! A whole model with the kernels, emulated on the CPU, against the same model with the shim's
+//! operators: loss, and gradients of all parameters.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(unsafe_code, reason = "the emulator calls what the host compiler made of a kernel")]
+
+mod emulator;
+
+use std::sync::Arc;
+
+use kernels::Kernels;
+use model::llama::init::initialize;
+use model::{Dense, Inputs, Llama, Stage, allocate, targets};
+use model_spec::{LocalParameter, parameters};
+use run_config::{ComputeDtype, ModelConfig, Rope, RopeFrequencies};
+use torch_shim::tch::{Device, Kind, Tensor};
+
+const POSITIONS: usize = 32;
+
+/// Sizes of whole vectors, and of none: the vocabulary and the feed-forward width.
+fn config() -> ModelConfig {
+    ModelConfig {
+        preset: None,
+        dim: 64,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        ffn_dim: 42,
+        vocab_size: 83,
+        norm_eps: 1e-5,
+        tied_embeddings: false,
+        init_std: 0.2,
+        rope: Rope { theta: 10_000.0, frequencies: RopeFrequencies::Exact, scaling: None },
+        init_from: None,
+    }
+}
+
+/// Loss and all gradients, flat, in FP64. Two documents in a row, so that positions are no plain
+/// count, and targets that are none.
+fn run(compute: ComputeDtype, kernels: Option<Kernels>) -> (f64, Tensor) {
+    torch_shim::tch::set_num_threads(1);
+    let config = config();
+    let held: Vec<_> = parameters(&config).iter().map(LocalParameter::whole).collect();
+    let set = allocate(&held, false, compute, Device::Cpu).unwrap();
+    initialize(11, &held, &set).unwrap();
+    let dense = Arc::new(Dense::new(kernels));
+    let model = Llama::new(&config, Stage::whole(&config), &set, dense, POSITIONS).unwrap();
+    let (batch, sequence) = (2, 24);
+    let ids = |step: i32| -> Vec<i32> {
+        (0..batch * sequence).map(|at| (at as i32 * 37 + step * 11) % 83).collect()
+    };
+    let positions: Vec<i32> = (0..batch * sequence).map(|at| (at % sequence % 15) as i32).collect();
+    let documents: Vec<i32> = (0..batch * sequence).map(|at| (at % sequence / 15) as i32).collect();
+    let inputs = Inputs::new(&ids(0), &positions, Some(&documents), batch, Device::Cpu).unwrap();
+    let mut goal = ids(1);
+    goal[5] = -100;
+    let goal = targets(&goal, batch, Device::Cpu).unwrap();
+    let loss = model.forward_loss(&inputs, &goal, 1.0 / 47.0).unwrap();
+    loss.backward();
+    (loss.double_value(&[]), set.flat_grad().to_kind(Kind::Double))
+}
+
+/// Both err from the same model in FP64. They round in the same places, so that neither errs much more
+/// than the other: by half as much again at the most, which is far less than what any operator that
+/// is wrong would make of it.
+fn check(compute: ComputeDtype) {
+    let (exact_loss, exact) = run(ComputeDtype::Fp64, None);
+    let error = |(loss, gradients): (f64, Tensor)| {
+        let distance =
+            (gradients - &exact).norm().double_value(&[]) / exact.norm().double_value(&[]);
+        (((loss - exact_loss) / exact_loss).abs(), distance)
+    };
+    let plain = error(run(compute, None));
+    let own = error(run(compute, Some(emulator::kernels(None))));
+    println!("{compute:?}: loss and gradients are off by {own:?}, without kernels by {plain:?}");
+    let unit = if compute == ComputeDtype::Bf16 { 2f64.powi(-8) } else { 2f64.powi(-24) };
+    assert!(own.1 > 0.0 && own.1 < 1.5 * plain.1, "{own:?} {plain:?}");
+    // A loss is a mean of 47, each off by few roundings: that they cancel more in one is no error.
+    assert!(own.0 < 1.5 * plain.0 + 4.0 * unit, "{own:?} {plain:?}");
+}
+
+#[test]
+fn fp32() {
+    check(ComputeDtype::Fp32);
+}
+
+#[test]
+fn bf16() {
+    check(ComputeDtype::Bf16);
+}
+
+/// FP64 is the oracle: the kernels leave it alone, to the bit.
+#[test]
+fn fp64_is_not_touched() {
+    let (loss, gradients) = run(ComputeDtype::Fp64, None);
+    let (same_loss, same) = run(ComputeDtype::Fp64, Some(emulator::kernels(None)));
+    assert_eq!(loss.to_bits(), same_loss.to_bits());
+    assert!(gradients.equal(&same));
+}
