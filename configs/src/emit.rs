@@ -56,6 +56,7 @@ impl RunConfig {
             y.key("ranks_per_node", or_auto(self.cluster.ranks_per_node));
             y.key("threads_per_rank", or_auto(self.cluster.threads_per_rank));
             y.key("device", word(&self.cluster.device));
+            y.key("expandable_segments", self.cluster.expandable_segments);
             y.key("timeout_s", self.cluster.timeout_s);
         });
         y.section("metrics", |y| y.key("tensorboard", self.metrics.tensorboard));

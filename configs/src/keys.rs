@@ -207,6 +207,7 @@ pub(crate) const KEYS: &[Key] = &[
     integer("cluster.ranks_per_node", 1, 4096).auto(),
     integer("cluster.threads_per_rank", 1, 512).auto(),
     choice("cluster.device", &["auto", "cpu", "cuda"]),
+    boolean("cluster.expandable_segments"),
     integer("cluster.timeout_s", 1, 3600),
     section("metrics"),
     boolean("metrics.tensorboard"),

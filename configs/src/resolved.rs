@@ -488,6 +488,8 @@ pub struct Cluster {
     pub threads_per_rank: Option<usize>,
     /// Device.
     pub device: DeviceKind,
+    /// Whether the allocator's segments of GPU memory grow.
+    pub expandable_segments: bool,
     /// Longest wait for one message of a peer, in seconds; a peer that takes longer is an error.
     pub timeout_s: u64,
 }

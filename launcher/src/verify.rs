@@ -165,6 +165,7 @@ fn replay_steps(
         adopt: None,
         may_begin: false,
         stop_after: Some(last),
+        profile: None,
         config,
     };
     let code = supervise(plan, View::start(false), Vec::new())

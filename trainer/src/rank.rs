@@ -2,11 +2,12 @@
 
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
+use crate::gpu::{self, Chosen, Speedometer};
 use crate::identity;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
-    Connections, check_libtorch, connect, device, initialize, prepare_libtorch, read_config,
+    Connections, check_libtorch, connect, initialize, prepare_libtorch, read_config,
 };
 use crate::state::{BUCKET_BYTES, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
@@ -94,7 +95,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
-    let device = device(&config, assignment.local_rank)?;
+    let Chosen { device, gpu } = gpu::choose(&config, assignment.local_rank)?;
     identity::agree(client, &config)?;
     let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage } = connect(client, &config, device, &backend)?;
@@ -132,6 +133,9 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         worker.groups.mesh.size()
     );
     let watch = Watch::restore(&config.numeric, &watched, roll_backs)?;
+    let speedometer = gpu
+        .as_ref()
+        .map(|gpu| Speedometer::new(&config, worker.groups.mesh.size(), &gpu.card.name));
     let rank = Rank {
         config,
         client: client.clone(),
@@ -147,6 +151,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         watch,
         faults: Faults::from_env()?,
         saving: None,
+        gpu,
+        speedometer,
     };
     Ok((rank, backend))
 }

@@ -1,6 +1,7 @@
 //! What a rank carries from step to step, and how it goes into checkpoints and comes back.
 
 use crate::error::{Result, TrainError};
+use crate::gpu::{Gpu, Speedometer};
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::saving::Saving;
@@ -52,6 +53,10 @@ pub struct Rank {
     pub faults: Faults,
     /// The checkpoint that is being written.
     pub saving: Option<Saving>,
+    /// The GPU that it computes on, where it is one.
+    pub gpu: Option<Gpu>,
+    /// What a step's speed is, on a GPU.
+    pub speedometer: Option<Speedometer>,
 }
 
 /// The loader of this rank's part of the training data from `first_step` on, without the samples of

@@ -2,8 +2,10 @@
 
 use crate::error::{Result, TrainError};
 use crate::faults;
+use crate::gpu::Gpu;
 use crate::metrics::{Metrics, Written};
 use crate::numeric::too_many;
+use crate::profile::Profile;
 use crate::saving::Saving;
 use crate::state::Rank;
 use crate::train_step::{StepResult, train_step};
@@ -12,6 +14,7 @@ use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
 use serde_json::json;
 use std::time::Instant;
+use torch_shim::profiler;
 
 /// How a rank's training ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +35,9 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         0 => Some(Metrics::open(&rank.run_dir, rank.config.metrics.tensorboard, rank.step + 1)?),
         _ => None,
     };
+    let mut profile = profile(rank);
     while rank.step < last {
+        profile.before(rank.step + 1);
         if rank.saving.as_ref().is_some_and(Saving::is_over) {
             finish_save(rank, false)?;
         }
@@ -47,7 +52,7 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             }
             result => result?,
         };
-        let mut report = report(rank, &result, started.elapsed().as_secs_f64());
+        let mut report = report(rank, &result, started.elapsed().as_secs_f64())?;
         report.comm_wait_s = rank.waited_since(waited);
         if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
             report.validation_loss = validated(rank)?;
@@ -63,6 +68,9 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         if at_end || is_due(rank.step, rank.config.checkpoint.every_steps) {
             save(rank, result.learning_rate, at_end)?;
         }
+        if profile.after(rank.step) {
+            tell_of_profile(rank, &profile)?;
+        }
         if stop && rank.step < last {
             finish_metrics(rank, metrics)?;
             return Ok(Outcome::Preempted);
@@ -71,6 +79,25 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
     finish_metrics(rank, metrics)?;
     rank.enter(Phase::Exit)?;
     Ok(Outcome::Finished)
+}
+
+/// The timeline that is asked for, if one is.
+fn profile(rank: &Rank) -> Profile {
+    let (place, groups) = (rank.client.assignment(), &rank.worker.groups);
+    let path = rank.run_dir.profile(place.generation, place.rank);
+    let ranks = (place.rank, groups.mesh.size());
+    Profile::new(place.profile, path, rank.worker.device(), ranks)
+}
+
+/// Rank 0 speaks for all.
+fn tell_of_profile(rank: &Rank, profile: &Profile) -> Result<()> {
+    if rank.worker.groups.rank != 0 {
+        return Ok(());
+    }
+    let folder = profile.path().parent().map(|folder| folder.display().to_string());
+    let fields = [("step".to_owned(), rank.step.into()), ("folder".to_owned(), folder.into())];
+    let fields = fields.into_iter().collect();
+    Ok(rank.client.event(Event { kind: "profile_written".into(), fields })?)
 }
 
 /// Says once that the metrics cannot be written, and once that they are again.
@@ -114,24 +141,34 @@ fn validated(rank: &mut Rank) -> Result<Option<f64>> {
         return Ok(None);
     }
     rank.enter(Phase::Validate)?;
+    let _phase = profiler::phase("validation");
     validate(rank).map(Some)
 }
 
-fn report(rank: &Rank, result: &StepResult, step_time_s: f64) -> StepReport {
+fn report(rank: &Rank, result: &StepResult, step_time_s: f64) -> Result<StepReport> {
     let batch = step_batch(&rank.config.training.batch_stages, rank.step);
-    StepReport {
+    let tokens_per_second = batch.num_tokens() as f64 / step_time_s;
+    let meter = rank.speedometer.as_ref();
+    let speed = meter.map(|meter| meter.speed(tokens_per_second, batch.sequence_length));
+    let memory = rank.gpu.as_ref().map(Gpu::take_memory_use).transpose()?;
+    Ok(StepReport {
         step: rank.step,
         loss: result.loss,
         grad_norm: result.grad_norm,
         learning_rate: result.learning_rate,
         tokens: batch.end_token(),
-        tokens_per_second: batch.num_tokens() as f64 / step_time_s,
+        tokens_per_second,
         step_time_s,
         data_wait_s: result.data_wait_s,
         generation: rank.client.assignment().generation,
         skipped: result.skipped.is_some(),
+        tflops_full: speed.map(|speed| speed.tflops_full),
+        tflops_half: speed.map(|speed| speed.tflops_half),
+        mfu_full: speed.map(|speed| speed.mfu_full),
+        mfu_half: speed.map(|speed| speed.mfu_half),
+        memory_gib: memory.map(|memory| memory.peak_allocated as f64 / f64::from(1 << 30)),
         ..StepReport::default()
-    }
+    })
 }
 
 fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
@@ -164,6 +201,7 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
 /// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
+    let _phase = profiler::phase("save");
     finish_save(rank, false)?;
     rank.begin_save(learning_rate, is_last)?;
     if is_last { finish_save(rank, true) } else { Ok(()) }

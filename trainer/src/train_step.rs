@@ -8,7 +8,7 @@ use data_pipeline::{Loader, MicroBatch};
 use model::{Inputs, targets};
 use optim::{clip_coefficient, learning_rate};
 use parallel::{Pass, Worker, all_reduce_scalars};
-use torch_shim::norm;
+use torch_shim::{norm, profiler};
 
 /// What came of a step; the same on every rank but for the waiting.
 pub struct StepResult {
@@ -80,6 +80,7 @@ pub fn train_step(rank: &mut Rank) -> Result<StepResult> {
         config.training.steps,
     );
     if response == Response::Apply {
+        let _phase = profiler::phase("optimizer");
         let coefficient = clip_coefficient(grad_norm, config.training.clip_norm);
         rank.optimizer.step(&rank.worker.params, learning_rate, coefficient)?;
         rank.worker.weights_changed()?;
@@ -132,6 +133,7 @@ pub fn compute(rank: &mut Rank, share: &Share<'_>) -> Result<Computed> {
 /// # Errors
 /// Where there are none, or they cannot be read.
 pub fn read(loader: &mut Loader, step: u64) -> Result<Vec<MicroBatch>> {
+    let _phase = profiler::phase("data");
     let mut batches: Vec<MicroBatch> = Vec::new();
     loop {
         let Some(batch) = loader.next()? else {

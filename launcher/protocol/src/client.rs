@@ -461,6 +461,7 @@ mod tests {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            profile: None,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

@@ -12,7 +12,7 @@ use crate::cluster::store::keeper::Keeper;
 use crate::view::View;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, ToRank, exit_code};
+use rank_protocol::{FailureClass, FromRank, RollBack, RunDir, Steps, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
 use std::ffi::OsString;
@@ -74,6 +74,8 @@ pub struct Plan {
     pub may_begin: bool,
     /// Step after which it is saved and stopped.
     pub stop_after: Option<u64>,
+    /// Steps of which the ranks write a timeline.
+    pub profile: Option<Steps>,
 }
 
 /// The generation of an earlier coordinator.

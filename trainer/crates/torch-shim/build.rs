@@ -43,6 +43,8 @@ const SOURCES: &[&str] = &[
     "csrc/reduce.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/cuda.cpp",
+    "csrc/cuda_driver.cpp",
+    "csrc/profiler.cpp",
 ];
 
 fn main() {

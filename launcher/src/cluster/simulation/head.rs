@@ -311,6 +311,7 @@ impl Head {
             replicas: None,
             stop_after: None,
             roll_backs: Vec::new(),
+            profile: None,
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");

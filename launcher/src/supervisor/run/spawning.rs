@@ -144,6 +144,7 @@ impl Executor {
             replicas: self.elsewhere.is_some().then_some(size.replicas),
             stop_after: self.plan.stop_after,
             roll_backs: self.plan.roll_backs.clone(),
+            profile: self.plan.profile,
         }
     }
 }

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use torch_shim::cuda::Event;
 use torch_shim::gloo::Store;
+use torch_shim::profiler::{self, Span};
 use torch_shim::tch::{Device, Kind, Tensor};
 
 use crate::agreement::{Agreement, Check, MessageAgreement, Voice};
-use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT};
+use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT, bytes};
 use crate::error::{CommError, Members, Result, Site};
 use crate::transport::Transport;
 use crate::work::{Completion, Finisher, Work};
@@ -197,6 +198,7 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
         let what = format!("operation {sequence} ({operation})");
         let site = Site { members: shared.members.clone(), operation: what.clone() };
         let since = Instant::now();
+        let span = shared.span(&operation, job.operation.bytes());
         *lock(&shared.running) = Some(Running { what: what.clone(), since });
         let result = shared.alive().and_then(|()| {
             let alive = |peer| shared.alive().and_then(|()| shared.backend.reachable(peer));
@@ -205,6 +207,7 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
             shared.backend.run(job.operation, &what, job.after)
         });
         *lock(&shared.running) = None;
+        span.into_iter().for_each(ended);
         let result = result.map_err(|error| {
             // A peer may be gone because it found that this rank does something else.
             let disagree = matches!(error, CommError::Peer { .. }) && agreement.is_on();
@@ -284,6 +287,20 @@ impl Shared {
         if matches!(first, CommError::Mismatch { .. }) { first } else { error.clone() }
     }
 
+    /// An operation that begins now, for a timeline; on a GPU the stream knows better when.
+    fn span(&self, operation: &str, bytes: u64) -> Option<Span> {
+        let start_ns = profiler::now().filter(|_| self.backend.device() == Device::Cpu)?;
+        let name = operation.split(' ').next().unwrap_or_default().to_owned();
+        let group = self.members.group.clone();
+        let details = vec![
+            ("group", group.clone()),
+            ("ranks", self.size.to_string()),
+            ("operation", operation.to_owned()),
+        ];
+        let lane = format!("group {group}");
+        Some(Span { name, lane, start_ns, bytes, details, ..Span::default() })
+    }
+
     /// Starts a single message, whose failure says where it was.
     fn message(
         &self,
@@ -299,11 +316,23 @@ impl Shared {
             tensor.size(),
             self.members.in_run(peer)
         );
+        let mut span = self.span(&operation, bytes(tensor));
+        if let Some(span) = &mut span {
+            // Several are under way at once.
+            span.lane = format!("{} {verb} {way} rank {}", span.lane, self.members.in_run(peer));
+        }
         let site = Site { members: self.members.clone(), operation };
         match start() {
-            Ok(work) => Ok(work.at(site)),
+            Ok(work) => Ok(work.at(site).timed(span)),
             Err(error) => Err(site.locate(error)),
         }
+    }
+}
+
+/// It ends now.
+pub(crate) fn ended(span: Span) {
+    if let Some(end_ns) = profiler::now() {
+        profiler::record(Span { end_ns, ..span });
     }
 }
 

@@ -5,9 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use torch_shim::cuda::{Event, Stream};
+use torch_shim::profiler::Span;
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Result, Site};
+use crate::group::ended;
 use crate::transport::Pending;
 
 thread_local! {
@@ -25,6 +27,8 @@ pub struct Work {
     kind: Kind,
     /// Where a single message goes.
     site: Option<Site>,
+    /// When it began, for a timeline.
+    span: Option<Span>,
 }
 
 enum Kind {
@@ -35,20 +39,25 @@ enum Kind {
 
 impl Work {
     pub(crate) fn queued(completion: Arc<Completion>) -> Work {
-        Work { kind: Kind::Queued(completion), site: None }
+        Work { kind: Kind::Queued(completion), site: None, span: None }
     }
 
     pub(crate) fn message(pending: Box<dyn Pending>) -> Work {
-        Work { kind: Kind::Message(pending), site: None }
+        Work { kind: Kind::Message(pending), site: None, span: None }
     }
 
     pub(crate) fn done() -> Work {
-        Work { kind: Kind::Done, site: None }
+        Work { kind: Kind::Done, site: None, span: None }
     }
 
     /// Its failure says where it was.
     pub(crate) fn at(self, site: Site) -> Work {
         Work { site: Some(site), ..self }
+    }
+
+    /// It is on the timeline until it is seen to be done.
+    pub(crate) fn timed(self, span: Option<Span>) -> Work {
+        Work { span, ..self }
     }
 
     /// Waits until the operation is done here. Every wait of a transport is bounded, so this one
@@ -66,6 +75,7 @@ impl Work {
             Kind::Done => Ok(()),
         };
         WAITED.set(WAITED.get() + since.elapsed());
+        self.span.into_iter().for_each(ended);
         result.map_err(|error| match &self.site {
             Some(site) => site.locate(error),
             None => error,

@@ -14,7 +14,7 @@ use layout::schedule::{Action, Message, MessageKind, Schedule};
 use model::{Inputs, Llama, Residual};
 use torch_shim::params::{Deferred, ParameterSet};
 use torch_shim::tch::{Device, Kind, Tensor};
-use torch_shim::{ShimError, autograd};
+use torch_shim::{ShimError, autograd, profiler};
 
 use crate::error::{ParallelError, Result};
 
@@ -190,6 +190,12 @@ impl<'a> Stage<'a> {
         received: Option<Tensor>,
     ) -> Result<Option<Tensor>> {
         let place = (action.chunk(), action.micro_batch());
+        let _phase = profiler::phase(match action {
+            Action::Forward { .. } => "forward",
+            Action::Backward { .. } => "backward",
+            Action::BackwardInput { .. } => "backward: inputs",
+            Action::BackwardWeight { .. } => "backward: weights",
+        });
         match action {
             Action::Forward { chunk, micro_batch } => {
                 let batch = batches.get(micro_batch).ok_or_else(|| out_of_order(action))?;

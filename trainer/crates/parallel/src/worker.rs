@@ -15,6 +15,7 @@ use run_config::RunConfig;
 use torch_shim::ShimError;
 use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
+use torch_shim::profiler;
 use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::builder::Sharded;
@@ -108,6 +109,7 @@ impl Worker {
     /// Where libtorch or a peer fails; the gradients are worth nothing then.
     pub fn forward_backward(&self, passes: &[Pass], scale: f64) -> Result<f64> {
         let loss = self.run_step(passes, scale).map_err(|error| self.cause(error))?;
+        let _phase = profiler::phase("last gradient sums");
         self.data.finish().map_err(|error| self.cause(error))?;
         self.sum_partial_gradients()?;
         Ok(if self.counts_loss() { loss } else { 0.0 })

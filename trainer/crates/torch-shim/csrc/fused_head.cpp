@@ -93,6 +93,7 @@ extern "C" {
 
 char* phx_head_loss(Tensor* x, Parameter* parameter, Tensor* targets, double scale, int64_t chunk, Tensor** out) {
   return guarded([&] {
+    PHALANX_OPERATOR("head_loss");
     TORCH_CHECK(chunk > 0, "head_loss: chunk_tokens must be at least 1, not ", chunk);
     TORCH_CHECK(targets->numel() * x->size(-1) == x->numel(), "head_loss: ", targets->numel(), " targets for an input of ",
                 x->sizes());

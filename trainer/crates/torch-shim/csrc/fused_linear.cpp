@@ -110,7 +110,10 @@ struct Embedding : torch::autograd::Function<Embedding> {
 extern "C" {
 
 char* phx_linear(Tensor* x, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), true)); });
+  return guarded([&] {
+    PHALANX_OPERATOR("linear");
+    *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), true));
+  });
 }
 
 char* phx_linear_graph(Tensor* x, Parameter* parameter, Tensor** out) {
@@ -118,15 +121,22 @@ char* phx_linear_graph(Tensor* x, Parameter* parameter, Tensor** out) {
 }
 
 char* phx_embedding(Tensor* tokens, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter))); });
+  return guarded([&] {
+    PHALANX_OPERATOR("embedding");
+    *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter)));
+  });
 }
 
 char* phx_project(Tensor* x, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(project(x->detach(), parameter->weight.detach())); });
+  return guarded([&] {
+    PHALANX_OPERATOR("project");
+    *out = give(project(x->detach(), parameter->weight.detach()));
+  });
 }
 
 char* phx_product(Tensor* a, Parameter* parameter, Tensor** out) {
   return guarded([&] {
+    PHALANX_OPERATOR("product");
     auto rows = a->reshape({-1, a->size(-1)});
     auto sizes = a->sizes().vec();
     sizes.back() = parameter->weight.size(1);
@@ -139,7 +149,10 @@ char* phx_use_open(Parameter* parameter, Use** out) {
 }
 
 char* phx_use_accumulate(Use* use, Tensor* dy, Tensor* x) {
-  return guarded([&] { use->accumulate(*dy, *x); });
+  return guarded([&] {
+    PHALANX_OPERATOR("accumulate");
+    use->accumulate(*dy, *x);
+  });
 }
 
 char* phx_use_accumulate_rows(Use* use, Tensor* tokens, Tensor* dy) {

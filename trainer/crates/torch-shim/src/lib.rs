@@ -14,6 +14,7 @@ pub mod memory;
 pub mod norm;
 pub mod ops;
 pub mod params;
+pub mod profiler;
 pub mod random;
 pub mod reduce;
 mod result;
