@@ -18,6 +18,7 @@ impl RunConfig {
         y.section("precision", |y| {
             y.key("compute", word(&self.precision.compute));
             y.key("matmul", word(&self.precision.matmul));
+            y.key("attention", word(&self.precision.attention));
         });
         y.section("training", |y| training(y, &self.training));
         y.section("numeric", |y| numeric(y, &self.numeric));

@@ -154,6 +154,7 @@ pub(crate) const KEYS: &[Key] = &[
     section("precision"),
     choice("precision.compute", &["fp32", "bf16", "fp64"]),
     choice("precision.matmul", &["same", "fp8"]),
+    choice("precision.attention", &["auto", "flash", "cudnn"]),
     section("training"),
     integer("training.steps", 1, MAX_STEPS).nullable(),
     integer("training.tokens", 1, MAX_TOKENS).nullable(),

@@ -45,6 +45,7 @@ impl Resolver<'_> {
             precision: Precision {
                 compute: self.choice(&v, "precision.compute")?,
                 matmul: self.choice(&v, "precision.matmul")?,
+                attention: self.choice(&v, "precision.attention")?,
             },
             training: self.training(&v, longest)?,
             numeric: self.numeric(&v)?,

@@ -1,5 +1,6 @@
 //! The program that every rank runs: it trains, validates, saves, and lets a model write.
 
+pub mod attention;
 pub mod backend;
 pub mod bench;
 pub mod error;
@@ -7,6 +8,7 @@ pub mod faults;
 pub mod generate;
 pub mod gpu;
 pub mod identity;
+pub mod late;
 pub mod metrics;
 pub mod numeric;
 pub mod profile;

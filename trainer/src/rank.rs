@@ -1,9 +1,11 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
+use crate::attention;
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
 use crate::gpu::{self, Chosen, Speedometer};
 use crate::identity;
+use crate::late::Late;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
@@ -99,6 +101,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     identity::agree(client, &config)?;
     let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage } = connect(client, &config, device, &backend)?;
+    let kernels = gpu.as_ref().map(|gpu| attention::kernels(&config, gpu)).transpose()?;
     let positions = longest_sequence(&config);
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
@@ -151,6 +154,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         watch,
         faults: Faults::from_env()?,
         saving: None,
+        late: Late::on(device)?,
+        kernels,
         gpu,
         speedometer,
     };

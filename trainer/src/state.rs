@@ -2,6 +2,7 @@
 
 use crate::error::{Result, TrainError};
 use crate::gpu::{Gpu, Speedometer};
+use crate::late::Late;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::saving::Saving;
@@ -9,6 +10,7 @@ use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
 use collectives::Communicator;
 use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
 use layout::Axis;
+use model::AttentionKernels;
 use optim::AdamW;
 use parallel::{Groups, Worker};
 use rank_protocol::RollBack;
@@ -53,6 +55,10 @@ pub struct Rank {
     pub faults: Faults,
     /// The checkpoint that is being written.
     pub saving: Option<Saving>,
+    /// What is open between two steps, where their numbers are read late.
+    pub late: Option<Late>,
+    /// Who computes attention, on a GPU.
+    pub kernels: Option<AttentionKernels>,
     /// The GPU that it computes on, where it is one.
     pub gpu: Option<Gpu>,
     /// What a step's speed is, on a GPU.

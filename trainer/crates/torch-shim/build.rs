@@ -36,6 +36,7 @@ const SOURCES: &[&str] = &[
     "csrc/fused_block.cpp",
     "csrc/fused_attention.cpp",
     "csrc/fused_head.cpp",
+    "csrc/flash.cpp",
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",
     "csrc/matmul.cpp",

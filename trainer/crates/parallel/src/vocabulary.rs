@@ -9,7 +9,7 @@
 
 use collectives::ReduceOp;
 use torch_shim::params::Parameter;
-use torch_shim::tch::{Kind, Tensor};
+use torch_shim::tch::{Device, Kind, Tensor};
 use torch_shim::uses::{Use, product, project};
 use torch_shim::{Result as ShimResult, ShimError, autograd};
 
@@ -82,7 +82,9 @@ impl TensorGroup {
             Ok(vec![loss])
         };
         let backward = move |gradients: &[Option<Tensor>]| {
-            if input(gradients, 0)?.f_double_value(&[])? != 1.0 {
+            let gradient = input(gradients, 0)?;
+            // On a GPU the host would have to wait for it.
+            if gradient.device() == Device::Cpu && gradient.f_double_value(&[])? != 1.0 {
                 let text = "the loss computes its gradients in the forward pass, for a loss \
                             gradient of one; put every factor into its scale";
                 return Err(ShimError::Closure(text.into()));

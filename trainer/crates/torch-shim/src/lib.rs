@@ -8,6 +8,7 @@ pub mod autograd;
 pub mod bytes;
 pub mod cuda;
 mod error;
+pub mod flash;
 pub mod fused;
 pub mod gloo;
 pub mod memory;

@@ -168,6 +168,27 @@ unsafe extern "C" {
         stream: *const RawStream,
     ) -> ErrorText;
 
+    pub(crate) fn phx_flash_forward(
+        kernel: i32,
+        q: RawTensor,
+        k: RawTensor,
+        v: RawTensor,
+        starts: RawTensor,
+        longest: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_flash_backward(
+        kernel: i32,
+        d_out: RawTensor,
+        q: RawTensor,
+        k: RawTensor,
+        v: RawTensor,
+        kept: *const RawTensor,
+        starts: RawTensor,
+        longest: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+
     pub(crate) fn phx_profiler_start(cuda: bool) -> ErrorText;
     pub(crate) fn phx_profiler_stop(path: *const c_char) -> ErrorText;
     pub(crate) fn phx_range_begin(name: *const c_char, out: *mut *mut RawRange) -> ErrorText;
@@ -253,6 +274,8 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        divisor: RawTensor,
+        held: RawTensor,
     ) -> ErrorText;
     pub(crate) fn phx_global_norm(
         list: *const RawTensor,
