@@ -8,6 +8,7 @@ pub mod faults;
 pub mod generate;
 pub mod gpu;
 pub mod identity;
+pub mod kernel_check;
 pub mod late;
 pub mod metrics;
 pub mod numeric;

@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
-use crate::gpu;
+use crate::gpu::{self, Chosen, Gpu};
 use crate::store::LauncherStore;
 use checkpoint::{CheckpointError, Target};
 use checkpoint_format::hf::HfSource;
@@ -41,6 +41,8 @@ pub struct Trainee {
     pub held: Vec<LocalParameter>,
     /// Where both live.
     pub device: Device,
+    /// The GPU, where that is one.
+    pub gpu: Option<Gpu>,
 }
 
 /// Reads a resolved config.
@@ -88,14 +90,14 @@ fn libtorch_prefix(maps: &str) -> Option<&Path> {
 /// # Errors
 /// Where memory runs out.
 pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
-    let device = gpu::choose(config, 0)?.device;
+    let Chosen { device, gpu } = gpu::choose(config, 0)?;
     let stage = Stage::whole(&config.model);
     let specs = stage.parameters(&config.model);
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
     let decay_norms = config.optimizer.decay_norms;
     let params = allocate(&held, decay_norms, config.precision.compute, device)?;
     let model = Llama::new(&config.model, stage, &params, Arc::new(Dense), num_positions)?;
-    Ok(Trainee { model, params, held, device })
+    Ok(Trainee { model, params, held, device, gpu })
 }
 
 /// The initial weights of what is held: random, or those that `model.init_from` names.

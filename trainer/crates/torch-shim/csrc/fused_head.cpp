@@ -83,10 +83,11 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
     // The same for the gradient, which on a GPU is looked at there.
     const char* wrong =
         "head_loss computes its gradients in the forward pass, for a loss gradient of one; put every factor into its scale";
-    if (gradients[0].is_cpu())
+    if (gradients[0].is_cpu()) {
       TORCH_CHECK(gradients[0].item<double>() == 1.0, wrong);
-    else
+    } else {
       at::_assert_async(gradients[0].eq(1.0), wrong);
+    }
     auto dx = context->get_saved_variables()[0];
     use->done();
     return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
