@@ -44,10 +44,10 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     // Random numbers: of zeros some hardware makes faster work.
     let random = |_| Tensor::f_randn([side, side], (Kind::BFloat16, device));
     let matrices = (0..2).map(random).collect::<std::result::Result<Vec<_>, _>>()?;
-    let mut product = Tensor::f_empty([side, side], (Kind::BFloat16, device))?;
+    let product = Tensor::f_empty([side, side], (Kind::BFloat16, device))?;
     let multiply = || -> Result<()> {
         let [a, b] = &matrices[..] else { return Ok(()) };
-        product.f_matmul_out(a, b).map(drop)?;
+        a.f_matmul_out(&product, b)?;
         Ok(())
     };
     let product_s = no_grad(|| median_s(device, args.repeats, multiply))?;
