@@ -64,11 +64,8 @@ pub fn choose(config: &RunConfig, local_rank: usize) -> Result<Chosen> {
     }
     let settings = config.cluster.expandable_segments.then_some(EXPANDABLE);
     let is_given = env::ALLOCATOR.iter().any(|name| std::env::var_os(name).is_some());
-    let place = fit::Place {
-        listed,
-        local_rank,
-        is_shared: std::env::var_os(env::SHARE_GPUS).is_some(),
-    };
+    let place =
+        fit::Place { listed, local_rank, is_shared: std::env::var_os(env::SHARE_GPUS).is_some() };
     let found = look(place, settings.filter(|_| !is_given));
     if let Some(misfit) = found.misfit() {
         let wanted = if wanted == DeviceKind::Cuda { "cuda" } else { "auto" };

@@ -149,10 +149,7 @@ fn results(operator: &Operator, kind: Kind, device: Device) -> ShimResult<Vec<Te
         Ok(values.f_to_device(device)?.f_to_kind(output.kind())?)
     });
     let given = given.collect::<ShimResult<Vec<Tensor>>>()?;
-    autograd::backward(
-        &outputs.iter().collect::<Vec<_>>(),
-        &given.iter().collect::<Vec<_>>(),
-    )?;
+    autograd::backward(&outputs.iter().collect::<Vec<_>>(), &given.iter().collect::<Vec<_>>())?;
     let gradients = inputs.iter().map(|input| input.f_grad());
     let gradients = gradients.collect::<std::result::Result<Vec<_>, _>>()?;
     let of_parameters = set.iter().map(|parameter| parameter.grad.shallow_clone());

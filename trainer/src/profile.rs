@@ -164,12 +164,14 @@ mod tests {
         assert_eq!(events[1]["args"]["name"], "communication: group data");
         let first = &events[2];
         assert_eq!((first["ts"].as_f64(), first["dur"].as_f64()), (Some(2.5), Some(1.5)));
-        assert_eq!((&first["args"]["bytes"], &first["args"]["group"]), (&4096.into(), &"data".into()));
-        assert_eq!((&first["pid"], &first["tid"], &first["cat"]), (
-            &7.into(),
-            &"group data".into(),
-            &COMMUNICATION.into()
-        ));
+        assert_eq!(
+            (&first["args"]["bytes"], &first["args"]["group"]),
+            (&4096.into(), &"data".into())
+        );
+        assert_eq!(
+            (&first["pid"], &first["tid"], &first["cat"]),
+            (&7.into(), &"group data".into(), &COMMUNICATION.into())
+        );
         assert_eq!(events[3]["dur"].as_f64(), Some(0.0), "one without an end has no length");
         let mut empty = json!({});
         add(&mut empty, &spans[..1], 7);

@@ -347,7 +347,9 @@ mod null_is_some_nan {
         super::null_is_nan::serialize(&value.unwrap_or(f64::NAN), serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<f64>, D::Error> {
         super::null_is_nan::deserialize(deserializer).map(Some)
     }
 }

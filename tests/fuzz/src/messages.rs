@@ -7,7 +7,7 @@ use rank_protocol::frame::{Decoder, decode, encode};
 use rank_protocol::message::{Position, StepReport};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::{Requester, Store, StoreRequest};
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, ToRank};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, Steps, ToRank};
 use std::time::Instant;
 
 /// A stream of frames that comes in pieces: what a rank says, and what it is told.
@@ -43,6 +43,7 @@ fn assignment() -> Assignment {
         replicas: Some(2),
         stop_after: None,
         roll_backs: Vec::new(),
+        profile: Some(Steps { first: 10, last: 12 }),
     }
 }
 

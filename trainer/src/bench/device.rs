@@ -47,7 +47,7 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let product = Tensor::f_empty([side, side], (Kind::BFloat16, device))?;
     let multiply = || -> Result<()> {
         let [a, b] = &matrices[..] else { return Ok(()) };
-        a.f_matmul_out(&product, b)?;
+        let _ = a.f_matmul_out(&product, b)?;
         Ok(())
     };
     let product_s = no_grad(|| median_s(device, args.repeats, multiply))?;
@@ -68,11 +68,7 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
 }
 
 /// The median time of one call, by the device's own clock where it has one.
-fn median_s(
-    device: Device,
-    repeats: usize,
-    mut body: impl FnMut() -> Result<()>,
-) -> Result<f64> {
+fn median_s(device: Device, repeats: usize, mut body: impl FnMut() -> Result<()>) -> Result<f64> {
     (0..WARMUP).try_for_each(|_| body())?;
     let mut times = Vec::with_capacity(repeats);
     match device {

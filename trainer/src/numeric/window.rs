@@ -96,12 +96,7 @@ impl Window {
 impl Window {
     /// The highest number whose score is sound, a little less where rounding might matter; scores
     /// rise with their numbers. The highest of all while there is no score.
-    pub fn highest(
-        &self,
-        measure: Measure,
-        size: usize,
-        is_sound: impl Fn(Score) -> bool,
-    ) -> f64 {
+    pub fn highest(&self, measure: Measure, size: usize, is_sound: impl Fn(Score) -> bool) -> f64 {
         let allows = |value| self.score(measure, value, size).is_none_or(&is_sound);
         if allows(f64::MAX) {
             return f64::MAX;

@@ -1,8 +1,8 @@
 //! The norm of what one rank adds to the gradients, before it is summed with that of others: where
 //! the same samples give another on another rank, one of the two has a bad device.
 
-use torch_shim::norm::squared_norm;
 use torch_shim::Result;
+use torch_shim::norm::squared_norm;
 use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::scalars::sum;

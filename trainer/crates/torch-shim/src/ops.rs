@@ -61,7 +61,8 @@ pub fn fused_adamw<T: Borrow<Tensor>>(
     for given in [on_device.divisor, on_device.held].into_iter().flatten() {
         if (given.kind(), given.device(), given.numel()) != (options.0, options.1, 1) {
             let (kind, size, device) = (given.kind(), given.size(), given.device());
-            let text = format!("fused_adamw wants one FP32 number, not {kind:?} {size:?} {device:?}");
+            let text =
+                format!("fused_adamw wants one FP32 number, not {kind:?} {size:?} {device:?}");
             return Err(ShimError::Invalid(text));
         }
     }

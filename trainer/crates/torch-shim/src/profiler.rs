@@ -107,10 +107,8 @@ pub fn stop(path: &Path) -> Result<Vec<Span>> {
     let text = CString::new(text)?;
     // SAFETY: the text lives through the call.
     let stopped = check(unsafe { sys::phx_profiler_stop(text.as_ptr()) });
-    let taken = std::mem::replace(
-        &mut *marks(),
-        Marks { base: None, spans: Vec::new(), open: Vec::new() },
-    );
+    let taken =
+        std::mem::replace(&mut *marks(), Marks { base: None, spans: Vec::new(), open: Vec::new() });
     stopped?;
     let Marks { base, mut spans, open } = taken;
     if let Some((base, base_ns)) = base {

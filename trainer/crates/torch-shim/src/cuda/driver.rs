@@ -101,11 +101,7 @@ mod tests {
         let look = |name: &str, defines: &[&str]| look(&fake(folder.path(), name, defines));
         let well = look("well", &[]).unwrap();
         assert_eq!((well.version, well.error, well.cards.len()), ((13, 0), None, 2));
-        let second = Card {
-            name: "NVIDIA H200".into(),
-            capability: (9, 0),
-            bytes: 141 << 30,
-        };
+        let second = Card { name: "NVIDIA H200".into(), capability: (9, 0), bytes: 141 << 30 };
         assert_eq!(well.cards[1], second);
         let old = look("old", &["-DVERSION=12080"]).unwrap();
         assert_eq!(old.version, (12, 8));

@@ -32,7 +32,8 @@ pub(super) fn forward(inputs: &[Tensor; 3], starts: Option<&Tensor>) -> Result<[
         document.put(&mixed, &flat_out)?;
         document.put(&l, &logarithms.f_unsqueeze(-1)?)?;
     }
-    let none = || Tensor::f_empty([0], (wide, out.device()));
+    let options = (wide, out.device());
+    let none = || Tensor::f_empty([0], options);
     Ok([out, logarithms, none()?, none()?])
 }
 
@@ -76,7 +77,9 @@ fn flat(x: &Tensor) -> Result<Tensor> {
 /// The documents, where they begin at `starts`, or the rows.
 fn documents(inputs: &[Tensor; 3], starts: Option<&Tensor>) -> Result<Vec<Document>> {
     let places: Vec<i64> = match starts {
-        Some(starts) => Vec::try_from(&starts.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Int64)?)?,
+        Some(starts) => {
+            Vec::try_from(&starts.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Int64)?)?
+        }
         None => {
             let (batch, sequence) = (inputs[0].size()[0], inputs[0].size()[1]);
             (0..=batch).map(|row| row * sequence).collect()
