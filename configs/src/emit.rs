@@ -18,6 +18,7 @@ impl RunConfig {
         y.section("precision", |y| {
             y.key("compute", word(&self.precision.compute));
             y.key("matmul", word(&self.precision.matmul));
+            y.key("attention", word(&self.precision.attention));
         });
         y.section("training", |y| training(y, &self.training));
         y.section("numeric", |y| numeric(y, &self.numeric));
@@ -63,6 +64,7 @@ impl RunConfig {
             y.key("ranks_per_node", or_auto(self.cluster.ranks_per_node));
             y.key("threads_per_rank", or_auto(self.cluster.threads_per_rank));
             y.key("device", word(&self.cluster.device));
+            y.key("expandable_segments", self.cluster.expandable_segments);
             y.key("timeout_s", self.cluster.timeout_s);
         });
         y.section("metrics", |y| y.key("tensorboard", self.metrics.tensorboard));

@@ -45,6 +45,7 @@ impl Resolver<'_> {
             precision: Precision {
                 compute: self.choice(&v, "precision.compute")?,
                 matmul: self.choice(&v, "precision.matmul")?,
+                attention: self.choice(&v, "precision.attention")?,
             },
             training: self.training(&v, longest)?,
             numeric: self.numeric(&v)?,
@@ -94,6 +95,7 @@ impl Resolver<'_> {
                 ranks_per_node: self.optional_size(&v, "cluster.ranks_per_node"),
                 threads_per_rank: self.optional_size(&v, "cluster.threads_per_rank"),
                 device: self.choice(&v, "cluster.device")?,
+                expandable_segments: self.boolean(&v, "cluster.expandable_segments")?,
                 timeout_s: self.integer(&v, "cluster.timeout_s")?,
             },
             metrics: Metrics { tensorboard: self.boolean(&v, "metrics.tensorboard")? },

@@ -282,6 +282,20 @@ pub struct Precision {
     pub compute: ComputeDtype,
     /// Of matrix products.
     pub matmul: Matmul,
+    /// Kernels of attention on GPUs; each rounds in its own way.
+    pub attention: AttentionKernel,
+}
+
+/// Kernels of attention on GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionKernel {
+    /// cuDNN's where they are found to be right, else FlashAttention's.
+    Auto,
+    /// FlashAttention's.
+    Flash,
+    /// cuDNN's.
+    Cudnn,
 }
 
 /// Format of activations and of the weights used in compute.
@@ -504,6 +518,8 @@ pub struct Cluster {
     pub threads_per_rank: Option<usize>,
     /// Device.
     pub device: DeviceKind,
+    /// Whether the allocator's segments of GPU memory grow.
+    pub expandable_segments: bool,
     /// Longest wait for one message of a peer, in seconds; a peer that takes longer is an error.
     pub timeout_s: u64,
 }

@@ -2,7 +2,7 @@
 
 use crate::error::UserError;
 use crate::supervisor::mpirun::MPIRUN;
-use rank_protocol::{env, libtorch};
+use rank_protocol::{env, gpus, libtorch};
 use run_config::{ClusterKind, DeviceKind, Loaded, RunConfig};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 
 /// Longest time that a program may take to answer a question: python3 where its torch is, say.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The part of libtorch that computes on GPUs.
+const CUDA_PART: &str = "libtorch_cuda.so";
 
 /// Prints torch's folder without importing it, which would take seconds.
 const FIND_TORCH: &str = "import importlib.util as u; s = u.find_spec('torch'); \
@@ -52,10 +55,9 @@ pub fn num_cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// GPUs of this machine.
+/// GPUs that ranks on this machine may use.
 pub fn num_gpus() -> usize {
-    let entries = std::fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten();
-    entries.count()
+    gpus::usable()
 }
 
 /// Refuses a run on GPUs where there are too few: a rank wants one of its own, unless NCCL is told
@@ -183,7 +185,7 @@ pub fn library_path(device: DeviceKind) -> Result<Option<OsString>, UserError> {
             libtorch::check(Path::new(&given)).map_err(UserError::usage)?;
             vec![lib]
         }
-        None if device != DeviceKind::Cpu && Path::new("/dev/nvidiactl").exists() => {
+        None if device != DeviceKind::Cpu && num_gpus() > 0 => {
             python_torch().map(|torch| cuda_folders(&torch)).unwrap_or_default()
         }
         None => Vec::new(),
@@ -201,7 +203,7 @@ pub fn library_path(device: DeviceKind) -> Result<Option<OsString>, UserError> {
 fn cuda_folders(torch: &Path) -> Vec<PathBuf> {
     let lib = torch.join("lib");
     // One of another release would not even load; what the trainer was built with is used then.
-    if !lib.join("libtorch_cuda.so").is_file() || libtorch::check(torch).is_err() {
+    if !lib.join(CUDA_PART).is_file() || libtorch::check(torch).is_err() {
         return Vec::new();
     }
     let nvidia = torch.parent().map(|packages| packages.join("nvidia"));
@@ -214,6 +216,51 @@ fn cuda_folders(torch: &Path) -> Vec<PathBuf> {
     folders.sort();
     folders.insert(0, lib);
     folders
+}
+
+/// Refuses a run on GPUs where no libtorch with CUDA is found, before each rank says so by itself.
+pub fn check_cuda(
+    device: DeviceKind,
+    gpus: usize,
+    library_path: Option<&OsStr>,
+) -> Result<(), UserError> {
+    if device == DeviceKind::Cpu || gpus == 0 {
+        return Ok(());
+    }
+    let before = || std::env::var_os(env::LIBRARY_PATH).unwrap_or_default();
+    let searched = library_path.map_or_else(before, OsStr::to_owned);
+    if std::env::split_paths(&searched).any(|folder| folder.join(CUDA_PART).is_file()) {
+        return Ok(());
+    }
+    let given = std::env::var_os(env::LIBTORCH);
+    let torch = given.is_none().then(python_torch).flatten();
+    Err(no_cuda(gpus, given.as_deref(), torch.as_deref()))
+}
+
+fn no_cuda(gpus: usize, given: Option<&OsStr>, torch: Option<&Path>) -> UserError {
+    let release = libtorch::RELEASE;
+    let found = match (given, torch) {
+        (Some(given), _) => {
+            let given = Path::new(given).display();
+            format!("{} is {given}, and there is no lib/{CUDA_PART} in it", env::LIBTORCH)
+        }
+        (None, None) => "the python3 on the PATH has no torch".to_owned(),
+        (None, Some(torch)) => {
+            let version = libtorch::version_in(torch).unwrap_or("of an unknown version".to_owned());
+            let has_cuda = torch.join("lib").join(CUDA_PART).is_file();
+            let without = if has_cuda { "" } else { ", without CUDA" };
+            format!("the python3 on the PATH has torch {version}{without}")
+        }
+    };
+    let message = format!(
+        "this machine has {gpus} GPU(s), and no libtorch {release} with CUDA is found: {found}"
+    );
+    let hint = format!(
+        "`pip install 'torch=={release}.*'`, or set {} to a libtorch {release} with CUDA, or \
+         `--set cluster.device=cpu`",
+        env::LIBTORCH
+    );
+    UserError::usage(message).hint(hint)
 }
 
 fn python_torch() -> Option<PathBuf> {
@@ -254,6 +301,41 @@ mod tests {
         assert!(refused(DeviceKind::Cuda, 1, 0).unwrap().contains("no GPU"));
         for device in [DeviceKind::Cuda, DeviceKind::Auto] {
             assert!(refused(device, 9, 8).unwrap().contains("9 ranks on a machine of 8 GPUs"));
+        }
+    }
+
+    #[test]
+    fn gpus_want_a_libtorch_with_cuda() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let torch = folder.path().join("torch");
+        let check = |given: Option<&Path>, torch: Option<&Path>, parts: &[&str]| {
+            let error = no_cuda(8, given.map(Path::as_os_str), torch).to_string();
+            for part in [&["8 GPU(s)", "libtorch 2.11 with CUDA", "device=cpu"], parts].concat() {
+                assert!(error.contains(part), "{part:?} is not in {error}");
+            }
+        };
+        check(None, None, &["has no torch"]);
+        write("torch/version.py", "__version__ = '2.11.0+cpu'\n");
+        check(None, Some(&torch), &["has torch 2.11.0+cpu, without CUDA"]);
+        check(Some(&torch), None, &["PHALANX_LIBTORCH is", "no lib/libtorch_cuda.so in it"]);
+        let found = |lib: &Path| check_cuda(DeviceKind::Auto, 8, Some(lib.as_os_str()));
+        assert!(found(&torch.join("lib")).is_err());
+        assert!(cuda_folders(&torch).is_empty());
+        write("torch/lib/libtorch_cuda.so", "");
+        assert!(found(&torch.join("lib")).is_ok());
+        write("nvidia/cu13/lib/libcudart.so.13", "");
+        let folders = [torch.join("lib"), folder.path().join("nvidia/cu13/lib")];
+        assert_eq!(cuda_folders(&torch), folders);
+        write("torch/version.py", "__version__ = '2.10.0+cu130'\n");
+        check(None, Some(&torch), &["the PATH has torch 2.10.0+cu130"]);
+        assert!(cuda_folders(&torch).is_empty(), "another release");
+        for (device, gpus) in [(DeviceKind::Cpu, 8), (DeviceKind::Auto, 0)] {
+            assert!(check_cuda(device, gpus, None).is_ok());
         }
     }
 }

@@ -116,6 +116,7 @@ fn starter_of(listen: &Option<Listen>) -> Starter {
 fn begin(args: RunArgs, listen: Option<Listen>) -> Result<i32, UserError> {
     let starter = starter_of(&listen);
     let mut resolved = machine::resolve(&args.config, &args.options.set, starter)?;
+    args::check_profile(args.options.profile, resolved.loaded.config.training.steps)?;
     let held = Held::take(&resolved.loaded.config, host_of(&listen), starter)?;
     let held = match held {
         Some(held) if held.record.is_some() => return take_over(args, &resolved, listen, held),
@@ -224,6 +225,7 @@ fn go_on_with(
         let message = format!("a run keeps its name: {:?}, not {:?}", before.name, config.name);
         return Err(UserError::usage(message));
     }
+    args::check_profile(args.options.profile, config.training.steps)?;
     let may_run_elsewhere = may_run_elsewhere(&run, &history, starter)?;
     let changes = differences(&before, config);
     refuse_another_function(&changes)?;
@@ -424,6 +426,7 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
     }
     let trainer = machine::trainer()?;
     let library_path = machine::library_path(config.cluster.device)?;
+    machine::check_cuda(config.cluster.device, machine::num_gpus(), library_path.as_deref())?;
     if config.cluster.kind == ClusterKind::Mpi {
         machine::check_mpi(&trainer, library_path.as_deref())?;
     }
@@ -482,6 +485,7 @@ fn go(
         has_lost_coordinator: start.has_lost_coordinator,
         adopt,
         stop_after: None,
+        profile: options.profile,
         keeper: held.map(|held| held.keeper),
         remote: Place::of(&config, Some(run_id)),
         memory: memory.as_ref().map(MemoryTier::checkpoints),

@@ -169,6 +169,7 @@ fn replay_steps(
         stop_after: Some(last),
         remote: None,
         memory: None,
+        profile: None,
         config,
     };
     let code = supervise(plan, View::start(false), Vec::new())

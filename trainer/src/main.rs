@@ -4,7 +4,7 @@ use clap::{Parser, Subcommand};
 use rank_protocol::exit_code;
 use std::io::Write;
 use trainer::error::TrainError;
-use trainer::{backend, bench, generate, rank};
+use trainer::{backend, bench, generate, kernel_check, rank};
 
 #[derive(Parser)]
 #[command(name = "phalanx-trainer", version, about = "The part of Phalanx that needs libtorch")]
@@ -21,6 +21,8 @@ enum Verb {
     Backends,
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
+    /// Compare what this device computes with the same in FP64 on the CPU, a line of JSON each.
+    Kernels(kernel_check::KernelArgs),
     /// Measure.
     Bench {
         /// What.
@@ -33,6 +35,8 @@ enum Verb {
 enum Bench {
     /// Training steps of one process.
     Train(bench::BenchArgs),
+    /// What the device can do at best.
+    Device(bench::DeviceArgs),
 }
 
 fn main() {
@@ -56,7 +60,9 @@ fn main() {
             exit_code::DONE
         }
         Verb::Generate(args) => told(generate::run(&args)),
-        Verb::Bench { what: Bench::Train(args) } => told(bench::run(&args)),
+        Verb::Kernels(args) => told(kernel_check::run(&args)),
+        Verb::Bench { what: Bench::Train(args) } => told(bench::run_train(&args)),
+        Verb::Bench { what: Bench::Device(args) } => told(bench::run_device(&args)),
     };
     std::process::exit(code)
 }

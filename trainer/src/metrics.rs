@@ -149,6 +149,11 @@ fn write_scalars(writer: &mut TensorboardWriter, report: &StepReport) -> std::io
         ("speed/step_time_s", Some(report.step_time_s)),
         ("speed/data_wait_s", Some(report.data_wait_s)),
         ("validation/loss", report.validation_loss),
+        ("gpu/tflops_full", report.tflops_full),
+        ("gpu/tflops_half", report.tflops_half),
+        ("gpu/mfu_full", report.mfu_full.filter(|share| share.is_finite())),
+        ("gpu/mfu_half", report.mfu_half.filter(|share| share.is_finite())),
+        ("gpu/memory_gib", report.memory_gib),
     ];
     for (tag, value) in scalars {
         if let Some(value) = value {

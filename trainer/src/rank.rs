@@ -1,14 +1,16 @@
 //! A rank's life: assignment, set-up, training, and how it ends.
 
+use crate::attention;
 use crate::backend::Backend;
 use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
+use crate::gpu::{self, Chosen, Speedometer};
 use crate::identity;
+use crate::late::Late;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
-    Connections, check_libtorch, connect, device, initialize, kernels, prepare_libtorch,
-    read_config,
+    Connections, check_libtorch, connect, initialize, kernels, prepare_libtorch, read_config,
 };
 use crate::state::{BUCKET_BYTES, Memory, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
@@ -100,10 +102,11 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     prepare_libtorch(assignment.threads)?;
     let run_dir = RunDir::new(&assignment.run_dir);
     let config = read_config(&run_dir.config())?;
-    let device = device(&config, assignment.local_rank)?;
+    let Chosen { device, gpu } = gpu::choose(&config, assignment.local_rank)?;
     identity::agree(client, &config)?;
     let backend = Backend::start(&config, assignment)?;
     let Connections { groups, storage, memory } = connect(client, &config, device, &backend)?;
+    let attention = gpu.as_ref().map(|gpu| attention::kernels(&config, gpu)).transpose()?;
     let positions = longest_sequence(&config);
     let dense = Dense::new(kernels(device)?);
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES, dense)?;
@@ -145,6 +148,9 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let every_steps = config.checkpoint.memory.every_steps;
     let memory = assignment.memory_dir.clone().zip(memory);
     let memory = memory.map(|(dir, group)| Memory { dir, group, every_steps, saving: None });
+    let speedometer = gpu
+        .as_ref()
+        .map(|gpu| Speedometer::new(&config, worker.groups.mesh.size(), &gpu.card.name));
     let rank = Rank {
         config,
         client: client.clone(),
@@ -162,6 +168,10 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         cadence,
         saving: None,
         memory,
+        late: Late::on(device)?,
+        kernels: attention,
+        gpu,
+        speedometer,
     };
     Ok((rank, backend))
 }

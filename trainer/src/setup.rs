@@ -2,6 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Result, TrainError};
+use crate::gpu::{self, Chosen, Gpu};
 use crate::store::LauncherStore;
 use checkpoint::{CheckpointError, Target};
 use checkpoint_format::hf::HfSource;
@@ -17,11 +18,10 @@ use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::{Phase, STORAGE_TIMEOUT, env, libtorch};
-use run_config::{DeviceKind, InitFrom, Parallelism, RunConfig};
+use run_config::{InitFrom, Parallelism, RunConfig};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use torch_shim::cuda;
 use torch_shim::gloo::Store;
 use torch_shim::params::ParameterSet;
 use torch_shim::tch::Device;
@@ -44,6 +44,8 @@ pub struct Trainee {
     pub held: Vec<LocalParameter>,
     /// Where both live.
     pub device: Device,
+    /// The GPU, where that is one.
+    pub gpu: Option<Gpu>,
 }
 
 /// Reads a resolved config.
@@ -92,36 +94,6 @@ fn libtorch_prefix(maps: &str) -> Option<&Path> {
     paths.find(is_libtorch)?.parent()?.parent()
 }
 
-/// The device of the `local_rank`-th process on this machine.
-///
-/// # Errors
-/// Where the config asks for a GPU, and there is none for it.
-pub fn device(config: &RunConfig, local_rank: usize) -> Result<Device> {
-    let wanted = config.cluster.device;
-    if wanted == DeviceKind::Cpu || (wanted == DeviceKind::Auto && !has_nvidia_driver()) {
-        return Ok(Device::Cpu);
-    }
-    let no_gpu = |detail: String| {
-        let wanted = if wanted == DeviceKind::Cuda { "cuda" } else { "auto" };
-        TrainError::Config(format!(
-            "cluster.device is {wanted}: {detail}; hint: --set cluster.device=cpu trains on the CPU"
-        ))
-    };
-    let gpus = cuda::load().map_err(|error| {
-        let words = error.to_string();
-        no_gpu(format!("libtorch's CUDA part does not load ({words})"))
-    })?;
-    if gpus == 0 {
-        return Err(no_gpu("libtorch finds no GPU that it can use".into()));
-    }
-    if local_rank >= gpus && std::env::var_os(env::SHARE_GPUS).is_none() {
-        let ranks = local_rank + 1;
-        return Err(no_gpu(format!("{ranks} ranks or more on a machine with {gpus} GPUs")));
-    }
-    cuda::set_device(local_rank % gpus)?;
-    Ok(Device::Cuda(local_rank % gpus))
-}
-
 /// The kernels of a GPU. There are none on the CPU, and none where `PHALANX_KERNELS` is `off`.
 ///
 /// # Errors
@@ -153,16 +125,12 @@ fn cache_folder() -> Option<PathBuf> {
     cache.map(|cache| cache.join("phalanx"))
 }
 
-fn has_nvidia_driver() -> bool {
-    Path::new("/proc/driver/nvidia/gpus").is_dir()
-}
-
 /// The whole model on this rank, its weights all zero: for generation and measurements.
 ///
 /// # Errors
 /// Where memory runs out.
 pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
-    let device = device(config, 0)?;
+    let Chosen { device, gpu } = gpu::choose(config, 0)?;
     let stage = Stage::whole(&config.model);
     let specs = stage.parameters(&config.model);
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
@@ -170,7 +138,7 @@ pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
     let params = allocate(&held, decay_norms, config.precision.compute, device)?;
     let dense = Arc::new(Dense::new(kernels(device)?));
     let model = Llama::new(&config.model, stage, &params, dense, num_positions)?;
-    Ok(Trainee { model, params, held, device })
+    Ok(Trainee { model, params, held, device, gpu })
 }
 
 /// The initial weights of what is held: random, or those that `model.init_from` names.

@@ -2,13 +2,17 @@
 
 use crate::cadence::Cadence;
 use crate::error::{Result, TrainError};
+use crate::gpu::{Gpu, Speedometer};
+use crate::late::Late;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::saving::Saving;
+use crate::train_loop::is_due;
 use checkpoint::{SaveRequest, Snapshot, Target, TrainState};
 use collectives::Communicator;
 use data_pipeline::{DataCursor, Loader, LoaderOptions, Split};
 use layout::Axis;
+use model::AttentionKernels;
 use optim::AdamW;
 use parallel::{Groups, Worker};
 use rank_protocol::RollBack;
@@ -58,6 +62,14 @@ pub struct Rank {
     pub saving: Option<Saving>,
     /// Checkpoints in memory, where there are any.
     pub memory: Option<Memory>,
+    /// What is open between two steps, where their numbers are read late.
+    pub late: Option<Late>,
+    /// Who computes attention, on a GPU.
+    pub kernels: Option<AttentionKernels>,
+    /// The GPU that it computes on, where it is one.
+    pub gpu: Option<Gpu>,
+    /// What a step's speed is, on a GPU.
+    pub speedometer: Option<Speedometer>,
 }
 
 /// Checkpoints in memory.
@@ -70,6 +82,13 @@ pub struct Memory {
     pub every_steps: u64,
     /// The one that is being written.
     pub saving: Option<Saving>,
+}
+
+impl Memory {
+    /// Whether the state is kept after `step`.
+    pub fn is_due(&self, step: u64) -> bool {
+        is_due(step, self.every_steps)
+    }
 }
 
 /// The loader of this rank's part of the training data from `first_step` on, without the samples of

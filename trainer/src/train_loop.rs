@@ -2,11 +2,13 @@
 
 use crate::error::{Result, TrainError};
 use crate::faults;
+use crate::gpu::Gpu;
 use crate::metrics::{Metrics, Written};
 use crate::numeric::too_many;
+use crate::profile::Profile;
 use crate::saving::Saving;
 use crate::state::Rank;
-use crate::train_step::{StepResult, train_step};
+use crate::train_step::{StepResult, learning_rate, train_step};
 use crate::validation::validate;
 use collectives::ReduceOp;
 use parallel::all_reduce_scalars;
@@ -14,6 +16,7 @@ use rank_protocol::message::{Event, FailureClass, Phase, StepReport};
 use run_config::batch_plan::step_batch;
 use serde_json::{Value, json};
 use std::time::Instant;
+use torch_shim::profiler;
 
 /// How a rank's training ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +37,9 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         0 => Some(Metrics::open(&rank.run_dir, rank.config.metrics.tensorboard, rank.step + 1)?),
         _ => None,
     };
+    let mut profile = profile(rank);
     while rank.step < last {
+        profile.before(rank.step + 1);
         if rank.saving.as_ref().is_some_and(Saving::is_over) {
             finish_save(rank, false)?;
         }
@@ -44,34 +49,28 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         }
         rank.enter(Phase::Train)?;
         faults::at_step(rank)?;
-        let (started, waited) = (Instant::now(), collectives::waited());
-        let result = match train_step(rank) {
+        let results = match train_step(rank) {
             Err(error) if error.roll_back().is_some() => {
                 // What is being written is the newest checkpoint before the trouble.
                 finish_save(rank, false)?;
                 finish_keep(rank)?;
                 return Err(error);
             }
-            result => result?,
+            results => results?,
         };
-        let mut report = report(rank, &result, started.elapsed().as_secs_f64());
-        report.comm_wait_s = rank.waited_since(waited);
-        rank.cadence.stepped(report.step_time_s);
-        if is_due(rank.step, rank.config.validation.every_steps) || rank.step == last {
-            report.validation_loss = validated(rank)?;
+        for result in &results {
+            conclude(rank, result, metrics.as_mut())?;
         }
-        if let Some(metrics) = &mut metrics {
-            let written = metrics.write(&report)?;
-            tell_of_metrics(rank, written)?;
-        }
-        rank.client.report_step(report)?;
-        count_skips(rank, &result)?;
-        let stop = result.stop || rank.client.assignment().stop_after == Some(rank.step);
+        let stop_after = rank.client.assignment().stop_after;
+        let stop = results.iter().any(|result| result.stop) || stop_after == Some(rank.step);
         let at_end = rank.step == last || stop;
         if at_end || rank.cadence.is_due(rank.step) {
-            save(rank, result.learning_rate, at_end)?;
-        } else if rank.memory.as_ref().is_some_and(|m| is_due(rank.step, m.every_steps)) {
-            keep(rank, result.learning_rate)?;
+            save(rank, learning_rate(rank, rank.step), at_end)?;
+        } else if rank.memory.as_ref().is_some_and(|memory| memory.is_due(rank.step)) {
+            keep(rank, learning_rate(rank, rank.step))?;
+        }
+        if profile.after(rank.step) {
+            tell_of_profile(rank, &profile)?;
         }
         if stop && rank.step < last {
             finish_metrics(rank, metrics)?;
@@ -81,6 +80,42 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
     finish_metrics(rank, metrics)?;
     rank.enter(Phase::Exit)?;
     Ok(Outcome::Finished)
+}
+
+/// What follows from a step whose numbers are known: its report, and a validation behind it.
+fn conclude(rank: &mut Rank, result: &StepResult, metrics: Option<&mut Metrics>) -> Result<()> {
+    let mut report = report(rank, result)?;
+    rank.cadence.stepped(result.step_time_s);
+    let is_newest = result.step == rank.step;
+    let is_last = result.step == rank.config.training.steps;
+    if is_newest && (is_last || is_due(result.step, rank.config.validation.every_steps)) {
+        report.validation_loss = validated(rank)?;
+    }
+    if let Some(metrics) = metrics {
+        let written = metrics.write(&report)?;
+        tell_of_metrics(rank, written)?;
+    }
+    rank.client.report_step(report)?;
+    count_skips(rank, result)
+}
+
+/// The timeline that is asked for, if one is.
+fn profile(rank: &Rank) -> Profile {
+    let (place, groups) = (rank.client.assignment(), &rank.worker.groups);
+    let path = rank.run_dir.profile(place.generation, place.rank);
+    let ranks = (place.rank, groups.mesh.size());
+    Profile::new(place.profile, path, rank.worker.device(), ranks)
+}
+
+/// Rank 0 speaks for all.
+fn tell_of_profile(rank: &Rank, profile: &Profile) -> Result<()> {
+    if rank.worker.groups.rank != 0 {
+        return Ok(());
+    }
+    let folder = profile.path().parent().map(|folder| folder.display().to_string());
+    let fields = [("step".to_owned(), rank.step.into()), ("folder".to_owned(), folder.into())];
+    let fields = fields.into_iter().collect();
+    Ok(rank.client.event(Event { kind: "profile_written".into(), fields })?)
 }
 
 /// Says once that the metrics cannot be written, and once that they are again.
@@ -113,7 +148,8 @@ fn finish_metrics(rank: &Rank, metrics: Option<Metrics>) -> Result<()> {
     Ok(())
 }
 
-fn is_due(step: u64, every: u64) -> bool {
+/// Whether something that happens every so many steps happens after this one.
+pub(crate) fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
@@ -124,24 +160,35 @@ fn validated(rank: &mut Rank) -> Result<Option<f64>> {
         return Ok(None);
     }
     rank.enter(Phase::Validate)?;
+    let _phase = profiler::phase("validation");
     validate(rank).map(Some)
 }
 
-fn report(rank: &Rank, result: &StepResult, step_time_s: f64) -> StepReport {
-    let batch = step_batch(&rank.config.training.batch_stages, rank.step);
-    StepReport {
-        step: rank.step,
+fn report(rank: &Rank, result: &StepResult) -> Result<StepReport> {
+    let batch = step_batch(&rank.config.training.batch_stages, result.step);
+    let tokens_per_second = batch.num_tokens() as f64 / result.step_time_s;
+    let meter = rank.speedometer.as_ref();
+    let speed = meter.map(|meter| meter.speed(tokens_per_second, batch.sequence_length));
+    let memory = rank.gpu.as_ref().map(Gpu::take_memory_use).transpose()?;
+    Ok(StepReport {
+        step: result.step,
         loss: result.loss,
         grad_norm: result.grad_norm,
         learning_rate: result.learning_rate,
         tokens: batch.end_token(),
-        tokens_per_second: batch.num_tokens() as f64 / step_time_s,
-        step_time_s,
+        tokens_per_second,
+        step_time_s: result.step_time_s,
         data_wait_s: result.data_wait_s,
+        comm_wait_s: result.comm_wait_s,
         generation: rank.client.assignment().generation,
         skipped: result.skipped.is_some(),
+        tflops_full: speed.map(|speed| speed.tflops_full),
+        tflops_half: speed.map(|speed| speed.tflops_half),
+        mfu_full: speed.map(|speed| speed.mfu_full),
+        mfu_half: speed.map(|speed| speed.mfu_half),
+        memory_gib: memory.map(|memory| memory.peak_allocated as f64 / f64::from(1 << 30)),
         ..StepReport::default()
-    }
+    })
 }
 
 fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
@@ -149,20 +196,20 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
         rank.skipped_in_a_row = 0;
         return Ok(());
     };
-    let samples = rank.loader.samples_of(rank.step);
-    rank.watch.skipped(rank.step);
+    let samples = rank.loader.samples_of(result.step);
+    rank.watch.skipped(result.step);
     rank.skipped_steps += 1;
     rank.skipped_in_a_row += 1;
-    let num_interventions = rank.watch.num_interventions(rank.step);
+    let num_interventions = rank.watch.num_interventions(result.step);
     let (in_a_row, limit) = (rank.skipped_in_a_row, rank.config.training.max_skipped_steps);
     if in_a_row < limit {
         return match num_interventions < rank.watch.config().max_interventions {
             true => Ok(()),
-            false => Err(too_many(rank, rank.step, words.clone(), num_interventions)),
+            false => Err(too_many(rank, result.step, words.clone(), num_interventions)),
         };
     }
     Err(TrainError::NotFinite {
-        step: rank.step,
+        step: result.step,
         in_a_row,
         limit,
         loss: result.loss,
@@ -174,6 +221,7 @@ fn count_skips(rank: &mut Rank, result: &StepResult) -> Result<()> {
 /// Saves, while training goes on; the last one is waited for, as is one still being written.
 fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
     rank.enter(Phase::Save)?;
+    let _phase = profiler::phase("save");
     if is_last {
         finish_keep(rank)?;
     }

@@ -465,6 +465,7 @@ mod tests {
             resume_dir: None,
             failures: 0,
             observed_s: 0,
+            profile: None,
         };
         frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
         let client = RankClient::from_stream(own).unwrap();

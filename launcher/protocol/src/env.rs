@@ -20,6 +20,11 @@ pub const SHARE_GPUS: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 /// Hardware queues of a GPU. A collective that waits for its peers must not hold up another that
 /// shares its queue; CUDA's own number is 8, its limit 32.
 pub const CUDA_QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
+/// CUDA's own list of the GPUs that a process may use; all where unset.
+pub const CUDA_VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
+/// libtorch's own settings of the allocator of GPU memory, by either name; where one is set,
+/// `cluster.expandable_segments` does nothing.
+pub const ALLOCATOR: [&str; 2] = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"];
 /// The name by which etcd knows a coordinator and its agents (`restart.store`); none where unset.
 pub const ETCD_USER: &str = "PHALANX_ETCD_USER";
 /// Its password.

@@ -11,7 +11,7 @@
 //! The rank's side is the blocking [`client::RankClient`]; the agent's side is the launcher's
 //! supervisor. [`env`] and [`exit_code`] are the only registries of their kind; [`run_dir`] and
 //! [`jsonl`] say where a run's files are and how they are written; [`signals`] is what both sides
-//! must know about theirs.
+//! must know about theirs, [`gpus`] and [`libtorch`] what they must agree on about a machine.
 
 pub mod agent;
 pub mod client;
@@ -19,6 +19,7 @@ pub mod env;
 pub mod exit;
 pub mod exit_code;
 pub mod frame;
+pub mod gpus;
 pub mod jsonl;
 pub mod libtorch;
 pub mod message;
@@ -30,7 +31,7 @@ pub mod store;
 pub use client::{ClientError, RankClient, StoreClient};
 pub use message::{
     Assignment, Event, FailureClass, FailureReport, FromRank, Phase, Position, RollBack,
-    StepReport, ToRank,
+    StepReport, Steps, ToRank,
 };
 pub use run_dir::RunDir;
 pub use store::StoreError;

@@ -140,6 +140,18 @@ pub struct Assignment {
     /// Seconds that the run has been up and down so far.
     #[serde(default)]
     pub observed_s: u64,
+    /// Steps of which a timeline is to be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Steps>,
+}
+
+/// Some steps, one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steps {
+    /// 1-based step.
+    pub first: u64,
+    /// The last, included.
+    pub last: u64,
 }
 
 /// A step in numeric trouble, behind which the run went back to go on without its samples.
@@ -243,13 +255,14 @@ pub struct StepReport {
     /// TFLOP/s per GPU, causal attention counted as half.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tflops_half: Option<f64>,
-    /// Share of the GPU's peak, attention counted in full.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Share of the GPU's peak of dense BF16 products, attention counted in full; `null` where the
+    /// GPU's peak is not known, or the run computes in another format.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "null_is_some_nan")]
     pub mfu_full: Option<f64>,
-    /// Share of the GPU's peak, causal attention counted as half.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The same, causal attention counted as half.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "null_is_some_nan")]
     pub mfu_half: Option<f64>,
-    /// Peak GPU memory, in GiB.
+    /// Memory of the GPU that tensors took at once since the report before, the most of it, in GiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_gib: Option<f64>,
 }
@@ -348,5 +361,36 @@ mod null_is_nan {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
         Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
+    }
+}
+
+/// The same where there may be no number at all.
+mod null_is_some_nan {
+    use serde::{Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        super::null_is_nan::serialize(&value.unwrap_or(f64::NAN), serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<f64>, D::Error> {
+        super::null_is_nan::deserialize(deserializer).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_an_unknown_peak_is_null_and_on_a_cpu_there_is_none() {
+        let text = |report: &StepReport| serde_json::to_string(report).unwrap();
+        let cpu = StepReport { step: 3, ..StepReport::default() };
+        assert!(!text(&cpu).contains("mfu"), "{}", text(&cpu));
+        let unknown = StepReport { mfu_full: Some(f64::NAN), mfu_half: Some(0.5), ..cpu };
+        assert!(text(&unknown).contains(r#""mfu_full":null,"mfu_half":0.5"#), "{}", text(&unknown));
+        let back: StepReport = serde_json::from_str(&text(&unknown)).unwrap();
+        assert!(back.mfu_full.is_some_and(f64::is_nan) && back.mfu_half == Some(0.5));
     }
 }

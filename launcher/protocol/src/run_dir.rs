@@ -95,6 +95,11 @@ impl RunDir {
         self.logs().join(format!("gen-{generation:04}/rank-{rank:05}.log"))
     }
 
+    /// Timeline of one rank in one generation, as JSON that Chrome's viewer reads.
+    pub fn profile(&self, generation: u64, rank: usize) -> PathBuf {
+        self.root.join(format!("profiles/gen-{generation:04}/rank-{rank:05}.json"))
+    }
+
     /// Folder of the error files of one generation.
     pub fn errors(&self, generation: u64) -> PathBuf {
         self.root.join(format!("errors/gen-{generation:04}"))

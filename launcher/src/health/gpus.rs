@@ -8,7 +8,9 @@ use std::path::Path;
 /// Errors of memory that could not be mended, and GPUs that are lost. A machine without a GPU is
 /// well.
 pub fn check() -> Found {
-    check_with(Path::new(LIBRARY), crate::machine::num_gpus(), xid::recent())
+    // The driver's library knows nothing of what CUDA is let see.
+    let installed = rank_protocol::gpus::installed(Path::new("/"));
+    check_with(Path::new(LIBRARY), installed, xid::recent())
 }
 
 /// Bytes of the GPU of this machine that has least memory; `None` where the driver does not say.

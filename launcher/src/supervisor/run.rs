@@ -16,7 +16,7 @@ use crate::view::View;
 use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use rank_protocol::store::{Requester, Store};
-use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, ToRank, exit_code};
+use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, Steps, ToRank, exit_code};
 use run_config::RunConfig;
 use serde_json::json;
 use signals::Signals;
@@ -86,6 +86,8 @@ pub struct Plan {
     pub remote: Option<Place>,
     /// The folder of checkpoints in memory.
     pub memory: Option<PathBuf>,
+    /// Steps of which the ranks write a timeline.
+    pub profile: Option<Steps>,
 }
 
 /// The generation of an earlier coordinator.

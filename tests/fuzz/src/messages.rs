@@ -7,7 +7,7 @@ use rank_protocol::frame::{Decoder, decode, encode};
 use rank_protocol::message::{Position, StepReport};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::{Requester, Store, StoreRequest};
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, ToRank};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, Steps, ToRank};
 use std::time::Instant;
 
 /// A stream of frames that comes in pieces: what a rank says, and what it is told.
@@ -47,6 +47,7 @@ fn assignment() -> Assignment {
         resume_dir: Some("/dev/shm/phalanx-run".into()),
         failures: 1,
         observed_s: 60,
+        profile: Some(Steps { first: 10, last: 12 }),
     }
 }
 

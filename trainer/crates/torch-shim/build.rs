@@ -36,6 +36,7 @@ const SOURCES: &[&str] = &[
     "csrc/fused_block.cpp",
     "csrc/fused_attention.cpp",
     "csrc/fused_head.cpp",
+    "csrc/flash.cpp",
     "csrc/gloo.cpp",
     "csrc/kernels.cpp",
     "csrc/matmul.cpp",
@@ -43,6 +44,8 @@ const SOURCES: &[&str] = &[
     "csrc/reduce.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/cuda.cpp",
+    "csrc/cuda_driver.cpp",
+    "csrc/profiler.cpp",
 ];
 
 fn main() {

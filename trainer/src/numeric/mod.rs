@@ -11,5 +11,5 @@ mod window;
 pub(crate) use attend::too_many;
 pub use attend::{Response, attend};
 pub use finding::{Finding, Print, Results};
-pub use watch::{Spike, Trouble, Watch};
+pub use watch::{Limits, Spike, Trouble, Watch};
 pub use window::{Measure, Window};

@@ -45,7 +45,11 @@ pub fn replay(rank: &mut Rank, share: &Share<'_>, first: &Computed) -> Result<Re
 
 /// What this rank made of the samples that it did last.
 fn print(rank: &Rank, computed: &Computed) -> Result<Print> {
-    Ok(Print { loss: computed.local_loss, squares: rank.worker.local_squares()? })
+    let squares = match computed.local_squares {
+        Some(squares) => squares,
+        None => rank.worker.local_squares(&computed.counted)?.f_double_value(&[])?,
+    };
+    Ok(Print { loss: computed.local_loss, squares })
 }
 
 /// The results of all ranks. Each adds its own to zeros, which changes no bit of them.

@@ -31,6 +31,15 @@ pub struct Spike {
     pub limit: f64,
 }
 
+/// The highest loss and gradient norm without trouble, for those that look where the numbers are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Of the loss.
+    pub loss: f64,
+    /// Of the gradient norm.
+    pub grad_norm: f64,
+}
+
 impl Trouble {
     /// The word for it in `events.jsonl`.
     pub fn name(&self) -> &'static str {
@@ -136,6 +145,21 @@ impl Watch {
         })
     }
 
+    /// Numbers of the next step up to which [`Watch::look`] finds no trouble. They may lie a little
+    /// too low: who decides by them alone shall look before it acts.
+    pub fn limits(&self) -> Limits {
+        let config = &self.config;
+        let highest = |measure, window: &Window, limit: Option<f64>| {
+            limit.map_or(f64::MAX, |limit| {
+                window.highest(measure, config.window, |score| score.zscore <= limit)
+            })
+        };
+        Limits {
+            loss: highest(Measure::Loss, &self.state.losses, config.loss_zscore),
+            grad_norm: highest(Measure::GradNorm, &self.state.grad_norms, config.grad_norm_zscore),
+        }
+    }
+
     /// A step was applied.
     pub fn applied(&mut self, loss: f64, grad_norm: f64) {
         self.state.losses.push(loss, self.config.window);
@@ -208,6 +232,28 @@ mod tests {
         let words = watch.look(2.2, 1.0).unwrap().describe(2.2, 1.0);
         assert!(words.contains("10.0 standard deviations above the usual 2.000000"), "{words}");
         assert!(words.contains("limit numeric.loss_zscore = 3"), "{words}");
+    }
+
+    /// Whatever lies within the limits is no trouble, and they are as high as that allows.
+    #[test]
+    fn limits_are_where_trouble_begins() {
+        let mut watch = watch(&config());
+        let check = |watch: &Watch| {
+            let Limits { loss, grad_norm } = watch.limits();
+            assert_eq!(name(watch, loss, grad_norm), None, "{loss} {grad_norm}");
+            let above = 1.0 + 1e-9;
+            assert_eq!(name(watch, loss * above, grad_norm), Some("loss_spike"));
+            assert_eq!(name(watch, loss, grad_norm * above), Some("grad_norm_spike"));
+        };
+        check(&watch);
+        for step in 1..50 {
+            watch.applied(2.0 + (f64::from(step) * 0.7).sin(), 0.1 + f64::from(step % 7));
+            check(&watch);
+        }
+        let off = Numeric { loss_zscore: None, ..config() };
+        assert_eq!(self::watch(&off).limits().loss, f64::MAX);
+        let young = Watch::restore(&config(), &Value::Null, &[]).unwrap();
+        assert_eq!(young.limits(), Limits { loss: f64::MAX, grad_norm: f64::MAX });
     }
 
     #[test]

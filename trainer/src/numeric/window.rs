@@ -93,6 +93,42 @@ impl Window {
     }
 }
 
+impl Window {
+    /// The highest number whose score is sound, a little less where rounding might matter; scores
+    /// rise with their numbers. The highest of all while there is no score.
+    pub fn highest(&self, measure: Measure, size: usize, is_sound: impl Fn(Score) -> bool) -> f64 {
+        let allows = |value| self.score(measure, value, size).is_none_or(&is_sound);
+        if allows(f64::MAX) {
+            return f64::MAX;
+        }
+        // Halves the finite numbers, in their order, between one that is sound and one that is not.
+        let (mut low, mut high) = (place(f64::MIN), place(f64::MAX));
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            match allows(number(middle)) {
+                true => low = middle,
+                false => high = middle,
+            }
+        }
+        let highest = number(low);
+        (highest - ROUNDING * highest.abs()).max(f64::MIN)
+    }
+}
+
+/// Far above the rounding of a logarithm, and far below what a limit is chosen by.
+const ROUNDING: f64 = 1e-12;
+
+/// The place of a number among all, in their order.
+fn place(value: f64) -> u64 {
+    let bits = value.to_bits();
+    if value.is_sign_negative() { !bits } else { bits | 1 << 63 }
+}
+
+/// The number of a place.
+fn number(place: u64) -> f64 {
+    f64::from_bits(if place >> 63 == 1 { place & !(1 << 63) } else { !place })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +174,24 @@ mod tests {
         assert_eq!(score.zscore, f64::INFINITY);
         let score = window(&[0.0; 4]).score(GradNorm, 1.0, 4).unwrap();
         assert!(score.zscore > 1000.0 && score.zscore.is_finite(), "{score:?}");
+    }
+
+    #[test]
+    fn numbers_and_their_places_are_in_one_order() {
+        let values = [f64::MIN, -2.0, -1e-300, 0.0, f64::MIN_POSITIVE, 1.0, 1.5, f64::MAX];
+        assert!(values.windows(2).all(|pair| place(pair[0]) < place(pair[1])));
+        assert!(values.iter().all(|value| number(place(*value)) == *value));
+    }
+
+    #[test]
+    fn the_highest_sound_number_is_where_the_score_is_at_its_limit() {
+        // Mean 3, variance 2.5.
+        let window = window(&[1.0, 2.0, 3.0, 4.0, 5.0]);
+        let highest = window.highest(Loss, 5, |score| score.zscore <= 2.0);
+        assert!((highest - (3.0 + 2.0 * 2.5f64.sqrt())).abs() < 1e-10, "{highest}");
+        let highest = window.highest(Loss, 5, |score| score.zscore <= -10.0);
+        assert!((highest - (3.0 - 10.0 * 2.5f64.sqrt())).abs() < 1e-10, "{highest}");
+        assert_eq!(window.highest(Loss, 6, |_| false), f64::MAX, "no score yet");
     }
 
     #[test]

@@ -142,7 +142,7 @@ pub fn try_step(
     let sum = collectives::ReduceOp::Sum;
     all_reduce_scalars(groups.world.as_ref(), &mut targets, sum)?;
     worker.params.zero_grad()?;
-    let loss = worker.forward_backward(&passes, 1.0 / targets[0])?;
+    let loss = worker.forward_backward(&passes, 1.0 / targets[0])?.double_value(&[]);
     let gradients = worker.counted_gradients()?;
     let square = |x: &Tensor| torch_shim::norm::squared_norm(x).unwrap().double_value(&[]);
     // As many numbers as in training, where a rank's wish to stop is the third.

@@ -211,7 +211,7 @@ fn metered(member: &mut Member, passes: &[Pass]) -> Taken {
     let (own, read) = (group.clone(), readings.clone());
     let reading = Reading { group, meter: meter.clone(), readings: read };
     member.worker.groups.pipeline = Some(Arc::new(reading));
-    meter.count(|| member.worker.forward_backward(passes, 1.0).unwrap());
+    let _ = meter.count(|| member.worker.forward_backward(passes, 1.0).unwrap());
     member.worker.groups.pipeline = Some(own);
     let at_sends = std::mem::take(&mut *readings.lock().unwrap());
     Taken { at_sends, peak: meter.peak() }

@@ -24,8 +24,10 @@ impl Trainer {
     /// Where something is absent that every rank would miss.
     pub fn find(config: &RunConfig) -> Result<Self, UserError> {
         let library_path = machine::library_path(config.cluster.device)?;
+        let (device, gpus) = (config.cluster.device, machine::num_gpus());
         let ranks = config.cluster.ranks_per_node.unwrap_or(1);
-        machine::check_gpus(config.cluster.device, ranks, machine::num_gpus())?;
+        machine::check_gpus(device, ranks, gpus)?;
+        machine::check_cuda(device, gpus, library_path.as_deref())?;
         Ok(Self { path: machine::trainer()?, library_path })
     }
 

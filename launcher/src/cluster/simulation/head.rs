@@ -315,6 +315,7 @@ impl Head {
             resume_dir: None,
             failures: 0,
             observed_s: 0,
+            profile: None,
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");

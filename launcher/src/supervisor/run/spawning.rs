@@ -157,6 +157,7 @@ impl Executor {
             resume_dir: self.resume_dir(),
             failures: self.failures,
             observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
+            profile: self.plan.profile,
         }
     }
 }

@@ -66,6 +66,19 @@ impl Operation {
     }
 }
 
+impl Operation {
+    /// Bytes of the larger tensor of the two, or of the only one.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Operation::AllReduce(tensor, _) | Operation::Broadcast(tensor, _) => bytes(tensor),
+            Operation::AllGather(output, input)
+            | Operation::ReduceScatter(output, input, _)
+            | Operation::AllToAll(output, input) => bytes(output).max(bytes(input)),
+            Operation::Barrier => 0,
+        }
+    }
+}
+
 /// What carries out the operations of a group. Errors that name a peer are those of
 /// [`crate::CommError::lost`], which leaves the rest to the caller.
 pub(crate) trait Backend: Send + Sync {

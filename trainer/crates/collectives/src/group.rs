@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use torch_shim::cuda::Event;
 use torch_shim::gloo::Store;
+use torch_shim::profiler::{self, Span};
 use torch_shim::tch::{Device, Kind, Tensor};
 
 use crate::agreement::{Agreement, Check, MessageAgreement, Voice};
-use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT};
+use crate::backend::{Backend, Operation, OverMessages, TAG_LIMIT, bytes};
 use crate::error::{CommError, Members, Result, Site};
 use crate::transport::Transport;
 use crate::whereabouts::{Awaited, What, Whereabouts};
@@ -217,6 +218,7 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
         let what = format!("operation {sequence} ({operation})");
         let site = Site { members: shared.members.clone(), operation: what.clone() };
         let since = Instant::now();
+        let span = shared.span(&operation, job.operation.bytes());
         *lock(&shared.running) = Some(Running { what: what.clone(), since });
         let result = shared.alive().and_then(|()| {
             let alive = |peer| shared.alive().and_then(|()| shared.backend.reachable(peer));
@@ -225,6 +227,7 @@ fn work(shared: &Shared, mut agreement: Agreement, jobs: &Receiver<Job>) {
             shared.backend.run(job.operation, &what, job.after)
         });
         *lock(&shared.running) = None;
+        span.into_iter().for_each(ended);
         let result = result.map_err(|error| {
             let error = shared.explain(&site, error);
             // A peer may be gone because this rank does something else.
@@ -365,6 +368,20 @@ impl Shared {
         if matches!(first, CommError::Mismatch { .. }) { first } else { error.clone() }
     }
 
+    /// An operation that begins now, for a timeline; on a GPU the stream knows better when.
+    fn span(&self, operation: &str, bytes: u64) -> Option<Span> {
+        let start_ns = profiler::now().filter(|_| self.backend.device() == Device::Cpu)?;
+        let name = operation.split(' ').next().unwrap_or_default().to_owned();
+        let group = self.members.group.clone();
+        let details = vec![
+            ("group", group.clone()),
+            ("ranks", self.size.to_string()),
+            ("operation", operation.to_owned()),
+        ];
+        let lane = format!("group {group}");
+        Some(Span { name, lane, start_ns, bytes, details, ..Span::default() })
+    }
+
     /// Starts a single message, whose failure says where it was.
     fn message(
         self: &Arc<Self>,
@@ -381,12 +398,17 @@ impl Shared {
             tensor.size(),
             self.members.in_run(peer)
         );
+        let mut span = self.span(&operation, bytes(tensor));
+        if let Some(span) = &mut span {
+            // Several are under way at once.
+            span.lane = format!("{} {verb} {way} rank {}", span.lane, self.members.in_run(peer));
+        }
         let site = Site { members: self.members.clone(), operation };
         let started = match is_sent {
             true => self.backend.send(tensor, peer, tag),
             false => self.backend.recv(tensor, peer, tag),
         };
-        let work = started.map_err(|error| self.explain(&site, error))?;
+        let work = started.map_err(|error| self.explain(&site, error))?.timed(span);
         let shared = Arc::downgrade(self);
         let work = work.explained(Box::new(move |error| match shared.upgrade() {
             Some(shared) => shared.explain(&site, error),
@@ -396,6 +418,13 @@ impl Shared {
             return Ok(work);
         }
         Ok(work.awaited(self.awaited(What::Message { peer, tag, index, is_sent })))
+    }
+}
+
+/// It ends now.
+pub(crate) fn ended(span: Span) {
+    if let Some(end_ns) = profiler::now() {
+        profiler::record(Span { end_ns, ..span });
     }
 }
 

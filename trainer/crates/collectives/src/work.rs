@@ -5,9 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use torch_shim::cuda::{Event, Stream};
+use torch_shim::profiler::Span;
 use torch_shim::tch::Tensor;
 
 use crate::error::{CommError, Result};
+use crate::group::ended;
 use crate::transport::Pending;
 use crate::whereabouts::{Awaited, Whereabouts};
 
@@ -27,6 +29,8 @@ pub struct Work {
     /// What is known of the failure of a single message.
     explain: Option<Box<Explain>>,
     awaited: Option<(Whereabouts, Awaited)>,
+    /// When it began, for a timeline.
+    span: Option<Span>,
 }
 
 /// Makes a transport's error one for people.
@@ -52,7 +56,7 @@ impl Work {
     }
 
     fn of(kind: Kind) -> Work {
-        Work { kind, explain: None, awaited: None }
+        Work { kind, explain: None, awaited: None, span: None }
     }
 
     /// What it fails with is told by `explain`.
@@ -63,6 +67,11 @@ impl Work {
     /// A wait for it is told to the rank's whereabouts.
     pub(crate) fn awaited(self, awaited: Option<(Whereabouts, Awaited)>) -> Work {
         Work { awaited, ..self }
+    }
+
+    /// It is on the timeline until it is seen to be done.
+    pub(crate) fn timed(self, span: Option<Span>) -> Work {
+        Work { span, ..self }
     }
 
     /// Waits until the operation is done here. Every wait of a transport is bounded, so this one
@@ -84,6 +93,7 @@ impl Work {
             standing.over(result.is_ok());
         }
         WAITED.set(WAITED.get() + since.elapsed());
+        self.span.into_iter().for_each(ended);
         result.map_err(|error| match self.explain {
             Some(explain) => explain(error),
             None => error,

@@ -32,8 +32,8 @@ fn rank() {
     let Some(rank) = variable(RANK) else { return };
     let (rank, size): (usize, usize) =
         (rank.parse().unwrap(), variable(SIZE).unwrap().parse().unwrap());
-    let num_gpus = cuda::load().unwrap();
-    assert!(num_gpus > 0, "libtorch finds no GPU");
+    cuda::load().unwrap();
+    let num_gpus = cuda::start().unwrap();
     let device = rank % num_gpus;
     cuda::set_device(device).unwrap();
     let search = Search { path: variable(NCCL).map(Into::into), ..Search::default() };

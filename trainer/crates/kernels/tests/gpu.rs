@@ -15,7 +15,8 @@ use torch_shim::cuda;
 
 /// The kernels of the first GPU, and the folder where what was compiled is kept for the test.
 fn open() -> (Kernels, TempDir) {
-    assert!(cuda::load().unwrap() > 0, "libtorch finds no GPU");
+    cuda::load().unwrap();
+    assert!(cuda::start().unwrap() > 0, "libtorch finds no GPU");
     cuda::set_device(0).unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let libtorch = maps.lines().find(|line| line.ends_with("/libtorch_cuda.so")).unwrap();

@@ -2,10 +2,11 @@
 
 use crate::builder::{HeadShape, Heads, LayerBuilder, LinearRole, Qkv};
 use crate::error::Result;
-use crate::inputs::Inputs;
+use crate::inputs::{Flash, Inputs};
 use kernels::Kernels;
 use kernels::ops::rope::{Layout, Tables};
 use kernels::ops::{cross_entropy, embedding, rms_norm, rope, swiglu};
+use torch_shim::flash::{self, Kernel};
 use torch_shim::fused;
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
@@ -92,6 +93,12 @@ impl LayerBuilder for Dense {
 
     fn attention(&self, qkv: &Qkv, inputs: &Inputs) -> Result<Tensor> {
         let Qkv { query_BHSE, key_BKSE, value_BKSE } = qkv;
+        if let Some(Flash { kernel, packed }) = &inputs.flash
+            && (*kernel == Kernel::Plain || flash::takes(query_BHSE))
+        {
+            let packed = packed.as_ref();
+            return Ok(flash::attention(*kernel, query_BHSE, key_BKSE, value_BKSE, packed)?);
+        }
         Ok(fused::attention(query_BHSE, key_BKSE, value_BKSE, &inputs.documents)?)
     }
 

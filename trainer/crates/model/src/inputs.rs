@@ -4,8 +4,38 @@
 
 use crate::error::{Result, bad_input};
 use std::ops::Range;
+use torch_shim::cuda::upload;
+use torch_shim::flash::{Kernel, Packed};
 use torch_shim::fused::Documents;
 use torch_shim::tch::{Device, Tensor};
+
+/// Stands for no target.
+const NO_TARGET: i32 = -100;
+
+/// Which kernels compute attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttentionKernels {
+    /// Where each row is one document.
+    pub whole: Kernel,
+    /// Where rows hold several.
+    pub packed: Kernel,
+}
+
+/// Attention by a kernel that never makes the scores.
+#[derive(Debug)]
+pub struct Flash {
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Where documents lie; none: each row is one.
+    pub packed: Option<Packed>,
+}
+
+impl Flash {
+    /// Another owner of the same.
+    fn share(&self) -> Self {
+        Self { kernel: self.kernel, packed: self.packed.as_ref().map(Packed::share) }
+    }
+}
 
 /// One micro-batch on the device.
 #[derive(Debug)]
@@ -16,6 +46,8 @@ pub struct Inputs {
     pub positions_BS: Tensor,
     /// Where documents lie in the whole rows; attention stays within them.
     pub documents: Documents,
+    /// How attention is computed on a GPU; none: as on a CPU.
+    pub flash: Option<Flash>,
     consecutive_from: Option<i64>,
     largest_token: i32,
     largest_position: i32,
@@ -53,6 +85,7 @@ impl Inputs {
             tokens_BS: to_int64(tokens, &shape, device)?,
             positions_BS: to_int64(positions, &shape, device)?,
             documents,
+            flash: None,
             consecutive_from: consecutive_from(positions, sequence),
             largest_token: checked_largest("token id", tokens)?,
             largest_position: checked_largest("position id", positions)?,
@@ -76,12 +109,24 @@ impl Inputs {
         Self::new(tokens, &positions, None, batch, device)
     }
 
+    /// With attention by these kernels, where they take its kind and width.
+    ///
+    /// # Errors
+    /// Where memory is short.
+    pub fn with_kernels(self, kernels: AttentionKernels) -> Result<Self> {
+        let (batch, sequence, device) = (self.batch(), self.sequence(), self.tokens_BS.device());
+        let packed = Packed::new(&self.documents, batch, sequence, device)?;
+        let kernel = if packed.is_some() { kernels.packed } else { kernels.whole };
+        Ok(Self { flash: Some(Flash { kernel, packed }), ..self })
+    }
+
     /// Another owner of the same tensors.
     pub fn share(&self) -> Self {
         Self {
             tokens_BS: self.tokens_BS.shallow_clone(),
             positions_BS: self.positions_BS.shallow_clone(),
             documents: self.documents.clone(),
+            flash: self.flash.as_ref().map(Flash::share),
             ..*self
         }
     }
@@ -96,6 +141,7 @@ impl Inputs {
             tokens_BS: take(&self.tokens_BS, pieces)?,
             positions_BS: take(&self.positions_BS, pieces)?,
             documents: self.documents.clone(),
+            flash: None,
             consecutive_from: None,
             ..*self
         })
@@ -130,6 +176,24 @@ impl Inputs {
     }
 }
 
+/// Refuses targets outside a vocabulary. On a CPU the loss looks at them too; on a GPU the host would
+/// have to wait for it.
+///
+/// # Errors
+/// The first that is outside.
+pub fn check_targets(targets: &[i32], vocab_size: usize) -> Result<()> {
+    let is_one = |target: &i32| {
+        *target == NO_TARGET || usize::try_from(*target).is_ok_and(|target| target < vocab_size)
+    };
+    match targets.iter().find(|target| !is_one(target)) {
+        None => Ok(()),
+        Some(target) => {
+            let expected = format!("{NO_TARGET}, or from 0 to below the vocabulary's {vocab_size}");
+            Err(bad_input("target id", target, expected))
+        }
+    }
+}
+
 /// The targets of a micro-batch, int64 `[B, S]`; -100 is no target.
 ///
 /// # Errors
@@ -160,7 +224,7 @@ fn consecutive_from(positions: &[i32], sequence: usize) -> Option<i64> {
 
 fn to_int64(ids: &[i32], shape: &[i64], device: Device) -> Result<Tensor> {
     let wide: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    Ok(Tensor::f_from_slice(&wide)?.f_view(shape)?.f_to_device(device)?)
+    Ok(upload(&Tensor::f_from_slice(&wide)?.f_view(shape)?, device)?)
 }
 
 fn checked_largest(what: &'static str, ids: &[i32]) -> Result<i32> {
@@ -188,6 +252,15 @@ mod tests {
         check(&[0, 1, 2, 3], 2, None);
         check(&[0, 1, 0, 1], 1, None);
         check(&[7], 1, Some(7));
+    }
+
+    #[test]
+    fn targets_outside_the_vocabulary_are_refused() {
+        assert!(check_targets(&[0, 9, -100, 3], 10).is_ok());
+        for wrong in [10, -1, -101, i32::MAX] {
+            let error = check_targets(&[0, wrong], 10).unwrap_err().to_string();
+            assert!(error.contains(&format!("target id is {wrong}, expected -100, or")), "{error}");
+        }
     }
 
     #[test]

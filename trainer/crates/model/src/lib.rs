@@ -26,7 +26,7 @@ pub use cache::{KvCache, LayerCache};
 pub use dense::Dense;
 pub use error::{ModelError, Result};
 pub use generate::{Sampling, generate};
-pub use inputs::{Inputs, take, targets};
+pub use inputs::{AttentionKernels, Flash, Inputs, check_targets, take, targets};
 pub use llama::{Llama, Stage};
 pub use random::RandomStream;
 pub use residual::Residual;

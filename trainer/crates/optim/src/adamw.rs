@@ -7,8 +7,9 @@
 use crate::error::{OptimError, Result};
 use run_config::Optimizer;
 use std::ops::Range;
+use torch_shim::ops::OnDevice;
 use torch_shim::params::{Parameter, ParameterSet};
-use torch_shim::tch::{Tensor, no_grad};
+use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 use torch_shim::{ShimError, memory, ops};
 
 /// AdamW and its state: two flat buffers laid out as the parameter set's master buffer is.
@@ -60,18 +61,71 @@ impl AdamW {
         learning_rate: f64,
         coefficient: f64,
     ) -> Result<()> {
-        let (state, elements) = (self.m.numel(), parameters.flat_master().numel());
-        if state != elements {
-            return Err(OptimError::OtherSet { state, parameters: elements });
-        }
-        self.num_steps += 1;
-        no_grad(|| {
+        self.check(parameters)?;
+        no_grad(|| -> Result<()> {
             if coefficient != 1.0 {
                 let mut gradients = parameters.flat_grad().shallow_clone();
                 let _ = gradients.f_mul_scalar_(coefficient)?;
             }
-            self.update(parameters, &self.decayed, learning_rate, self.config.weight_decay)?;
-            self.update(parameters, &self.spared, learning_rate, 0.0)
+            Ok(())
+        })?;
+        self.update_all(parameters, learning_rate, OnDevice::default())
+    }
+
+    /// As [`AdamW::step`], by what the device has computed and the host has not read: what the
+    /// gradients are multiplied by (none: 1; a scalar of any floating kind), and whether the update
+    /// is held back, FP32 of one element: where it is 1, nothing changes, and the host, once it
+    /// knows, says so with [`AdamW::take_back`].
+    ///
+    /// # Errors
+    /// As [`AdamW::step`].
+    pub fn step_unless(
+        &mut self,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        coefficient: Option<&Tensor>,
+        held: &Tensor,
+    ) -> Result<()> {
+        self.check(parameters)?;
+        let gradients = parameters.flat_grad();
+        let is_on_gpu = matches!(gradients.device(), Device::Cuda(_));
+        let mut divisor = None;
+        if let Some(coefficient) = coefficient {
+            let coefficient = coefficient.f_to_kind(gradients.kind())?;
+            match is_on_gpu && gradients.kind() == Kind::Float {
+                // The update's own kernel does it, which reads them anyway.
+                true => divisor = Some(coefficient.f_reciprocal()?),
+                false => drop(no_grad(|| gradients.shallow_clone().f_mul_(&coefficient))?),
+            }
+        }
+        let on_device = OnDevice { divisor: divisor.as_ref(), held: Some(held) };
+        self.update_all(parameters, learning_rate, on_device)
+    }
+
+    /// The last update was held back.
+    pub fn take_back(&mut self) {
+        self.num_steps = self.num_steps.saturating_sub(1);
+    }
+
+    fn check(&self, parameters: &ParameterSet) -> Result<()> {
+        let (state, elements) = (self.m.numel(), parameters.flat_master().numel());
+        match state == elements {
+            true => Ok(()),
+            false => Err(OptimError::OtherSet { state, parameters: elements }),
+        }
+    }
+
+    fn update_all(
+        &mut self,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        on_device: OnDevice<'_>,
+    ) -> Result<()> {
+        self.num_steps += 1;
+        let decay = self.config.weight_decay;
+        no_grad(|| {
+            self.update(parameters, &self.decayed, (learning_rate, decay), on_device)?;
+            self.update(parameters, &self.spared, (learning_rate, 0.0), on_device)
         })?;
         Ok(parameters.refresh_compute()?)
     }
@@ -80,8 +134,8 @@ impl AdamW {
         &self,
         parameters: &ParameterSet,
         runs: &[Range<i64>],
-        learning_rate: f64,
-        weight_decay: f64,
+        (learning_rate, weight_decay): (f64, f64),
+        on_device: OnDevice<'_>,
     ) -> Result<()> {
         let cut = |buffer: &Tensor| -> std::result::Result<Vec<Tensor>, ShimError> {
             let piece = |run: &Range<i64>| buffer.f_narrow(0, run.start, run.end - run.start);
@@ -97,7 +151,7 @@ impl AdamW {
         };
         let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
         let (m, v) = (cut(&self.m)?, cut(&self.v)?);
-        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants)?)
+        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants, on_device)?)
     }
 
     /// Number of steps taken.

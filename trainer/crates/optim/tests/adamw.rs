@@ -115,6 +115,34 @@ fn it_follows_the_formula() {
     check(Kind::BFloat16, Kind::Float, 0.3, 1e-6);
 }
 
+/// An update by what the device decides has the bits of one by what the host knows; one that is
+/// held back leaves everything as it was, and the next one is as if it had not been.
+#[test]
+fn updates_by_the_device_are_the_same() {
+    for (compute, master) in [(Kind::BFloat16, Kind::Float), (Kind::Double, Kind::Double)] {
+        let (set, other) = (parameters(compute, master), parameters(compute, master));
+        let expected = run(&set, 0.3);
+        let mut optimizer = AdamW::new(&config(), &other).unwrap();
+        let (go, hold) = (Tensor::from(0f32), Tensor::from(1f32));
+        let coefficient = Tensor::from(0.3f64);
+        for step in 1..=STEPS {
+            let _ = other.flat_grad().shallow_clone().fill_(f64::NAN);
+            let before = (other.flat_master().copy(), optimizer.flat_v().copy());
+            let rate = config().learning_rate;
+            optimizer.step_unless(&other, rate, Some(&coefficient), &hold).unwrap();
+            optimizer.take_back();
+            assert!(other.flat_master() == &before.0 && optimizer.flat_v() == &before.1);
+            let _ = other.flat_grad().shallow_clone().zero_();
+            set_gradients(&other, step);
+            optimizer.step_unless(&other, rate, Some(&coefficient), &go).unwrap();
+        }
+        assert_eq!(optimizer.num_steps(), STEPS as u64);
+        assert!(set.flat_master() == other.flat_master());
+        assert!(set.flat_compute() == other.flat_compute());
+        assert!(optimizer.flat_m() == expected.flat_m() && optimizer.flat_v() == expected.flat_v());
+    }
+}
+
 #[test]
 fn padding_stays_zero() {
     let set = parameters(Kind::Float, Kind::Float);

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use model_spec::{LocalParameter, Place};
 use run_config::RunConfig;
 use torch_shim::params::ParameterSet;
+use torch_shim::tch::Tensor;
 
 use crate::data_parallel::DataParallel;
 use crate::error::{ParallelError, Result};
@@ -105,9 +106,9 @@ impl Data {
         }
     }
 
-    /// Sum of the squares of what this rank added to the gradients of the last step; `None` where
-    /// nobody else adds to them.
-    pub(crate) fn local_squares(&self) -> Result<Option<f64>> {
+    /// Sum of the squares of what this rank added to the gradients of the last step, an FP64 scalar
+    /// where these are; `None` where nobody else adds to them.
+    pub(crate) fn local_squares(&self) -> Result<Option<Tensor>> {
         match self {
             Data::Alone => Ok(None),
             Data::Replicated(data) => data.local_squares().map(Some),

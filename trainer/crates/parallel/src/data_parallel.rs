@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use collectives::{CommError, Communicator, ReduceOp, Work};
 use torch_shim::ShimError;
 use torch_shim::params::ParameterSet;
-use torch_shim::tch::Tensor;
+use torch_shim::tch::{Device, Tensor};
 
 use crate::buckets::{Bucket, cut};
 use crate::error::Result;
@@ -148,12 +148,15 @@ impl DataParallel {
         lock(&self.state).squares = Squares::new(true);
     }
 
-    /// Sum of the squares of what this rank added to the last step's gradients.
+    /// Sum of the squares of what this rank added to the last step's gradients: an FP64 scalar,
+    /// where these are.
     ///
     /// # Errors
     /// When libtorch refuses.
-    pub fn local_squares(&self) -> Result<f64> {
-        Ok(lock(&self.state).squares.sum()?)
+    pub fn local_squares(&self) -> Result<Tensor> {
+        let state = lock(&self.state);
+        let device = state.buckets.first().map_or(Device::Cpu, |pending| pending.view.device());
+        Ok(state.squares.sum(device)?)
     }
 
     /// What a reduction that was issued in a backward pass failed with. It issues none: the other

@@ -31,5 +31,5 @@ mod worker;
 pub use data_parallel::DataParallel;
 pub use error::{ParallelError, Result};
 pub use groups::Groups;
-pub use scalars::all_reduce_scalars;
+pub use scalars::{Reducing, all_reduce_scalars, reduce};
 pub use worker::{Pass, Worker};

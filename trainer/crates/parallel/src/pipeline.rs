@@ -14,9 +14,10 @@ use layout::schedule::{Action, Message, MessageKind, Schedule};
 use model::{Inputs, Llama, Residual};
 use torch_shim::params::{Deferred, ParameterSet};
 use torch_shim::tch::{Device, Kind, Tensor};
-use torch_shim::{ShimError, autograd};
+use torch_shim::{ShimError, autograd, profiler};
 
 use crate::error::{ParallelError, Result};
+use crate::scalars::sum;
 
 /// A chunk and a micro-batch.
 type Place = (usize, usize);
@@ -66,7 +67,7 @@ pub(crate) struct Stage<'a> {
     handed: HashMap<(MessageKind, usize, usize), Tensor>,
     /// Sends under way; their tensors must live until they are done.
     sent: Vec<(Work, Tensor)>,
-    /// Read at the end: reading one on a GPU waits for all that was issued before it.
+    /// None is read: on a GPU that would wait for all that was issued before it.
     losses: Vec<Tensor>,
 }
 
@@ -97,13 +98,13 @@ impl<'a> Stage<'a> {
     }
 
     /// Does `actions` in order; `before` is told of each. Returns the sum of the losses that were
-    /// computed here.
+    /// computed here, an FP64 scalar on the device, which nobody has waited for.
     pub(crate) fn run(
         mut self,
         actions: &[Action],
         batches: &[Batch],
         mut before: impl FnMut(Action),
-    ) -> Result<f64> {
+    ) -> Result<Tensor> {
         let mut expected = self.begin_receive(actions.first())?;
         for (index, &action) in actions.iter().enumerate() {
             let received = self.received(action, expected.take())?;
@@ -121,8 +122,7 @@ impl<'a> Stage<'a> {
         for (work, _) in std::mem::take(&mut self.sent) {
             work.wait()?;
         }
-        let read = |loss: &Tensor| loss.f_double_value(&[]).map_err(ShimError::from);
-        self.losses.iter().try_fold(0.0, |sum, loss| Ok(sum + read(loss)?))
+        Ok(sum(&self.losses, self.boundary.device)?)
     }
 
     /// Begins to receive what an action needs.
@@ -190,6 +190,12 @@ impl<'a> Stage<'a> {
         received: Option<Tensor>,
     ) -> Result<Option<Tensor>> {
         let place = (action.chunk(), action.micro_batch());
+        let _phase = profiler::phase(match action {
+            Action::Forward { .. } => "forward",
+            Action::Backward { .. } => "backward",
+            Action::BackwardInput { .. } => "backward: inputs",
+            Action::BackwardWeight { .. } => "backward: weights",
+        });
         match action {
             Action::Forward { chunk, micro_batch } => {
                 let batch = batches.get(micro_batch).ok_or_else(|| out_of_order(action))?;

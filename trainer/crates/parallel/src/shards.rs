@@ -17,7 +17,7 @@ use model::Residual;
 use run_config::ShardLevel;
 use torch_shim::autograd::{self, is_recording};
 use torch_shim::params::{Memory, Parameter, ParameterSet};
-use torch_shim::tch::{Kind, Tensor, no_grad};
+use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 use torch_shim::{Result as ShimResult, ShimError};
 
 use crate::error::Result;
@@ -210,9 +210,11 @@ impl Shards {
     }
 
     /// Sum of the squares of what this rank added to the last step's gradients, part by part as
-    /// they were summed.
-    pub(crate) fn local_squares(&self) -> Result<f64> {
-        Ok(lock(&self.0).squares.sum()?)
+    /// they were summed: an FP64 scalar, where these are.
+    pub(crate) fn local_squares(&self) -> Result<Tensor> {
+        let state = lock(&self.0);
+        let device = state.units.first().map_or(Device::Cpu, |unit| unit.owned_grad.device());
+        Ok(state.squares.sum(device)?)
     }
 
     /// The owned master weights changed: gathers the weights that are kept whole, and forgets those

@@ -1,16 +1,18 @@
 //! The norm of what one rank adds to the gradients, before it is summed with that of others: where
 //! the same samples give another on another rank, one of the two has a bad device.
 
+use torch_shim::Result;
 use torch_shim::norm::squared_norm;
-use torch_shim::tch::{Tensor, no_grad};
-use torch_shim::{Result, ShimError};
+use torch_shim::tch::{Device, Tensor, no_grad};
+
+use crate::scalars::sum;
 
 /// Sums of squares of one step's parts, in the order in which they were added: the same on every
 /// rank that holds the same parameters.
 #[derive(Debug)]
 pub(crate) struct Squares {
     is_on: bool,
-    /// FP64 scalars. Read at the end: reading one on a GPU waits for all that was issued before.
+    /// FP64 scalars. None is read: on a GPU that would wait for all that was issued before.
     parts: Vec<Tensor>,
 }
 
@@ -30,8 +32,8 @@ impl Squares {
         Ok(())
     }
 
-    pub(crate) fn sum(&self) -> Result<f64> {
-        let value = |part: &Tensor| part.f_double_value(&[]).map_err(ShimError::from);
-        self.parts.iter().try_fold(0.0, |sum, part| Ok(sum + value(part)?))
+    /// An FP64 scalar on `device`.
+    pub(crate) fn sum(&self, device: Device) -> Result<Tensor> {
+        sum(&self.parts, device)
     }
 }

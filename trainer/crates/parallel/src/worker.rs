@@ -15,6 +15,7 @@ use run_config::RunConfig;
 use torch_shim::ShimError;
 use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
+use torch_shim::profiler;
 use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::builder::Sharded;
@@ -25,6 +26,7 @@ use crate::failure::Failure;
 use crate::groups::{Groups, tensor_place};
 use crate::pieces::{held, parameters_of, stages};
 use crate::pipeline::{Batch, Boundary};
+use crate::scalars::sum;
 use crate::shards::Shards;
 use crate::tensor::TensorGroup;
 
@@ -105,15 +107,17 @@ impl Worker {
     }
 
     /// Accumulates the gradients of all micro-batches, summed over the ranks; returns this rank's
-    /// part of the loss. `scale` is the reciprocal of the global number of targets.
+    /// part of the loss, an FP64 scalar on the device, which nobody has waited for. `scale` is the
+    /// reciprocal of the global number of targets.
     ///
     /// # Errors
     /// Where libtorch or a peer fails; the gradients are worth nothing then.
-    pub fn forward_backward(&self, passes: &[Pass], scale: f64) -> Result<f64> {
+    pub fn forward_backward(&self, passes: &[Pass], scale: f64) -> Result<Tensor> {
         let loss = self.run_step(passes, scale).map_err(|error| self.cause(error))?;
+        let _phase = profiler::phase("last gradient sums");
         self.data.finish().map_err(|error| self.cause(error))?;
         self.sum_partial_gradients()?;
-        Ok(if self.counts_loss() { loss } else { 0.0 })
+        self.counted_loss(loss)
     }
 
     /// A collective that fails in the graph ends the pass: it names the peer, the graph does not.
@@ -127,7 +131,7 @@ impl Worker {
         }
     }
 
-    fn run_step(&self, passes: &[Pass], scale: f64) -> Result<f64> {
+    fn run_step(&self, passes: &[Pass], scale: f64) -> Result<Tensor> {
         let batches = passes.iter().map(|pass| self.own_part(pass)).collect::<Result<Vec<_>>>()?;
         self.data.begin_step()?;
         let schedule = self.schedule(passes.len())?;
@@ -150,8 +154,8 @@ impl Worker {
         let actions: Vec<Action> = (0..self.chunks.len()).map(forward).collect();
         let stage = self.at_work(self.schedule(1)?, &batches, (1.0, false))?;
         let loss = no_grad(|| stage.run(&actions, &batches, |_| ()));
-        let loss = loss.map_err(|error| self.cause(error))?;
-        Ok(if self.counts_loss() { loss } else { 0.0 })
+        let loss = self.counted_loss(loss.map_err(|error| self.cause(error))?)?;
+        Ok(loss.f_double_value(&[]).map_err(ShimError::from)?)
     }
 
     fn stage(&self) -> usize {
@@ -188,9 +192,12 @@ impl Worker {
         self.params.owned_grad().device()
     }
 
-    /// Whether this rank's loss is not another's too: tensor-parallel ranks all have the same.
-    fn counts_loss(&self) -> bool {
-        self.groups.coordinate(Axis::Tensor) == 0
+    /// The loss, where it is not another rank's too: tensor-parallel ranks all have the same.
+    fn counted_loss(&self, loss: Tensor) -> Result<Tensor> {
+        match self.groups.coordinate(Axis::Tensor) {
+            0 => Ok(loss),
+            _ => Ok(loss.f_zeros_like().map_err(ShimError::from)?),
+        }
     }
 
     /// This rank's tokens of whole sequences.
@@ -255,18 +262,33 @@ impl Worker {
         counted(&self.held, &self.params).iter().map(|run| self.gradient(run)).collect()
     }
 
-    /// Sum of the squares of what this rank added to the gradients of the last step, before they
-    /// were summed with those of ranks that read other samples. The same samples give the same to
-    /// the last bit on any of those ranks. Known with `numeric.replay`.
+    /// Sum of the squares of the gradients that count here, in the order of
+    /// [`Worker::counted_gradients`]: an FP64 scalar on the device.
     ///
     /// # Errors
     /// Where libtorch refuses.
-    pub fn local_squares(&self) -> Result<f64> {
+    pub fn counted_squares(&self) -> Result<Tensor> {
+        let gradients = self.counted_gradients()?;
+        let squares = gradients.iter().map(squared_norm).collect::<Result<Vec<_>, _>>()?;
+        Ok(sum(&squares, self.device())?)
+    }
+
+    /// Sum of the squares of what this rank added to the gradients of the last step, before they
+    /// were summed with those of ranks that read other samples: an FP64 scalar on the device. The
+    /// same samples give the same to the last bit on any of those ranks. Known with
+    /// `numeric.replay`. `counted` is what [`Worker::counted_squares`] was then.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn local_squares(&self, counted: &Tensor) -> Result<Tensor> {
         if let Some(sum) = self.data.local_squares()? {
             return Ok(sum);
         }
-        let all = no_grad(|| squared_norm(self.params.owned_grad()))?;
-        Ok(all.f_double_value(&[]).map_err(ShimError::from)?)
+        if self.groups.mesh.size() == 1 {
+            // All that there is counts.
+            return Ok(counted.shallow_clone());
+        }
+        Ok(no_grad(|| squared_norm(self.params.owned_grad()))?)
     }
 
     /// Says that the master weights were written: the weights that compute follow them.

@@ -1,10 +1,14 @@
 // Common parts of the fused operators: autograd functions that add their weight's gradient to its accumulator.
 #pragma once
 
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels.h"
 #include "parameter.h"
+
+// What follows in this scope is an operator of this name on a profiler's timeline.
+#define PHALANX_OPERATOR(name) RECORD_FUNCTION("phalanx::" name, c10::ArrayRef<const c10::IValue>())
 
 namespace phalanx {
 

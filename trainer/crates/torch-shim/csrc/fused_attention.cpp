@@ -135,6 +135,7 @@ extern "C" {
 char* phx_attention(Tensor* q, Tensor* k, Tensor* v, const int64_t* lengths, const int64_t* counts, size_t num_rows,
                     Tensor** out) {
   return guarded([&] {
+    PHALANX_OPERATOR("attention");
     DocumentLengths documents;
     documents.counts.assign(counts, counts + num_rows);
     int64_t total = 0;

@@ -151,13 +151,17 @@ extern "C" {
 char* phx_rope_qkv(Tensor* qkv, Tensor* cos, Tensor* sin, int64_t heads, int64_t kv_heads, int64_t head_dim,
                    Tensor** out) {
   return guarded([&] {
+    PHALANX_OPERATOR("rope_qkv");
     auto result = RopeQkv::apply(*qkv, *cos, *sin, heads, kv_heads, head_dim);
     for (int i = 0; i < 3; i++) out[i] = give(result[i]);
   });
 }
 
 char* phx_swiglu(Tensor* gate_up, Tensor** out) {
-  return guarded([&] { *out = give(SwiGlu::apply(*gate_up)); });
+  return guarded([&] {
+    PHALANX_OPERATOR("swiglu");
+    *out = give(SwiGlu::apply(*gate_up));
+  });
 }
 
 }  // extern "C"

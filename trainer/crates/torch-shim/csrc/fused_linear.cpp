@@ -9,8 +9,23 @@ namespace phalanx {
 void accumulate_product(Tensor& accumulator, const Tensor& a, const Tensor& b) {
   if (fast_accumulate(accumulator, a, b)) return;
   auto dtype = accumulator.scalar_type();
+  if (a.is_cuda() && dtype == at::kFloat && (a.scalar_type() == at::kBFloat16 || a.scalar_type() == at::kHalf)) {
+    // The product is made and added up in FP32, of operands as they are.
+    at::addmm_out(accumulator, accumulator, a.t(), b, at::kFloat);
+    return;
+  }
   // Products of BF16 operands are exact in FP32, so casting both loses nothing and keeps the sum in FP32.
   accumulator.addmm_(a.to(dtype).t(), b.to(dtype));
+}
+
+void accumulate_rows(Tensor& accumulator, const Tensor& index, const Tensor& rows) {
+  if (!accumulator.is_cuda()) {
+    accumulator.index_add_(0, index, rows);
+    return;
+  }
+  // The GPU's index_add_ adds rows of one index in any order. This sorts them; the last flag: it does not look at the
+  // indices, for which the host would have to wait.
+  at::_index_put_impl_(accumulator, {std::optional<Tensor>(index)}, rows, /*accumulate=*/true, /*unsafe=*/true);
 }
 
 void Use::accumulate(const Tensor& dy, const Tensor& x) {
@@ -99,7 +114,7 @@ struct Embedding : torch::autograd::Function<Embedding> {
     auto& parameter = *use->parameter;
     auto tokens = context->get_saved_variables()[0].reshape({-1});
     auto dy = gradients[0].reshape({-1, parameter.weight.size(1)}).to(parameter.gradient.scalar_type());
-    parameter.gradient.index_add_(0, tokens, dy);
+    accumulate_rows(parameter.gradient, tokens, dy);
     use->done();
     return {Tensor(), Tensor(), Tensor()};
   }
@@ -110,7 +125,10 @@ struct Embedding : torch::autograd::Function<Embedding> {
 extern "C" {
 
 char* phx_linear(Tensor* x, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), true)); });
+  return guarded([&] {
+    PHALANX_OPERATOR("linear");
+    *out = give(Linear::apply(*x, parameter->weight, open_use(parameter), true));
+  });
 }
 
 char* phx_linear_graph(Tensor* x, Parameter* parameter, Tensor** out) {
@@ -118,15 +136,22 @@ char* phx_linear_graph(Tensor* x, Parameter* parameter, Tensor** out) {
 }
 
 char* phx_embedding(Tensor* tokens, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter))); });
+  return guarded([&] {
+    PHALANX_OPERATOR("embedding");
+    *out = give(Embedding::apply(*tokens, parameter->weight, open_use(parameter)));
+  });
 }
 
 char* phx_project(Tensor* x, Parameter* parameter, Tensor** out) {
-  return guarded([&] { *out = give(project(x->detach(), parameter->weight.detach())); });
+  return guarded([&] {
+    PHALANX_OPERATOR("project");
+    *out = give(project(x->detach(), parameter->weight.detach()));
+  });
 }
 
 char* phx_product(Tensor* a, Parameter* parameter, Tensor** out) {
   return guarded([&] {
+    PHALANX_OPERATOR("product");
     auto rows = a->reshape({-1, a->size(-1)});
     auto sizes = a->sizes().vec();
     sizes.back() = parameter->weight.size(1);
@@ -139,14 +164,17 @@ char* phx_use_open(Parameter* parameter, Use** out) {
 }
 
 char* phx_use_accumulate(Use* use, Tensor* dy, Tensor* x) {
-  return guarded([&] { use->accumulate(*dy, *x); });
+  return guarded([&] {
+    PHALANX_OPERATOR("accumulate");
+    use->accumulate(*dy, *x);
+  });
 }
 
 char* phx_use_accumulate_rows(Use* use, Tensor* tokens, Tensor* dy) {
   return guarded([&] {
     auto& parameter = *use->parameter;
-    parameter.gradient.index_add_(
-        0, tokens->reshape({-1}), dy->reshape({-1, parameter.weight.size(1)}).to(parameter.gradient.scalar_type()));
+    accumulate_rows(parameter.gradient, tokens->reshape({-1}),
+                    dy->reshape({-1, parameter.weight.size(1)}).to(parameter.gradient.scalar_type()));
   });
 }
 

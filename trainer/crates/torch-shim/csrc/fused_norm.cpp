@@ -119,11 +119,15 @@ struct AddRmsNorm : torch::autograd::Function<AddRmsNorm> {
 extern "C" {
 
 char* phx_rms_norm(Tensor* x, Parameter* parameter, double eps, Tensor** out) {
-  return guarded([&] { *out = give(RmsNorm::apply(*x, parameter->weight, open_use(parameter), eps)); });
+  return guarded([&] {
+    PHALANX_OPERATOR("rms_norm");
+    *out = give(RmsNorm::apply(*x, parameter->weight, open_use(parameter), eps));
+  });
 }
 
 char* phx_add_rms_norm(Tensor* x, Tensor* residual, Parameter* parameter, double eps, Tensor** normed, Tensor** sum) {
   return guarded([&] {
+    PHALANX_OPERATOR("add_rms_norm");
     auto out = AddRmsNorm::apply(*x, *residual, parameter->weight, open_use(parameter), eps);
     *normed = give(out[0]);
     *sum = give(out[1]);

@@ -16,17 +16,20 @@ using phalanx::tensors;
 
 extern "C" {
 
-// `step` is the count of updates after this one, as a single-element FP32 tensor shared by all.
+// `step` is the count of updates after this one, as a single-element FP32 tensor shared by all. `divisor`, of one element
+// and FP32, divides the gradients; null: nothing does. Where `held`, the same, is 1, nothing changes; null: it is 0.
 char* phx_fused_adamw(Tensor* const* parameters, Tensor* const* gradients, Tensor* const* first_moments,
                       Tensor* const* second_moments, size_t count, Tensor* step, double learning_rate, double beta1,
-                      double beta2, double weight_decay, double eps) {
+                      double beta2, double weight_decay, double eps, Tensor* divisor, Tensor* held) {
   return guarded([&] {
     if (count == 0) return;
     at::NoGradGuard no_grad;
     auto p = tensors(parameters, count), g = tensors(gradients, count);
     auto m = tensors(first_moments, count), v = tensors(second_moments, count);
     std::vector<Tensor> steps(count, *step);
-    at::_fused_adamw_(p, g, m, v, {}, steps, learning_rate, beta1, beta2, weight_decay, eps, false, false, {}, {});
+    auto given = [](Tensor* tensor) { return tensor ? std::optional<Tensor>(*tensor) : std::nullopt; };
+    at::_fused_adamw_(p, g, m, v, {}, steps, learning_rate, beta1, beta2, weight_decay, eps, false, false, given(divisor),
+                      given(held));
   });
 }
 

@@ -86,6 +86,9 @@ struct Use : torch::CustomClassHolder {
   }
 };
 
+// Adds rows to those of an accumulator that `index` names, in one order.
+void accumulate_rows(at::Tensor& accumulator, const at::Tensor& index, const at::Tensor& rows);
+
 // Adds the product a^T b (a: [tokens, rows], b: [tokens, columns]) to an accumulator of FP32 or FP64.
 void accumulate_product(at::Tensor& accumulator, const at::Tensor& a, const at::Tensor& b);
 

@@ -1,6 +1,7 @@
 //! Operators over lists of tensors that tch does not reach.
 
 use std::borrow::Borrow;
+use std::ptr::null_mut;
 
 use tch::{Kind, Tensor};
 
@@ -25,6 +26,15 @@ pub struct AdamW {
     pub step: u64,
 }
 
+/// What of an update the device decides, so that the host need not wait for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OnDevice<'a> {
+    /// Divides the gradients first; FP32, of one element.
+    pub divisor: Option<&'a Tensor>,
+    /// Where it is 1, nothing changes; FP32, of one element.
+    pub held: Option<&'a Tensor>,
+}
+
 /// One AdamW update of all `parameters` in place, by libtorch's fused kernel. All four lists pair
 /// up and have one dtype.
 ///
@@ -36,6 +46,7 @@ pub fn fused_adamw<T: Borrow<Tensor>>(
     first_moments: &[T],
     second_moments: &[T],
     constants: &AdamW,
+    on_device: OnDevice<'_>,
 ) -> Result<()> {
     let count = parameters.len();
     if [gradients.len(), first_moments.len(), second_moments.len()] != [count; 3]
@@ -47,10 +58,20 @@ pub fn fused_adamw<T: Borrow<Tensor>>(
     }
     let Some(first) = parameters.first() else { return Ok(()) };
     let options = (Kind::Float, first.borrow().device());
+    for given in [on_device.divisor, on_device.held].into_iter().flatten() {
+        if (given.kind(), given.device(), given.numel()) != (options.0, options.1, 1) {
+            let (kind, size, device) = (given.kind(), given.size(), given.device());
+            let text =
+                format!("fused_adamw wants one FP32 number, not {kind:?} {size:?} {device:?}");
+            return Err(ShimError::Invalid(text));
+        }
+    }
     let step = Tensor::f_full([] as [i64; 0], constants.step as f64, options)?;
     let (p, g) = (raw_list(parameters), raw_list(gradients));
     let (m, v) = (raw_list(first_moments), raw_list(second_moments));
-    // SAFETY: the four lists have `count` tensors each, which live through the call.
+    let given = |tensor: Option<&Tensor>| tensor.map_or(null_mut(), raw);
+    // SAFETY: the four lists have `count` tensors each, which live through the call, as do the
+    // others; null stands for none.
     check(unsafe {
         sys::phx_fused_adamw(
             p.as_ptr(),
@@ -64,6 +85,8 @@ pub fn fused_adamw<T: Borrow<Tensor>>(
             constants.beta2,
             constants.weight_decay,
             constants.eps,
+            given(on_device.divisor),
+            given(on_device.held),
         )
     })
 }

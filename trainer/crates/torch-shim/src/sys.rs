@@ -68,6 +68,22 @@ pub(crate) struct RawEvent {
     _private: [u8; 0],
 }
 
+/// `Range` of profiler.cpp.
+#[repr(C)]
+pub(crate) struct RawRange {
+    _private: [u8; 0],
+}
+
+/// `phx_card`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RawCard {
+    pub(crate) name: [c_char; 128],
+    pub(crate) major: i32,
+    pub(crate) minor: i32,
+    pub(crate) bytes: u64,
+}
+
 /// `Message` of gloo.cpp.
 #[repr(C)]
 pub(crate) struct RawMessage {
@@ -101,15 +117,49 @@ unsafe extern "C" {
     pub(crate) fn phx_keep_cpu_memory(limit: usize) -> ErrorText;
     pub(crate) fn phx_zero_bytes(count: i64, out: *mut RawTensor) -> ErrorText;
 
-    pub(crate) fn phx_cuda_load(devices: *mut i32) -> ErrorText;
+    pub(crate) fn phx_cuda_load(runtime: *mut i32) -> ErrorText;
+    pub(crate) fn phx_cuda_start(devices: *mut i32) -> ErrorText;
+    pub(crate) fn phx_cuda_allocator(settings: *const c_char) -> ErrorText;
+    pub(crate) fn phx_cuda_probe(index: i32) -> ErrorText;
+    pub(crate) fn phx_cuda_memory(index: i32, out: *mut i64) -> ErrorText;
+    pub(crate) fn phx_cuda_reset_peaks(index: i32) -> ErrorText;
+    pub(crate) fn phx_driver_look(
+        path: *const c_char,
+        code: *mut i32,
+        version: *mut i32,
+        cards: *mut RawCard,
+        room: usize,
+        count: *mut usize,
+    ) -> ErrorText;
+    pub(crate) fn phx_upload(host: RawTensor, index: i32, out: *mut RawTensor) -> ErrorText;
+    pub(crate) fn phx_download(tensor: RawTensor, out: *mut RawTensor) -> ErrorText;
     pub(crate) fn phx_cuda_set_device(index: i32) -> ErrorText;
     pub(crate) fn phx_cuda_synchronize(index: i32) -> ErrorText;
     pub(crate) fn phx_stream_take(index: i32, out: *mut *mut RawStream) -> ErrorText;
     pub(crate) fn phx_stream_free(stream: *mut RawStream);
     pub(crate) fn phx_stream_native(stream: *const RawStream, out: *mut *mut c_void) -> ErrorText;
     pub(crate) fn phx_stream_current(index: i32, out: *mut *mut c_void) -> ErrorText;
-    pub(crate) fn phx_event_on_current(index: i32, out: *mut *mut RawEvent) -> ErrorText;
-    pub(crate) fn phx_event_on(stream: *const RawStream, out: *mut *mut RawEvent) -> ErrorText;
+    pub(crate) fn phx_stream_id(stream: *const RawStream) -> i64;
+    pub(crate) fn phx_stream_exchange(
+        stream: *const RawStream,
+        out: *mut *mut RawStream,
+    ) -> ErrorText;
+    pub(crate) fn phx_event_on_current(
+        index: i32,
+        timed: bool,
+        out: *mut *mut RawEvent,
+    ) -> ErrorText;
+    pub(crate) fn phx_event_on(
+        stream: *const RawStream,
+        timed: bool,
+        out: *mut *mut RawEvent,
+    ) -> ErrorText;
+    pub(crate) fn phx_event_wait(event: *const RawEvent) -> ErrorText;
+    pub(crate) fn phx_event_elapsed(
+        from: *const RawEvent,
+        to: *const RawEvent,
+        out: *mut f64,
+    ) -> ErrorText;
     pub(crate) fn phx_event_free(event: *mut RawEvent);
     pub(crate) fn phx_event_hold_current(event: *const RawEvent) -> ErrorText;
     pub(crate) fn phx_event_hold(event: *const RawEvent, stream: *const RawStream) -> ErrorText;
@@ -118,6 +168,32 @@ unsafe extern "C" {
         tensor: RawTensor,
         stream: *const RawStream,
     ) -> ErrorText;
+
+    pub(crate) fn phx_flash_forward(
+        kernel: i32,
+        q: RawTensor,
+        k: RawTensor,
+        v: RawTensor,
+        starts: RawTensor,
+        longest: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_flash_backward(
+        kernel: i32,
+        d_out: RawTensor,
+        q: RawTensor,
+        k: RawTensor,
+        v: RawTensor,
+        kept: *const RawTensor,
+        starts: RawTensor,
+        longest: i64,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+
+    pub(crate) fn phx_profiler_start(cuda: bool) -> ErrorText;
+    pub(crate) fn phx_profiler_stop(path: *const c_char) -> ErrorText;
+    pub(crate) fn phx_range_begin(name: *const c_char, out: *mut *mut RawRange) -> ErrorText;
+    pub(crate) fn phx_range_end(range: *mut RawRange);
 
     pub(crate) fn phx_combine(accumulator: RawTensor, x: RawTensor, how: i32) -> ErrorText;
     pub(crate) fn phx_divide(x: RawTensor, divisor: f64) -> ErrorText;
@@ -201,6 +277,8 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        divisor: RawTensor,
+        held: RawTensor,
     ) -> ErrorText;
     pub(crate) fn phx_global_norm(
         list: *const RawTensor,

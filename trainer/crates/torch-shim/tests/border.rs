@@ -149,7 +149,7 @@ fn adamw_equals_the_formula() {
             weight_decay: 0.1,
             step,
         };
-        ops::fused_adamw(&[&p], &[&g], &[&m], &[&v], &constants).unwrap();
+        ops::fused_adamw(&[&p], &[&g], &[&m], &[&v], &constants, ops::OnDevice::default()).unwrap();
         for i in 0..2 {
             let gradient = values(&g)[i];
             em[i] = 0.9 * em[i] + 0.1 * gradient;
@@ -164,6 +164,37 @@ fn adamw_equals_the_formula() {
     for (got, expected) in values(&p).iter().zip(expected) {
         assert!((got - expected).abs() < 1e-13, "{got} against {expected}");
     }
+}
+
+#[test]
+fn adamw_does_what_the_device_decided() {
+    let constants = ops::AdamW {
+        learning_rate: 0.1,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        step: 1,
+    };
+    let run = |gradient: f64, on_device: ops::OnDevice<'_>| {
+        let p = Tensor::from_slice(&[1f64, -2.0]);
+        let g = Tensor::from_slice(&[gradient, 0.25 * gradient]);
+        let (m, v) = (p.zeros_like(), p.zeros_like());
+        ops::fused_adamw(&[&p], &[&g], &[&m], &[&v], &constants, on_device).unwrap();
+        (values(&p), values(&m), values(&v))
+    };
+    let number = |value: f32| Tensor::from(value);
+    let (one, zero, four) = (number(1.0), number(0.0), number(4.0));
+    let none = ops::OnDevice::default();
+    assert_eq!(run(2.0, ops::OnDevice { held: Some(&zero), ..none }), run(2.0, none));
+    let held = run(f64::NAN, ops::OnDevice { held: Some(&one), ..none });
+    assert_eq!(held, (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2]));
+    assert_eq!(run(8.0, ops::OnDevice { divisor: Some(&four), ..none }), run(2.0, none));
+    let wide = Tensor::from(1f64);
+    let p = Tensor::from_slice(&[1f64]);
+    let wrong = ops::OnDevice { held: Some(&wide), ..none };
+    let error = ops::fused_adamw(&[&p], &[&p], &[&p], &[&p], &constants, wrong);
+    assert!(error.unwrap_err().to_string().contains("one FP32 number"));
 }
 
 #[test]

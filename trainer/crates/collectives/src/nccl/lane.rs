@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 use nccl_rs::{Aborter, Communicator, Nccl, NcclError, Options, UniqueId};
 use torch_shim::cuda::{self, Event, Stream};
 use torch_shim::gloo::Store;
+use torch_shim::profiler::{OnStream, Span};
 use torch_shim::tch::Tensor;
 
+use crate::backend::bytes;
 use crate::error::{CommError, Result};
 use crate::group::GroupOptions;
 use crate::nccl::{lock, native};
@@ -142,12 +144,34 @@ impl Lane {
         call: &Call<'_>,
     ) -> Result<Behind> {
         after.hold(&self.stream)?;
+        let timed = OnStream::begin(&self.stream)?;
         call(&self.communicator, self.native).map_err(|error| self.place.error(&error))?;
+        if let Some(timed) = timed {
+            timed.end(&self.stream, self.span(what, &tensors))?;
+        }
         let end = Arc::new(Event::on(&self.stream)?);
         let what = what.to_string();
         let begun = None;
         lock(&self.under_way).push_back(UnderWay { what, after, end: end.clone(), begun });
         Ok(Behind { event: end, stream: self.stream.clone(), tensors })
+    }
+
+    /// For a timeline.
+    fn span(&self, what: &str, tensors: &[Tensor]) -> Span {
+        // `operation 7 (all_reduce Sum Float [12])`, or `message 7 of …`.
+        let operation = what.split_once('(').map_or(what, |(_, rest)| rest.trim_end_matches(')'));
+        let (group, stream) = (self.place.group.clone(), self.stream.id());
+        Span {
+            name: operation.split(' ').next().unwrap_or_default().to_owned(),
+            lane: format!("group {group}, stream {stream}"),
+            bytes: tensors.iter().map(bytes).max().unwrap_or(0),
+            details: vec![
+                ("group", group),
+                ("stream", stream.to_string()),
+                ("operation", operation.to_owned()),
+            ],
+            ..Span::default()
+        }
     }
 
     /// The first operation on the stream that has not ended, and when it was seen to begin.

@@ -1,0 +1,259 @@
+//! `phalanx-trainer kernels`: what this device computes, operator by operator, against the same in
+//! FP64 on the CPU: values and gradients, on inputs that both hold exactly.
+
+use crate::error::{Result, TrainError};
+use crate::gpu::choose;
+use crate::setup::{prepare_libtorch, read_config};
+use std::path::PathBuf;
+use torch_shim::flash::{Kernel, misbehaviour};
+use torch_shim::fused;
+use torch_shim::params::{ParameterSet, ParameterSpec};
+use torch_shim::tch::{Device, Kind, Tensor, no_grad};
+use torch_shim::{Result as ShimResult, autograd};
+
+/// Of which device.
+#[derive(Debug, clap::Args)]
+pub struct KernelArgs {
+    /// A run config, for its device and threads.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Batch, sequence and width of the inputs.
+const SHAPE: [i64; 3] = [2, 96, 256];
+/// Rows of tables.
+const VOCABULARY: i64 = 512;
+/// Query heads, key heads and width of each in the fused projection.
+const HEADS: (i64, i64, i64) = (4, 2, 64);
+
+/// The largest relative deviation that is rounding: of BF16, whose 8 bits round each result and some
+/// on the way to it; of FP32, where sums of some hundred products are made in another order, with
+/// operands that some GPUs would round to 10 bits if they were asked to.
+fn limit(kind: Kind) -> f64 {
+    if kind == Kind::BFloat16 { 1e-2 } else { 1e-5 }
+}
+
+/// An operator over parameters, and inputs of whole numbers or of real ones.
+struct Operator {
+    name: &'static str,
+    parameters: &'static [&'static [i64]],
+    inputs: &'static [&'static [i64]],
+    run: fn(&ParameterSet, &[Tensor]) -> ShimResult<Vec<Tensor>>,
+}
+
+const OPERATORS: &[Operator] = &[
+    Operator {
+        name: "linear",
+        parameters: &[&[384, 256]],
+        inputs: &[&SHAPE],
+        run: |p, x| Ok(vec![fused::linear(&x[0], first(p)?)?]),
+    },
+    Operator {
+        name: "embedding",
+        parameters: &[&[VOCABULARY, 256]],
+        inputs: &[],
+        run: |p, _| Ok(vec![fused::embedding(&tokens(p)?, first(p)?)?]),
+    },
+    Operator {
+        name: "rms_norm",
+        parameters: &[&[256]],
+        inputs: &[&SHAPE],
+        run: |p, x| Ok(vec![fused::rms_norm(&x[0], first(p)?, 1e-5)?]),
+    },
+    Operator {
+        name: "add_rms_norm",
+        parameters: &[&[256]],
+        inputs: &[&SHAPE, &SHAPE],
+        run: |p, x| {
+            let (normed, sum) = fused::add_rms_norm(&x[0], &x[1], first(p)?, 1e-5)?;
+            Ok(vec![normed, sum])
+        },
+    },
+    Operator {
+        name: "rope_qkv",
+        parameters: &[],
+        inputs: &[&[2, 96, (HEADS.0 + 2 * HEADS.1) * HEADS.2]],
+        run: |_, x| {
+            let kind = if x[0].kind() == Kind::Double { Kind::Double } else { Kind::Float };
+            let angles = numbers(&[96, HEADS.2 / 2], 0.5)?.f_to_device(x[0].device())?;
+            let angles = Tensor::f_cat(&[&angles, &angles], 1)?;
+            let (cos, sin) = (angles.f_cos()?.f_to_kind(kind)?, angles.f_sin()?.f_to_kind(kind)?);
+            let (q, k, v) = fused::rope_qkv(&x[0], &cos, &sin, HEADS.0, HEADS.1, HEADS.2)?;
+            Ok(vec![q, k, v])
+        },
+    },
+    Operator {
+        name: "swiglu",
+        parameters: &[],
+        inputs: &[&[2, 96, 512]],
+        run: |_, x| Ok(vec![fused::swiglu(&x[0])?]),
+    },
+    Operator {
+        name: "head_loss",
+        parameters: &[&[VOCABULARY, 256]],
+        inputs: &[&SHAPE],
+        run: |p, x| {
+            let targets = tokens(p)?;
+            Ok(vec![fused::head_loss(&x[0], first(p)?, &targets, 1.0 / 192.0, 64)?])
+        },
+    },
+];
+
+fn first(set: &ParameterSet) -> ShimResult<&torch_shim::params::Parameter> {
+    set.at(0).ok_or_else(|| torch_shim::ShimError::Invalid("no parameter".into()))
+}
+
+/// Rows of a table, some of them many times.
+fn tokens(set: &ParameterSet) -> ShimResult<Tensor> {
+    let ids: Vec<i64> = (0..SHAPE[0] * SHAPE[1]).map(|at| at * at % 37 * 13 % VOCABULARY).collect();
+    let ids = Tensor::f_from_slice(&ids)?.f_view([SHAPE[0], SHAPE[1]])?;
+    Ok(ids.f_to_device(set.flat_grad().device())?)
+}
+
+/// Numbers between -1 and 1 that BF16 holds, in FP64.
+fn numbers(shape: &[i64], seed: f64) -> ShimResult<Tensor> {
+    let count: i64 = shape.iter().product();
+    let values = Tensor::f_arange(count, (Kind::Double, Device::Cpu))?;
+    let values = values.f_mul_scalar(0.731 + seed)?.f_sin()?.f_to_kind(Kind::BFloat16)?;
+    Ok(values.f_to_kind(Kind::Double)?.f_view(shape)?)
+}
+
+/// Outputs, gradients of the inputs and gradients of the parameters, in FP64 on the CPU.
+fn results(operator: &Operator, kind: Kind, device: Device) -> ShimResult<Vec<Tensor>> {
+    let spec = |(index, shape): (usize, &&[i64])| ParameterSpec {
+        name: index.to_string(),
+        shape: shape.to_vec(),
+        decay: true,
+    };
+    let specs: Vec<ParameterSpec> = operator.parameters.iter().enumerate().map(spec).collect();
+    let master = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let set = ParameterSet::new(specs, kind, master, device)?;
+    for (index, parameter) in set.iter().enumerate() {
+        let values = numbers(&parameter.shape, 0.01 * index as f64)?;
+        no_grad(|| parameter.master.shallow_clone().f_copy_(&values))?;
+    }
+    set.refresh_compute()?;
+    let leaf = |(index, shape): (usize, &&[i64])| -> ShimResult<Tensor> {
+        let values = numbers(shape, 0.1 + 0.01 * index as f64)?;
+        Ok(values.f_to_device(device)?.f_to_kind(kind)?.f_set_requires_grad(true)?)
+    };
+    let inputs =
+        operator.inputs.iter().enumerate().map(leaf).collect::<ShimResult<Vec<Tensor>>>()?;
+    let outputs = (operator.run)(&set, &inputs)?;
+    let given = outputs.iter().enumerate().map(|(index, output)| -> ShimResult<Tensor> {
+        if output.dim() == 0 {
+            // A loss, whose gradient must be one.
+            return Ok(output.f_ones_like()?);
+        }
+        let values = numbers(&output.size(), 0.2 + 0.01 * index as f64)?;
+        Ok(values.f_to_device(device)?.f_to_kind(output.kind())?)
+    });
+    let given = given.collect::<ShimResult<Vec<Tensor>>>()?;
+    autograd::backward(&outputs.iter().collect::<Vec<_>>(), &given.iter().collect::<Vec<_>>())?;
+    let gradients = inputs.iter().map(|input| input.f_grad());
+    let gradients = gradients.collect::<std::result::Result<Vec<_>, _>>()?;
+    let of_parameters = set.iter().map(|parameter| parameter.grad.shallow_clone());
+    let all = outputs.into_iter().chain(gradients).chain(of_parameters);
+    all.map(|x| Ok(x.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)).collect()
+}
+
+/// The largest relative deviation of an operator's results; two runs must be equal.
+fn deviation(operator: &Operator, kind: Kind, device: Device) -> ShimResult<(f64, bool)> {
+    let expected = results(operator, Kind::Double, Device::Cpu)?;
+    let (found, again) = (results(operator, kind, device)?, results(operator, kind, device)?);
+    let mut worst = 0.0_f64;
+    let mut is_same = true;
+    for ((found, again), expected) in found.iter().zip(&again).zip(&expected) {
+        let norm = expected.f_norm()?.f_double_value(&[])?.max(f64::MIN_POSITIVE);
+        let relative = found.f_sub(expected)?.f_norm()?.f_double_value(&[])? / norm;
+        // A comparison with NaN would not see it.
+        worst = if relative.is_nan() { f64::INFINITY } else { worst.max(relative) };
+        is_same &= found.f_equal(again)?;
+    }
+    Ok((worst, is_same))
+}
+
+/// Checks all and prints a line of JSON for each.
+///
+/// # Errors
+/// Where something is wrong; what, stands in the lines.
+pub fn run(args: &KernelArgs) -> Result<()> {
+    let config = read_config(&args.config)?;
+    prepare_libtorch(config.cluster.threads_per_rank.unwrap_or(1))?;
+    let device = choose(&config, 0)?.device;
+    let mut num_wrong = 0;
+    let mut tell = |name: String, is_right: bool, figure: String| {
+        num_wrong += usize::from(!is_right);
+        let line = serde_json::json!({ "name": name, "is_right": is_right, "figure": figure });
+        println!("{line}");
+    };
+    for operator in OPERATORS {
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let (name, limit) = (format!("{} {kind:?}", operator.name), limit(kind));
+            let (deviation, is_same) = match deviation(operator, kind, device) {
+                Ok(found) => found,
+                Err(error) => {
+                    tell(name, false, error.to_string());
+                    continue;
+                }
+            };
+            let same = if is_same { "the same twice" } else { "NOT the same twice" };
+            let figure = format!("off by {deviation:.1e} (limit {limit:.0e}), {same}");
+            tell(name, deviation <= limit && is_same, figure);
+        }
+    }
+    for kernel in kernels(device) {
+        for is_packed in [false, true] {
+            let shapes = [(32, 8, 128), (8, 8, 64), (6, 1, 64)];
+            let wrong = shapes.iter().find_map(|shape| {
+                let told = misbehaviour(*kernel, *shape, device, is_packed);
+                let told = told.unwrap_or_else(|error| Some(error.to_string()));
+                told.map(|wrong| format!("{shape:?}: {wrong}"))
+            });
+            let form = if is_packed { "within documents" } else { "of whole rows" };
+            let name = format!("attention by {kernel:?}, {form}");
+            let figure = wrong.clone().unwrap_or("three shapes of heads, each twice".into());
+            // A run takes cuDNN's only where it finds them right.
+            let is_right = wrong.is_none() || *kernel == Kernel::Cudnn;
+            tell(name, is_right, figure);
+        }
+    }
+    match num_wrong {
+        0 => Ok(()),
+        _ => Err(TrainError::Panic(format!("{num_wrong} kernels compute something else"))),
+    }
+}
+
+fn kernels(device: Device) -> &'static [Kernel] {
+    match device {
+        Device::Cuda(_) => &[Kernel::Flash, Kernel::Cudnn],
+        _ => &[Kernel::Plain],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a CPU too they are held against FP64; a kernel that is wrong on purpose is seen.
+    #[test]
+    fn operators_are_within_their_limits_and_errors_are_seen() {
+        for operator in OPERATORS {
+            for kind in [Kind::BFloat16, Kind::Float] {
+                let (worst, is_same) = deviation(operator, kind, Device::Cpu).unwrap();
+                assert!(worst <= limit(kind) && is_same, "{} {kind:?}: {worst:e}", operator.name);
+            }
+        }
+        let wrong = Operator {
+            name: "wrong",
+            parameters: &[],
+            inputs: &[&[2, 96, 512]],
+            run: |_, x| {
+                let factor = if x[0].kind() == Kind::Double { 1.0 } else { 1.02 };
+                Ok(vec![fused::swiglu(&x[0])?.f_mul_scalar(factor)?])
+            },
+        };
+        let (worst, _) = deviation(&wrong, Kind::BFloat16, Device::Cpu).unwrap();
+        assert!(worst > limit(Kind::BFloat16), "{worst:e}");
+    }
+}
