@@ -154,3 +154,20 @@ fn a_killed_rank_and_a_stop_leave_nothing_out() {
     assert_bit_equal(&late, "straight", "test", 400);
     late.assert_nothing_left();
 }
+
+/// Nor does what is kept in memory, nor a checkpoint whose step the run itself chose.
+#[test]
+fn a_killed_rank_goes_on_from_memory_with_whole_steps() {
+    let late = sandbox(true);
+    late.train("straight", &SETS);
+    let late = late.env("PHALANX_STEP_FAULTS", "kill:1:13:1:0");
+    let own = ["checkpoint.every_steps=auto", "checkpoint.memory.every_steps=3"];
+    late.train("test", &[&SETS[..], &own].concat());
+    assert_bit_equal(&late, "straight", "test", 20);
+    let started = late.events_of("generation_started");
+    assert_eq!(started.len(), 2, "{started:?}");
+    assert_eq!(started[1]["resume_tier"], "memory", "{started:?}");
+    // That of step 12 may not have been whole by the time of the kill.
+    assert!([9, 12].map(Value::from).contains(&started[1]["resume_step"]), "{started:?}");
+    late.assert_nothing_left();
+}
