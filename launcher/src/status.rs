@@ -63,7 +63,7 @@ pub fn read(run: &RunDir) -> Result<Status, UserError> {
     if status.exit_code.is_none() && holder(run).is_none() {
         status.state = "lost".into();
         status.reason = Some("its launcher is gone without a word; `phalanx resume` it".into());
-        status.eta_s = None;
+        (status.eta_s, status.memory_checkpoint) = (None, None);
         status.ranks.clear();
     }
     Ok(status)
@@ -180,7 +180,7 @@ fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
     if let Some(alarm) = &status.alarm {
         lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
     }
-    if let Some(step) = status.memory_checkpoint.filter(|_| status.exit_code.is_none()) {
+    if let Some(step) = status.memory_checkpoint {
         lines.push(("in memory", format!("step {step}")));
     }
     if let Some(alarm) = &status.memory_alarm {

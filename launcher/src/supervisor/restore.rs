@@ -47,7 +47,7 @@ impl Tier {
     /// In words.
     pub fn describe(self) -> &'static str {
         match self {
-            Tier::Memory => "memory",
+            Tier::Memory => "this machine's memory",
             Tier::Local => "the run's folder",
             Tier::Remote => "the object store",
         }

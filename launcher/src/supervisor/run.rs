@@ -529,6 +529,7 @@ impl Executor {
         });
         self.recorder.event(kind, fields);
         self.recorder.status.eta_s = None;
+        self.recorder.status.memory_checkpoint = None;
         self.recorder.status.exit_code = Some(code);
         self.recorder.status.reason = Some(reason.clone());
         self.recorder.status.state = state.to_owned();
