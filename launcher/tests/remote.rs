@@ -46,7 +46,13 @@ fn save(dir: &Path, step: u64, generation: u64) -> PathBuf {
     save.folder()
 }
 
-fn upload(place: &Place, from: &Path, step: u64, generation: u64) -> Result<u64, RemoteError> {
+/// Its bytes; `None`: it was there.
+fn upload(
+    place: &Place,
+    from: &Path,
+    step: u64,
+    generation: u64,
+) -> Result<Option<u64>, RemoteError> {
     let target = Target { generation, step };
     wait(async { Remote::open(place)?.upload(from, target, Width::FULL).await })
 }
@@ -64,7 +70,7 @@ fn listed(place: &Place) -> Vec<(u64, u64)> {
 fn there_and_back() {
     let Folders { here, there, place, .. } = &folders();
     let from = save(here, 3, 1);
-    let bytes = upload(place, &from, 3, 1).unwrap();
+    let bytes = upload(place, &from, 3, 1).unwrap().unwrap();
     assert!(bytes > 20 << 20);
     let stored = list(place).unwrap();
     assert_eq!(stored.len(), 1);
@@ -90,7 +96,8 @@ fn what_is_there_is_not_sent_again_and_nothing_is_a_checkpoint_before_its_commit
     assert_eq!(listed(place), []);
     let tensors = folder.join("rank-00000-000.safetensors");
     let written = std::fs::metadata(&tensors).unwrap().modified().unwrap();
-    upload(place, &from, 3, 1).unwrap();
+    assert!(upload(place, &from, 3, 1).unwrap().is_some());
+    assert_eq!(upload(place, &from, 3, 1), Ok(None));
     assert_eq!(listed(place), [(1, 3)]);
     assert_eq!(std::fs::metadata(&tensors).unwrap().modified().unwrap(), written);
 }

@@ -59,12 +59,12 @@ impl Width {
 
 impl Remote {
     /// Copies the checkpoint in the folder `from`, but for what is there already, and commits it.
-    /// Its bytes.
+    /// Its bytes; `None`: all of it was there.
     ///
     /// # Errors
     /// [`RemoteError::Remote`]; [`RemoteError::Gone`] where another has taken its place here, or
     /// none; [`RemoteError::Local`] where it is damaged here.
-    pub async fn upload(&self, from: &Path, target: Target, width: Width) -> Result<u64> {
+    pub async fn upload(&self, from: &Path, target: Target, width: Width) -> Result<Option<u64>> {
         match self.try_upload(from, target, width).await {
             // It may have been removed since it was opened.
             Err(RemoteError::Local(why)) if !is_there(from, target) => Err(RemoteError::Gone(why)),
@@ -72,7 +72,7 @@ impl Remote {
         }
     }
 
-    async fn try_upload(&self, from: &Path, target: Target, width: Width) -> Result<u64> {
+    async fn try_upload(&self, from: &Path, target: Target, width: Width) -> Result<Option<u64>> {
         // As long as it is open, nobody removes its files, whoever has its name by then.
         let checkpoint = Arc::new(Checkpoint::open(from).map_err(local)?);
         let manifest = checkpoint.manifest();
@@ -85,7 +85,7 @@ impl Remote {
         let folder = self.folder(target);
         let held = self.sizes(&folder).await?;
         if held.contains_key(names::COMMIT) {
-            return Ok(held.values().sum());
+            return Ok(None);
         }
         let is_absent =
             |(name, entry): &(&String, &FileEntry)| held.get(*name) != Some(&entry.size);
@@ -112,7 +112,7 @@ impl Remote {
             let what = format!("{} ({key}) is there, and another's", self.place.url);
             return Err(RemoteError::Damaged(what));
         }
-        Ok(manifest.files.values().map(|file| file.size).sum())
+        Ok(Some(manifest.files.values().map(|file| file.size).sum()))
     }
 
     /// Every file is there, of its size.

@@ -193,7 +193,8 @@ impl Ending {
     }
 }
 
-type Outcome = Result<(), RemoteError>;
+/// Whether something was done, and was not before.
+type Outcome = Result<bool, RemoteError>;
 
 /// The end of the job that is under way; never, where there is none.
 async fn ended(job: &mut Option<(Job, JoinHandle<Outcome>)>) -> (Job, Outcome) {
@@ -247,9 +248,12 @@ impl Worker {
     /// What the end of a job means for those that follow.
     fn learned(&mut self, (job, outcome): (Job, Outcome)) -> Event {
         match outcome {
-            Ok(()) => {
+            Ok(is_new) => {
                 self.width = self.width.wider();
-                Event::Done(job)
+                match job {
+                    Job::Upload(target) if !is_new => Event::There(target),
+                    job => Event::Done(job),
+                }
             }
             Err(RemoteError::Gone(why)) => {
                 tracing::debug!("not copied: {why}");
@@ -283,12 +287,14 @@ impl Worker {
         let (remote, plan, width) = (self.remote.clone(), self.plan.clone(), self.width);
         tokio::spawn(async move {
             match job {
-                Job::Own => remote.own().await,
+                Job::Own => remote.own().await.map(|()| true),
                 Job::Upload(target) => {
                     let folder = plan.checkpoints.join(names::step_folder(target.step));
-                    remote.upload(&folder, target, width).await.map(|_| ())
+                    Ok(remote.upload(&folder, target, width).await?.is_some())
                 }
-                Job::Tidy => tidy(&remote, plan.keep_last, plan.keep_every_steps).await,
+                Job::Tidy => {
+                    tidy(&remote, plan.keep_last, plan.keep_every_steps).await.map(|()| true)
+                }
             }
         })
     }

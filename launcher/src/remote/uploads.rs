@@ -40,6 +40,8 @@ pub enum Event {
     Committed(Target),
     /// A job is done.
     Done(Job),
+    /// What was to be copied is there already: an earlier launcher came to it.
+    There(Target),
     /// What was to be copied is here no more: a later one takes its place.
     Gone(Job),
     /// A job failed.
@@ -71,6 +73,8 @@ pub enum Action {
 pub enum News {
     /// A checkpoint is complete in the object store.
     Uploaded(Target),
+    /// A checkpoint was so before.
+    There(Target),
     /// Something fails, and is tried again where that may be of use.
     Failing {
         /// The checkpoint, where it is about one.
@@ -139,20 +143,15 @@ impl Uploads {
                 self.await_its_turn(target);
             }
             Event::Gone(job) => self.ended(job),
+            Event::There(target) => {
+                actions.push(Action::Tell(News::There(target)));
+                actions.extend(self.done(Job::Upload(target)));
+            }
             Event::Done(job) => {
-                self.ended(job);
-                match job {
-                    Job::Own => self.is_owned = true,
-                    Job::Tidy => self.must_tidy = false,
-                    Job::Upload(target) => {
-                        self.must_tidy = true;
-                        actions.push(Action::Tell(News::Uploaded(target)));
-                    }
+                if let Job::Upload(target) = job {
+                    actions.push(Action::Tell(News::Uploaded(target)));
                 }
-                if self.failures > 0 {
-                    actions.push(Action::Tell(News::Recovered));
-                }
-                (self.failures, self.retry_at) = (0, None);
+                actions.extend(self.done(job));
             }
             Event::Failed { job, reason, is_final } => {
                 actions.extend(self.failed(job, reason, is_final, now));
@@ -162,6 +161,18 @@ impl Uploads {
         }
         actions.extend(self.start(now));
         actions
+    }
+
+    fn done(&mut self, job: Job) -> Option<Action> {
+        self.ended(job);
+        match job {
+            Job::Own => self.is_owned = true,
+            Job::Tidy => self.must_tidy = false,
+            Job::Upload(_) => self.must_tidy = true,
+        }
+        self.retry_at = None;
+        let failures = std::mem::take(&mut self.failures);
+        (failures > 0).then_some(Action::Tell(News::Recovered))
     }
 
     fn failed(&mut self, job: Job, reason: String, is_final: bool, now: Instant) -> Option<Action> {
@@ -332,6 +343,15 @@ mod tests {
         assert_eq!(actions, [uploaded, recovered, Action::Start(Job::Tidy)]);
         uploads.handle(Event::Done(Job::Tidy), now);
         assert_eq!(uploads.handle(Event::Silent(Duration::from_secs(25)), now), []);
+    }
+
+    #[test]
+    fn what_is_there_already_is_not_told_as_new() {
+        let (mut uploads, now) = owned();
+        let actions = uploads.handle(Event::There(target(5)), now);
+        assert_eq!(actions, [Action::Tell(News::There(target(5))), Action::Start(Job::Tidy)]);
+        uploads.handle(Event::Done(Job::Tidy), now);
+        assert!(uploads.is_idle());
     }
 
     #[test]

@@ -186,6 +186,9 @@ impl Executor {
                 let fields = json!({ "step": step, "written_by": generation });
                 self.recorder.event("checkpoint_copied", fields);
             }
+            Some(News::There(Target { step, .. })) => {
+                (status.remote_checkpoint, status.remote_alarm) = (Some(step), None);
+            }
             Some(News::Failing { target, reason, failures }) => {
                 tracing::error!("copying to the object store fails: {reason}");
                 status.remote_alarm = Some(reason.clone());
