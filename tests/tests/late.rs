@@ -54,7 +54,8 @@ fn check(code: i32, faults: &str, sets: &[&str]) -> Sandbox {
     };
     let ((at_once, _), (late, stderr)) = (run(false), run(true));
     // Which way it was: a late report does not say how long the rank waited for others.
-    let waits = |sandbox: &Sandbox| metrics(sandbox, "test").iter().any(|r| r.comm_wait_s.is_some());
+    let waits =
+        |sandbox: &Sandbox| metrics(sandbox, "test").iter().any(|r| r.comm_wait_s.is_some());
     assert_eq!((waits(&at_once), waits(&late)), (true, false));
     assert_eq!(trouble(&late), trouble(&at_once), "{stderr}");
     assert_eq!(steps(&late), steps(&at_once), "{stderr}");

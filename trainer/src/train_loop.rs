@@ -239,6 +239,7 @@ fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
 /// no disk makes long.
 fn keep(rank: &mut Rank, learning_rate: f64) -> Result<()> {
     rank.enter(Phase::Save)?;
+    let _phase = profiler::phase("keep in memory");
     finish_keep(rank)?;
     rank.begin_keep(learning_rate)
 }
