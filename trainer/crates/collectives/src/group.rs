@@ -185,7 +185,7 @@ impl Group {
         let queue = lock(&self.queue);
         // Counted before another rank can see anything of it.
         let index = self.shared.issued.fetch_add(1, Ordering::SeqCst);
-        if !queue.as_ref().is_some_and(|queue| queue.send(job).is_ok()) {
+        if queue.as_ref().is_none_or(|queue| queue.send(job).is_err()) {
             return Err(self.shared.dead());
         }
         drop(queue);
