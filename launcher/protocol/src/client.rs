@@ -148,7 +148,7 @@ impl RankClient {
         let pid = std::process::id();
         frame::write(&mut &socket, &FromRank::Hello { pid, build, rank })?;
         let assignment = match frame::read(&mut reader)? {
-            Some(ToRank::Assignment(assignment)) => assignment,
+            Some(ToRank::Assignment(assignment)) => *assignment,
             Some(other) => return Err(ClientError::NoAssignment { found: format!("{other:?}") }),
             None => {
                 return Err(ClientError::NoAssignment { found: "it closed the socket".into() });
@@ -467,7 +467,7 @@ mod tests {
             observed_s: 0,
             profile: None,
         };
-        frame::write(&mut &agent, &ToRank::Assignment(assignment)).unwrap();
+        frame::write(&mut &agent, &ToRank::Assignment(Box::new(assignment))).unwrap();
         let client = RankClient::from_stream(own).unwrap();
         let (sender, called) = std::sync::mpsc::channel();
         for group in ["world", "tensor"] {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 #[serde(rename_all = "snake_case")]
 pub enum ToRank {
     /// The rank's place; the answer to [`FromRank::Hello`].
-    Assignment(Assignment),
+    Assignment(Box<Assignment>),
     /// Stop at the next step boundary, save, and exit with 75.
     Stop {
         /// Do not even finish the step or save.

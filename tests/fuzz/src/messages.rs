@@ -80,7 +80,8 @@ fn from_rank() -> Vec<FromRank> {
 pub fn frame_seeds() -> Vec<Vec<u8>> {
     let said = from_rank();
     let mut seeds: Vec<Vec<u8>> = said.iter().map(|message| encode(message).unwrap()).collect();
-    let told = [ToRank::Assignment(assignment()), ToRank::Stop { now: true }, ToRank::Where];
+    let told =
+        [ToRank::Assignment(Box::new(assignment())), ToRank::Stop { now: true }, ToRank::Where];
     seeds.extend(told.iter().map(|message| encode(message).unwrap()));
     seeds.push(seeds.concat());
     seeds

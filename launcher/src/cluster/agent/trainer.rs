@@ -50,7 +50,7 @@ impl Trainer {
         let log = RankLog::open(&run.log(assignment.generation, rank), rank);
         let handle = start(command, assignment.generation, rank, log, inputs)
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        handle.tell(ToRank::Assignment(assignment));
+        handle.tell(ToRank::Assignment(Box::new(assignment)));
         Ok(handle)
     }
 }

@@ -69,7 +69,8 @@ impl Executor {
             _ => self.start_ranks(generation),
         };
         for (rank, handle) in self.ranks.iter().enumerate() {
-            handle.tell(ToRank::Assignment(self.assignment(generation, rank, resume_step)));
+            let assignment = self.assignment(generation, rank, resume_step);
+            handle.tell(ToRank::Assignment(Box::new(assignment)));
         }
         match started {
             Ok(()) => self.update_status(),
