@@ -83,7 +83,7 @@ fn input_gradients(factor: Option<f64>) -> [Tensor; 2] {
     let spec = ParameterSpec { name: "head".into(), shape: vec![OUTPUTS, DIM], decay: true };
     let set = ParameterSet::new(vec![spec], Kind::Float, Kind::Float, Device::Cpu).unwrap();
     let numbers = |count: i64| Tensor::arange(count, F32).sin();
-    let _ = set.flat_master().shallow_clone().copy_(&numbers(set.flat_master().size()[0]));
+    set.flat_master().shallow_clone().copy_(&numbers(set.flat_master().size()[0]));
     let x = numbers(TOKENS * DIM).view([1, TOKENS, DIM]);
     let (own, twin) = (x.copy().set_requires_grad(true), x.set_requires_grad(true));
     let targets = Tensor::from_slice(&[4i64, -100, 1]).view([1, TOKENS]);
