@@ -252,10 +252,7 @@ fn go_on_with(
     }
     let prepared = prepare(&resolved, starter)?;
     let mut begun = vec![("run_resumed", resumed(&resolved, start.committed, starter))];
-    if let Some(branch) = start.branch {
-        let fields = json!({ "step": branch.step, "first_generation": branch.generation });
-        begun.push(("went_back", fields));
-    }
+    begun.extend(start.branch.iter().map(|branch| ("went_back", went_back(branch))));
     if !changes.is_empty() {
         write_config(&run, config)?;
         begun.push(("config_changed", json!({ "changes": changes })));
@@ -275,6 +272,11 @@ fn go_on_with(
         err!("run {}: its config is as it was before this resume", before.name);
     }
     Ok(code)
+}
+
+/// What `events.jsonl` says of a run that went back behind steps of its own.
+fn went_back(branch: &Branch) -> Value {
+    json!({ "step": branch.step, "first_generation": branch.generation })
 }
 
 /// What `events.jsonl` says of a run that goes on.

@@ -1,5 +1,5 @@
-//! Numbers that are read one step late, as on a GPU, here on the CPU: the same runs come of it, bit by
-//! bit, with and without numeric trouble, whatever follows from that.
+//! Numbers that are read one step late, as on a GPU, here on the CPU: the same runs come of it, bit
+//! by bit, with and without numeric trouble, whatever follows from that.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::losses::{assert_bit_equal, metrics};
@@ -7,8 +7,8 @@ use end_to_end::sandbox::Sandbox;
 use rustix::process::Signal;
 use serde_json::Value;
 
-/// As in the tests of numeric trouble: few steps before the watch begins, and limits that nothing but
-/// a fault reaches.
+/// As in the tests of numeric trouble: few steps before the watch begins, and limits that nothing
+/// but a fault reaches.
 const SETS: [&str; 3] = [
     "numeric={window: 4, loss_zscore: 100, grad_norm_zscore: 50}",
     "schedule.kind=constant",
@@ -131,8 +131,8 @@ fn too_much_trouble_ends_the_run_at_the_same_step() {
     check(1, "sample:93:NaN", &["numeric.on_non_finite=stop"]);
 }
 
-/// A rank that is killed takes the numbers of one step with it, and the run goes on from a checkpoint,
-/// which never holds a step whose numbers were not known.
+/// A rank that is killed takes the numbers of one step with it, and the run goes on from a
+/// checkpoint, which never holds a step whose numbers were not known.
 #[test]
 fn a_killed_rank_and_a_stop_leave_nothing_out() {
     let late = sandbox(true);

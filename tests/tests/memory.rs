@@ -1,5 +1,5 @@
-//! Checkpoints in memory: ranks that fail are started again from the newest of them, the memory goes
-//! with the launcher, and whatever becomes of it, what is on disk is there.
+//! Checkpoints in memory: ranks that fail are started again from the newest of them, the memory
+//! goes with the launcher, and whatever becomes of it, what is on disk is there.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use end_to_end::losses::assert_bit_equal;

@@ -26,10 +26,10 @@ const VOCABULARY: i64 = 512;
 /// Query heads, key heads and width of each in the fused projection.
 const HEADS: (i64, i64, i64) = (4, 2, 64);
 
-/// The largest relative deviation that is rounding. Each rounding to BF16 is off by 2^-9 at the most,
-/// and no result here is behind more than five: 1 %. In FP32 sums of up to 512 products are made in
-/// another order: 512 x 2^-24 at the worst, 3e-5, and a tenth of it where errors do not conspire; a
-/// product whose operands a GPU rounds to TF32's 10 bits is off by 2^-11, and is seen.
+/// The largest relative deviation that is rounding. Each rounding to BF16 is off by 2^-9 at the
+/// most, and no result here is behind more than five: 1 %. In FP32 sums of up to 512 products are
+/// made in another order: 512 x 2^-24 at the worst, 3e-5, and a tenth of it where errors do not
+/// conspire; a product whose operands a GPU rounds to TF32's 10 bits is off by 2^-11, and is seen.
 fn limit(kind: Kind) -> f64 {
     if kind == Kind::BFloat16 { 1e-2 } else { 1e-5 }
 }
@@ -111,8 +111,8 @@ fn tokens(set: &ParameterSet) -> ShimResult<Tensor> {
     Ok(ids.f_to_device(set.flat_grad().device())?)
 }
 
-/// Numbers between -1 and 1 that BF16 holds, in FP64: as good as random, so that sums of them lose no
-/// more than others do.
+/// Numbers between -1 and 1 that BF16 holds, in FP64: as good as random, so that sums of them lose
+/// no more than others do.
 fn numbers(shape: &[i64], seed: u64) -> ShimResult<Tensor> {
     let count: i64 = shape.iter().product();
     let number = |at: i64| {

@@ -1,12 +1,13 @@
 //! Steps whose numbers are read while the next one is computed, so that no GPU waits for its host.
 //!
 //! Whether a step is in numeric trouble is decided before its update (decision 21), by its loss and
-//! gradient norm; but to read these the host would wait until the GPU has nothing left to do. So the
-//! GPU itself looks: the update comes with limits that the host has worked out of the steps before,
-//! and is held back where the numbers are not within them. The host reads them when it has given the
-//! GPU the passes of the next step, and looks for itself. A step that was held back is attended to
-//! with the weights that it was computed with, and the step behind it is done again. So each step
-//! ends with the weights that it would have if its numbers had been read at once, bit by bit.
+//! gradient norm; but to read these the host would wait until the GPU has nothing left to do. So
+//! the GPU itself looks: the update comes with limits that the host has worked out of the steps
+//! before, and is held back where the numbers are not within them. The host reads them when it has
+//! given the GPU the passes of the next step, and looks for itself. A step that was held back is
+//! attended to with the weights that it was computed with, and the step behind it is done again. So
+//! each step ends with the weights that it would have if its numbers had been read at once, bit by
+//! bit.
 //!
 //! The limits of a step hang on all steps before it, whose numbers have been read by then: at most
 //! one step is open. It is closed at once where something needs it: a checkpoint, a validation, the

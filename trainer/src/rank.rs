@@ -15,6 +15,7 @@ use crate::setup::{
 use crate::state::{BUCKET_BYTES, Memory, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use checkpoint_format::names;
+use data_pipeline::Loader;
 use model::Dense;
 use optim::AdamW;
 use parallel::Worker;
@@ -114,25 +115,8 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
     let roll_backs = &assignment.roll_backs;
     let loader = open_loader(&config, &worker.groups, first_step, roll_backs)?;
-    let mut skips = (0, 0);
-    let mut watched = Value::Null;
-    match assignment.resume_step {
-        Some(step) => {
-            (place.phase, place.step) = (Phase::Load, Some(step));
-            client.phase(Phase::Load)?;
-            let dir = assignment.resume_dir.clone().unwrap_or_else(|| run_dir.checkpoints());
-            let step_dir = dir.join(names::step_folder(step));
-            let mut state = load(&step_dir, &config, &worker, &mut optimizer)?;
-            verify_cursor(&state, &loader)?;
-            let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
-            skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
-            watched = state.extra["numeric"].take();
-        }
-        None => {
-            let runs = run_dir.root().parent().unwrap_or(Path::new("."));
-            initialize(&config, &worker.held, &worker.params, runs)?;
-        }
-    }
+    let TakenUp { skips, watched } =
+        take_up((client, place), &config, &worker, &mut optimizer, &loader)?;
     worker.weights_changed()?;
     // From here on ranks wait for each other's steps, and no longer for their reading.
     storage.barrier()?.wait()?;
@@ -174,6 +158,41 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
         speedometer,
     };
     Ok((rank, backend))
+}
+
+/// What a checkpoint says besides tensors.
+#[derive(Default)]
+struct TakenUp {
+    /// Steps skipped in all, and in a row.
+    skips: (u64, u32),
+    /// What is known of numbers so far.
+    watched: Value,
+}
+
+/// Loads the state of the checkpoint to continue from, or makes the initial weights.
+fn take_up(
+    (client, place): (&RankClient, &mut Place),
+    config: &RunConfig,
+    worker: &Worker,
+    optimizer: &mut AdamW,
+    loader: &Loader,
+) -> Result<TakenUp> {
+    let assignment = client.assignment();
+    let run_dir = RunDir::new(&assignment.run_dir);
+    let Some(step) = assignment.resume_step else {
+        let runs = run_dir.root().parent().unwrap_or(Path::new("."));
+        initialize(config, &worker.held, &worker.params, runs)?;
+        return Ok(TakenUp::default());
+    };
+    (place.phase, place.step) = (Phase::Load, Some(step));
+    client.phase(Phase::Load)?;
+    let dir = assignment.resume_dir.clone().unwrap_or_else(|| run_dir.checkpoints());
+    let step_dir = dir.join(names::step_folder(step));
+    let mut state = load(&step_dir, config, worker, optimizer)?;
+    verify_cursor(&state, loader)?;
+    let in_a_row = state.extra["skipped_in_a_row"].as_u64().unwrap_or(0);
+    let skips = (state.skipped_steps, u32::try_from(in_a_row).unwrap_or(u32::MAX));
+    Ok(TakenUp { skips, watched: state.extra["numeric"].take() })
 }
 
 /// The longest sequence of all batch stages.

@@ -29,8 +29,8 @@ pub fn installed(root: &Path) -> usize {
 }
 
 /// Of so many, those that a value of [`env::CUDA_VISIBLE`] leaves: a list of numbers, or of ids
-/// (`GPU-…`, `MIG-…`). As CUDA reads it, the first that is none ends the list, and a list that names
-/// one twice is empty. An id counts as that of a GPU which is there.
+/// (`GPU-…`, `MIG-…`). As CUDA reads it, the first that is none ends the list, and a list that
+/// names one twice is empty. An id counts as that of a GPU which is there.
 pub fn visible(installed: usize, allowed: Option<&str>) -> usize {
     let Some(allowed) = allowed else { return installed };
     let mut seen = BTreeSet::new();

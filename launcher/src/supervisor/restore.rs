@@ -114,8 +114,8 @@ pub fn is_current(step: u64, generation: u64, branches: &[Branch]) -> bool {
 }
 
 /// The newest good checkpoint (or the one asked for) over all tiers, its bytes checked (see
-/// [`Reads`]); older ones are read only where a newer one is damaged. The object store is asked only where what was
-/// committed is not here, so that a restart does not wait for it.
+/// [`Reads`]); older ones are read only where a newer one is damaged. The object store is asked
+/// only where what was committed is not here, so that a restart does not wait for it.
 ///
 /// # Errors
 /// A message where the folder cannot be listed.

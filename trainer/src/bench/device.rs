@@ -1,5 +1,5 @@
-//! `phalanx-trainer bench device`: the ceilings of a device, measured: a large matrix product, and a
-//! large copy. Whatever is computed on it takes no less time than its operations and bytes do at
+//! `phalanx-trainer bench device`: the ceilings of a device, measured: a large matrix product, and
+//! a large copy. Whatever is computed on it takes no less time than its operations and bytes do at
 //! these rates.
 
 use crate::error::{Result, TrainError};

@@ -168,8 +168,8 @@ fn driver_fails(code: i32, (major, minor): (u32, u32)) -> Option<Misfit> {
 fn library_fails(text: &str) -> Option<Misfit> {
     let release = libtorch::RELEASE;
     let hint = format!(
-        "`pip install 'torch=={release}.*'` for the python3 on the PATH, or set PHALANX_LIBTORCH to \
-         a libtorch {release} with CUDA"
+        "`pip install 'torch=={release}.*'` for the python3 on the PATH, or set PHALANX_LIBTORCH \
+         to a libtorch {release} with CUDA"
     );
     if text.starts_with("libtorch_cuda.so: cannot open shared object file") || text.is_empty() {
         let found = "this machine has GPUs, and no libtorch_cuda.so is found".to_owned();

@@ -1,8 +1,8 @@
 //! How fast a GPU could multiply at best.
 
 /// Peaks in TFLOP/s of dense BF16 matrix products, by the beginning of the name that the driver
-/// gives; the first that fits counts. A GPU at a lower power limit, or with a part of it only (MIG),
-/// has less.
+/// gives; the first that fits counts. A GPU at a lower power limit, or with a part of it only
+/// (MIG), has less.
 ///
 /// Sources: NVIDIA's data sheets of each product. Where they state a rate with sparsity, it is
 /// halved.

@@ -186,8 +186,8 @@ impl Inner {
         self.state().groups.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// What this wait needs, if anything, and what was issued. The counts are read after the wait has
-    /// begun, as a circle's proof wants it.
+    /// What this wait needs, if anything, and what was issued. The counts are read after the wait
+    /// has begun, as a circle's proof wants it.
     fn position(&self, awaited: &Awaited) -> Option<Position> {
         let groups = self.groups();
         let own_group = groups.iter().find(|group| Arc::ptr_eq(group.members(), &awaited.members));
@@ -197,8 +197,8 @@ impl Inner {
         Some(position).filter(|position| !position.of.is_empty())
     }
 
-    /// Says what a wait needs, and looks whether it is part of a circle. Whoever of a circle says it
-    /// last, sees all others.
+    /// Says what a wait needs, and looks whether it is part of a circle. Whoever of a circle says
+    /// it last, sees all others.
     fn look(&self, position: &Position) -> Result<Option<String>> {
         self.store.set(&self.rank.to_string(), &position.encode())?;
         let mut failure = Ok(());

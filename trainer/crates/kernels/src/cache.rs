@@ -1,5 +1,5 @@
-//! Compiled kernels on disk. A file is written under a name of its own and renamed, and what is read
-//! is checked: ranks that compile at once, and writers that were killed, do no harm.
+//! Compiled kernels on disk. A file is written under a name of its own and renamed, and what is
+//! read is checked: ranks that compile at once, and writers that were killed, do no harm.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};

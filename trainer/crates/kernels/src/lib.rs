@@ -1,5 +1,5 @@
-//! CUDA kernels of our own, compiled by NVRTC when they are first used and kept on disk, each beside
-//! the plain tensor form that it is compared with.
+//! CUDA kernels of our own, compiled by NVRTC when they are first used and kept on disk, each
+//! beside the plain tensor form that it is compared with.
 //!
 //! Nothing is linked: NVRTC and the driver are loaded at run time ([`Kernels::open`]), so that one
 //! binary serves machines with and without GPUs, and every failure is a `Result`. A kernel is one

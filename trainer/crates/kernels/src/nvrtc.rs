@@ -18,7 +18,7 @@ const WANTED: Wanted = Wanted {
     files: &["libnvrtc.so.13", "libnvrtc.so.12"],
     wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
     system: &["/usr/local/cuda/lib64"],
-    hint: "libtorch's CUDA build comes with it; install the wheel nvidia-cuda-nvrtc beside libtorch",
+    hint: "libtorch's CUDA build comes with it; or install the wheel nvidia-cuda-nvrtc beside it",
 };
 
 /// `nvrtcResult`.
@@ -230,8 +230,8 @@ impl fmt::Debug for Nvrtc {
     }
 }
 
-/// Loads the library that NVRTC opens when it compiles. It asks the dynamic linker for its plain name,
-/// and the one in a wheel has no path to it: loaded before, it is found by that name.
+/// Loads the library that NVRTC opens when it compiles. It asks the dynamic linker for its plain
+/// name, and the one in a wheel has no path to it: loaded before, it is found by that name.
 fn load_builtins() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for file in builtins_beside(&maps) {

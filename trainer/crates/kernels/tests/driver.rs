@@ -1,5 +1,5 @@
-//! What we ask of the driver, and how we take its answers: against a library that keeps the books. It
-//! says nothing about what a GPU does.
+//! What we ask of the driver, and how we take its answers: against a library that keeps the books.
+//! It says nothing about what a GPU does.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "the fake driver follows no address")]
 

@@ -1,5 +1,5 @@
-//! The kernels on a GPU, each against its plain form; `ops/gpu-check` runs them, one at a time. Each
-//! prints how much of its tolerance was used, and how fast it was.
+//! The kernels on a GPU, each against its plain form; `ops/gpu-check` runs them, one at a time.
+//! Each prints how much of its tolerance was used, and how fast it was.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "gpu/speed.rs"]

@@ -60,9 +60,9 @@ fn run(compute: ComputeDtype, kernels: Option<Kernels>) -> (f64, Tensor) {
     (loss.double_value(&[]), set.flat_grad().to_kind(Kind::Double))
 }
 
-/// Both err from the same model in FP64. They round in the same places, so that neither errs much more
-/// than the other: by half as much again at the most, which is far less than what any operator that
-/// is wrong would make of it.
+/// Both err from the same model in FP64. They round in the same places, so that neither errs much
+/// more than the other: by half as much again at the most, which is far less than what any operator
+/// that is wrong would make of it.
 fn check(compute: ComputeDtype) {
     let (exact_loss, exact) = run(ComputeDtype::Fp64, None);
     let error = |(loss, gradients): (f64, Tensor)| {

@@ -6,9 +6,10 @@ use model_spec::{LocalParameter, Place};
 use run_config::{DeviceKind, RunConfig};
 
 /// Bytes of the copy, and of what it keeps in the machine's memory (`checkpoint.memory`: the newest
-/// checkpoint, the one being written, and its copy), where bytes of an element are `compute` in compute and `state` in master
-/// weights and optimizer state: its weights, master weights where they are others, and two moments.
-/// Ranks that own the same elements write equal shares of them, to within one tensor or 1 MiB.
+/// checkpoint, the one being written, and its copy), where bytes of an element are `compute` in
+/// compute and `state` in master weights and optimizer state: its weights, master weights where
+/// they are others, and two moments. Ranks that own the same elements write equal shares of them,
+/// to within one tensor or 1 MiB.
 ///
 /// 0 where the only checkpoint is that after the last step, which is written without a copy, and
 /// with `cluster.device: cuda`, where it is not in the memory of the rank's device.

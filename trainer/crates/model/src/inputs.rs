@@ -176,8 +176,8 @@ impl Inputs {
     }
 }
 
-/// Refuses targets outside a vocabulary. On a CPU the loss looks at them too; on a GPU the host would
-/// have to wait for it.
+/// Refuses targets outside a vocabulary. On a CPU the loss looks at them too; on a GPU the host
+/// would have to wait for it.
 ///
 /// # Errors
 /// The first that is outside.

@@ -136,8 +136,8 @@ pub fn synchronize(index: usize) -> Result<()> {
     check(unsafe { sys::phx_cuda_synchronize(number(index)?) })
 }
 
-/// The `cudaStream_t` of this thread's current stream of a GPU, on which libtorch's operators go; it
-/// lives as long as the process.
+/// The `cudaStream_t` of this thread's current stream of a GPU, on which libtorch's operators go;
+/// it lives as long as the process.
 ///
 /// # Errors
 /// When there is no such GPU.

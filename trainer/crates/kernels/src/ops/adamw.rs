@@ -81,8 +81,9 @@ pub struct Buffers<'a> {
     pub copy: Option<&'a Tensor>,
 }
 
-/// One update of the elements of all chunks, gradients being multiplied by `factor` (one FP32 number
-/// on the device) first; gradients themselves stay. Where `factor` is not finite, nothing changes.
+/// One update of the elements of all chunks, gradients being multiplied by `factor` (one FP32
+/// number on the device) first; gradients themselves stay. Where `factor` is not finite, nothing
+/// changes.
 ///
 /// # Errors
 /// Where the tensors do not fit, the step is 0, or the launch fails.

@@ -1,4 +1,5 @@
-//! Cross-entropy over a chunk of logits, and the output head around it: the full logits never exist.
+//! Cross-entropy over a chunk of logits, and the output head around it: the full logits never
+//! exist.
 //!
 //! Shapes: `N` positions, `D` model width, `V` vocabulary.
 
@@ -26,12 +27,14 @@ pub static PROGRAM: Program = Program {
 /// Stands for no target.
 pub const NO_TARGET: i64 = -100;
 const MAX_THREADS: u32 = 1024;
-/// Blocks of a multiprocessor: rows beyond those that lie in the L2 cache at once are left for later.
+/// Blocks of a multiprocessor: rows beyond those that lie in the L2 cache at once are left for
+/// later.
 const BLOCKS: u32 = 2;
 
-/// The cross-entropy of each row of `logits`, `[N, V]`, at `targets`, `[N]` int64: `[N]`, FP32 (FP64
-/// for FP64), 0 where the target is [`NO_TARGET`], and NaN where it lies outside the vocabulary.
-/// With `gradients`, `logits` become `scale * (softmax(logits) - onehot(target))`. No graph.
+/// The cross-entropy of each row of `logits`, `[N, V]`, at `targets`, `[N]` int64: `[N]`, FP32
+/// (FP64 for FP64), 0 where the target is [`NO_TARGET`], and NaN where it lies outside the
+/// vocabulary. With `gradients`, `logits` become `scale * (softmax(logits) - onehot(target))`. No
+/// graph.
 ///
 /// # Errors
 /// Where the tensors do not fit, or the launch fails.

@@ -1,5 +1,5 @@
-//! The embedding table, whose gradient is added up in a fixed order: libtorch's own uses atomics on a
-//! GPU, and gives other bits each time.
+//! The embedding table, whose gradient is added up in a fixed order: libtorch's own uses atomics on
+//! a GPU, and gives other bits each time.
 //!
 //! Shapes: `N` tokens, `V` vocabulary, `D` model width.
 
@@ -65,8 +65,8 @@ pub fn accumulate_rows(
     unsafe { kernels.launch(plain(&PROGRAM, storage), "embedding_gradient", grid, &arguments) }
 }
 
-/// Rows of the weight `[V, D]` at `tokens` (int64), `[.., D]`, as [`fused::embedding`], which does it
-/// where the kernels do not take the weight.
+/// Rows of the weight `[V, D]` at `tokens` (int64), `[.., D]`, as [`fused::embedding`], which does
+/// it where the kernels do not take the weight.
 ///
 /// # Errors
 /// Where the tensors do not fit, or a launch fails.

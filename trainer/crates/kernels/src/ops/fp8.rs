@@ -50,7 +50,8 @@ fn storage_of(x: &Tensor) -> Result<Storage> {
     Ok(storage)
 }
 
-/// Quantises each row (the last dimension) of x, FP32 or BF16: values of its shape, `[rows]` scales.
+/// Quantises each row (the last dimension) of x, FP32 or BF16: values of its shape, `[rows]`
+/// scales.
 ///
 /// # Errors
 /// Where the tensor does not fit, or the launch fails.
@@ -75,7 +76,8 @@ pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     Ok(Quantised { values, scales })
 }
 
-/// Quantises each column of x `[N, D]`, FP32 or BF16, and transposes: values `[D, N]`, scales `[D]`.
+/// Quantises each column of x `[N, D]`, FP32 or BF16, and transposes: values `[D, N]`, scales
+/// `[D]`.
 ///
 /// # Errors
 /// Where the tensor does not fit, or a launch fails.

@@ -53,8 +53,8 @@ pub struct Tables<'a> {
     pub sin: &'a Tensor,
 }
 
-/// Turns queries and keys of `qkv`, `[B, S, F]`, in place, and returns the places of queries `[B, H,
-/// S, E]`, keys and values `[B, K, S, E]` in it. Without a graph.
+/// Turns queries and keys of `qkv`, `[B, S, F]`, in place, and returns the places of queries `[B,
+/// H, S, E]`, keys and values `[B, K, S, E]` in it. Without a graph.
 ///
 /// # Errors
 /// Where the tensors do not fit, or the launch fails.
@@ -75,8 +75,8 @@ pub fn forward(
     Ok(parts)
 }
 
-/// The gradient of the fused projection, `[B, S, F]`, from those of what [`forward`] returned, of any
-/// strides. Without a graph.
+/// The gradient of the fused projection, `[B, S, F]`, from those of what [`forward`] returned, of
+/// any strides. Without a graph.
 ///
 /// # Errors
 /// Where the tensors do not fit, or the launch fails.
@@ -160,8 +160,8 @@ fn launch(
 }
 
 /// Splits and turns the fused projection as [`fused::rope_qkv`], which does it where the kernels do
-/// not take `qkv`; here in the memory of `qkv`, whose values are lost. Nothing else may read them: a
-/// leaf of the graph is copied first.
+/// not take `qkv`; here in the memory of `qkv`, whose values are lost. Nothing else may read them:
+/// a leaf of the graph is copied first.
 ///
 /// # Errors
 /// Where the tensors do not fit, or the launch fails.

@@ -95,8 +95,8 @@ pub fn backward(kernels: &Kernels, dy: &Tensor, gate_up: &Tensor) -> Result<Tens
     Ok(d_gate_up)
 }
 
-/// `silu(gate) * up` for the fused projection `[.., 2 F]`, as [`fused::swiglu`], which does it where
-/// the kernels do not take it.
+/// `silu(gate) * up` for the fused projection `[.., 2 F]`, as [`fused::swiglu`], which does it
+/// where the kernels do not take it.
 ///
 /// # Errors
 /// Where the tensor does not fit, or a launch fails.

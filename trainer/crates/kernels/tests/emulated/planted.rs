@@ -1,5 +1,5 @@
-//! Errors planted in the kernels' texts, one at a time: the suite finds each. An index that is off by
-//! one, a barrier that is missing, a term that is left out.
+//! Errors planted in the kernels' texts, one at a time: the suite finds each. An index that is off
+//! by one, a barrier that is missing, a term that is left out.
 
 use std::panic::catch_unwind;
 

@@ -1,6 +1,7 @@
 //! Carries launches out on the CPU: compiles a program's text with a host compiler, behind
-//! `emulator.h`, and runs its blocks thread by thread. What is wrong with a launch beyond its values
-//! (an access outside a buffer, a barrier that is missing, arguments that do not fit) is an error.
+//! `emulator.h`, and runs its blocks thread by thread. What is wrong with a launch beyond its
+//! values (an access outside a buffer, a barrier that is missing, arguments that do not fit) is an
+//! error.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};

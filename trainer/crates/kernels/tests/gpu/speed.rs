@@ -1,5 +1,5 @@
-//! How fast kernels are: bytes that must move over the time they take, at the sizes of Llama 3 8B with
-//! 8192 tokens. To be held against the speed of a large copy, which is measured beside.
+//! How fast kernels are: bytes that must move over the time they take, at the sizes of Llama 3 8B
+//! with 8192 tokens. To be held against the speed of a large copy, which is measured beside.
 
 use std::time::Instant;
 
@@ -142,8 +142,8 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
     format!("{} (a copy {copy:.2})", parts.collect::<Vec<_>>().join(", "))
 }
 
-/// TB/s of the median run. Each is timed by the host's clock between two waits for the GPU: good for
-/// what takes well over ten microseconds.
+/// TB/s of the median run. Each is timed by the host's clock between two waits for the GPU: good
+/// for what takes well over ten microseconds.
 fn rate(bytes: f64, run: impl Fn()) -> f64 {
     for _ in 0..3 {
         run();

@@ -52,9 +52,9 @@ fn case(kernels: &Kernels, storage: Storage, [rows, width]: [i64; 2], offset: i6
     same("losses with and without gradients", &losses, &quiet);
 
     // A thread's sum: its elements, and as often as it takes a vector (or an element at the edges),
-    // four roundings of an exponential and one of a product. An exponential of x is off by two units
-    // in the last place, which are four roundings, and by |x| for the rounding of x; all such |x|
-    // together are at most the range of a row for a rescaled sum, and again for a term.
+    // four roundings of an exponential and one of a product. An exponential of x is off by two
+    // units in the last place, which are four roundings, and by |x| for the rounding of x; all such
+    // |x| together are at most the range of a row for a rescaled sum, and again for a term.
     let largest = exact(&before).amax([1].as_slice(), true);
     let smallest = exact(&before).amin([1].as_slice(), true);
     let range = (&largest - smallest).max().double_value(&[]);

@@ -56,8 +56,8 @@ fn edges(storage: Storage) -> Tensor {
     Tensor::from_slice(&rows).view([64, 48]).to_kind(storage.kind())
 }
 
-/// A row with every BF16 number up to 448, whose scale is one, so that each is rounded as it is; and
-/// FP32 numbers around every number of e4m3 and half-way between two.
+/// A row with every BF16 number up to 448, whose scale is one, so that each is rounded as it is;
+/// and FP32 numbers around every number of e4m3 and half-way between two.
 fn every_number(kernels: &Kernels) {
     let bits: Vec<i16> = (0..=0x43e0_i16).collect();
     let all = Tensor::from_slice(&bits).view_dtype(Kind::BFloat16).view([1, -1]);

@@ -2,11 +2,12 @@
 //! the emulation of a block's threads, and on a GPU as it is.
 //!
 //! **Tolerances** follow from the formats. A number that is stored in a format with unit roundoff
-//! `u_T` (BF16 2^-8, FP32 2^-24, FP64 2^-53) after `k` roundings in the compute format (`u_W`) is off
-//! by at most `u_T |y| + k u_W m`, where `m` is what the terms of `y` come to without cancelling
-//! (Higham 2002, chapter 3; terms of second order are far smaller than what the counts round up). A
-//! sum of `n` terms counts as many roundings as additions lie between a term and the result. Each
-//! check states `k` and `m`. With FP64 the plain form errs as much, and the tolerance is twice that.
+//! `u_T` (BF16 2^-8, FP32 2^-24, FP64 2^-53) after `k` roundings in the compute format (`u_W`) is
+//! off by at most `u_T |y| + k u_W m`, where `m` is what the terms of `y` come to without
+//! cancelling (Higham 2002, chapter 3; terms of second order are far smaller than what the counts
+//! round up). A sum of `n` terms counts as many roundings as additions lie between a term and the
+//! result. Each check states `k` and `m`. With FP64 the plain form errs as much, and the tolerance
+//! is twice that.
 
 pub mod accumulate;
 pub mod cross_entropy;
@@ -96,7 +97,7 @@ pub fn close(
         let at = at.int64_value(&[]);
         let value = |x: &Tensor| x.flatten(0, -1).double_value(&[at]);
         panic!(
-            "{name} {storage:?} {:?}: element {at} is {:e}, not {:e}: {worst:.3} times its tolerance",
+            "{name} {storage:?} {:?}: element {at} is {:e}, not {:e}: {worst:.3} of its tolerance",
             got.size(),
             value(&got),
             value(&want)

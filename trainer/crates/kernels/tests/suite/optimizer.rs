@@ -130,8 +130,8 @@ pub fn check_norm(kernels: &Kernels, extent: Extent) -> f64 {
             let squares = squared_norm(kernels, &gradients, &chunks).unwrap();
             let (want, _) = reference(&counted, None).unwrap();
             let want = Tensor::from(want * want);
-            // A square and the sum of a thread, in the format of the gradients; all else in FP64, of
-            // which 60 roundings are less than one here.
+            // A square and the sum of a thread, in the format of the gradients; all else in FP64,
+            // of which 60 roundings are less than one here.
             let roundings =
                 CHUNK / THREADS + 2.0 + if storage == Storage::Fp64 { 60.0 } else { 1.0 };
             let got = squares.to_kind(storage.kind());

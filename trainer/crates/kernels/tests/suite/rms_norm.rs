@@ -60,7 +60,8 @@ fn case(kernels: &Kernels, storage: Storage, shape: &[i64], offset: i64) -> f64 
     let (x, residual, weight) = (make(shape), make(shape), make(&[width]));
     let (d_normed, d_sum) = (make(shape), make(shape));
     let mut worst: f64 = 0.0;
-    // All four forms of narrow rows; of wide ones, which take long to emulate, that with everything.
+    // All four forms of narrow rows; of wide ones, which take long to emulate, that with
+    // everything.
     let is_wide = width > 1000;
     for residual in [None, Some(&residual)].into_iter().filter(|x| x.is_some() || !is_wide) {
         let made = forward(kernels, &x, residual, &weight, EPS).unwrap();
@@ -84,8 +85,8 @@ fn check_forward(
     let whole = residual.map_or_else(|| exact(x), |residual| exact(x) + exact(residual));
     // One addition, and the rounding to the format.
     let sum = close("sum", storage, (&made.sum, &whole), (1.0, &terms));
-    // The norm is that of the rounded sum. A square and its sum go half into the root; then the mean,
-    // eps, the root, the reciprocal, and two products.
+    // The norm is that of the rounded sum. A square and its sum go half into the root; then the
+    // mean, eps, the root, the reciprocal, and two products.
     let (want, _) = reference(&exact(&made.sum), None, &exact(weight), EPS).unwrap();
     let roundings = items(weight.numel() as i64) / 2.0 + BLOCK_SUM / 2.0 + 7.0;
     let normed = close("normed", storage, (&made.normed, &want), (roundings, &want.abs()));
@@ -127,7 +128,8 @@ fn check_backward(
     let inner = items(width) + BLOCK_SUM;
     let roundings = (inner / 2.0 + 7.0) * 3.0 + inner + 8.0;
     let dx = close("dx", storage, (&got, &want), (roundings, &terms.view(got.size().as_slice())));
-    // Two products; the sums of a block's rows, of 16 warps' blocks, of the warps, and the addition.
+    // Two products; the sums of a block's rows, of 16 warps' blocks, of the warps, and the
+    // addition.
     let roundings = inner / 2.0 + 7.0 + rows as f64 + 18.0 + 2.0;
     let terms = (flat(d_normed).abs() * unit).sum_dim_intlist([0].as_slice(), false, None);
     let of = (&gradient, &(&before + w.grad()));

@@ -3,7 +3,8 @@
 //! `D = sum(dO * O)` over the width, `dV = P^T dO`, `dZ = P * (dO V^T - D)`, `dQ = dZ K / sqrt(E)`
 //! and `dK = dZ^T Q / sqrt(E)`, each summed over the query heads of a key head.
 //!
-//! Shapes: `K` key and value heads, `G` query heads of each, `t` tokens of a document, `E` head_dim.
+//! Shapes: `K` key and value heads, `G` query heads of each, `t` tokens of a document, `E`
+//! head_dim.
 
 use tch::{Kind, Tensor};
 
