@@ -90,10 +90,13 @@ pub fn forget(checkpoints: &Path) -> io::Result<()> {
     }
 }
 
-/// The lock that says that the folder is in use.
+/// The lock that says that the folder is in use. It has its name once it is held: a launcher that
+/// sweeps in between takes no new folder for one that is left over.
 fn hold(folder: &Path) -> io::Result<File> {
-    let holder = File::create(folder.join(HOLDER))?;
+    let beginning = folder.join(format!("{HOLDER}.new"));
+    let holder = File::create(&beginning)?;
     flock(&holder, FlockOperation::NonBlockingLockExclusive)?;
+    std::fs::rename(beginning, folder.join(HOLDER))?;
     Ok(holder)
 }
 

@@ -79,6 +79,7 @@ class Ours:
 
     def prepare(self):
         machine.say("building")
+        machine.run([HERE.parent / "setup"])
         packages = ["-p", "launcher", "-p", "trainer", "-p", "data-pipeline"]
         machine.run(["cargo", "build", "--release", "--bins", "--examples", *packages])
         if not self.text.is_file():
