@@ -107,7 +107,8 @@ pub enum Answer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToAgent {
-    /// Start these ranks; those of an earlier generation, where any are left, are killed first.
+    /// Start these ranks; those of an earlier generation, where any are left and are not meant to
+    /// go on, are killed first.
     Start(Box<Start>),
     /// Pass a message on to a rank.
     Tell {
@@ -150,6 +151,9 @@ pub struct Start {
     pub run_dir: PathBuf,
     /// The ranks' places.
     pub ranks: Vec<Assignment>,
+    /// Ranks that go on in the processes that they had, where these have let go and still run.
+    #[serde(default)]
+    pub kept: Vec<usize>,
 }
 
 /// From an agent to the coordinator.
@@ -169,7 +173,7 @@ pub enum FromAgent {
         /// Name of the signal.
         signal: String,
     },
-    /// A rank's process runs.
+    /// A rank's process runs, or goes on.
     Started {
         /// Generation.
         generation: u64,

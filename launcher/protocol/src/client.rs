@@ -6,23 +6,29 @@
 //!
 //! Ranks see a stop at different moments: they must agree on it at a step boundary (one rank's flag
 //! is enough), before they act on it.
+//!
+//! A process may outlive its generation: told to let go (or after it has reported why it fails), it
+//! drops what belongs to the generation, says so with [`RankClient::let_go`], and gets its next
+//! place. A client is one generation's; what is said with one of an earlier generation is dropped.
 
 use crate::env;
 use crate::exit_code;
 use crate::frame::{self, FrameError};
-use crate::message::{
-    Assignment, Event, FailureReport, FromRank, Phase, Position, StepReport, ToRank,
-};
-use crate::store::{StoreError, StoreReply, StoreRequest};
-use std::collections::HashMap;
+use crate::message::{Assignment, Event, FailureReport, FromRank, Phase, StepReport, ToRank};
+use link::{Link, Place};
 use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+mod link;
+mod store;
+
+pub use store::StoreClient;
 
 /// Time a rank has for its abort callback before it ends itself.
 pub const LAST_WORDS: Duration = Duration::from_millis(300);
@@ -30,8 +36,15 @@ pub const LAST_WORDS: Duration = Duration::from_millis(300);
 const ASSIGNMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time the agent may leave a message unread before it counts as gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time beyond a request's own time-out in which the agent must have answered.
-const REPLY_SLACK: Duration = Duration::from_secs(30);
+/// Longest wait for the next place: nodes may be waited for, and a checkpoint be fetched. The end of
+/// the agent ends it too.
+const NEXT_PLACE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// The `target` of the log lines that are written here.
+pub const LOG_TARGET: &str = "rank_protocol";
+/// The field of such a line that says which generation the lines after it are of.
+pub const ENTERED: &str = "entered_generation";
+/// The field beside it that says which rank's they are.
+pub const ENTERED_AS: &str = "entered_as";
 
 /// Why a rank cannot talk to its agent.
 #[derive(Debug, thiserror::Error)]
@@ -64,27 +77,22 @@ pub enum ClientError {
         /// What came instead.
         found: String,
     },
+    /// The generation is over, and the rank was told to let go of it.
+    #[error("the generation is over: {reason}")]
+    Released {
+        /// Why.
+        reason: String,
+    },
 }
 
 type AbortCallback = Box<dyn Fn(&str) + Send>;
 type WaitCallback = Box<dyn Fn(Phase) -> Option<String> + Send>;
 
-struct Shared {
-    assignment: Assignment,
-    is_under_mpirun: bool,
-    writer: Mutex<UnixStream>,
-    is_stopping: AtomicBool,
-    next_id: AtomicU64,
-    replies: Mutex<HashMap<u64, SyncSender<StoreReply>>>,
-    on_abort: Mutex<Vec<AbortCallback>>,
-    place: Mutex<(Phase, Option<u64>)>,
-    waits: Mutex<Vec<WaitCallback>>,
-}
-
-/// A rank's connection to its agent. Clones share it.
+/// A rank's connection to its agent, in one generation. Clones share it.
 #[derive(Clone)]
 pub struct RankClient {
-    shared: Arc<Shared>,
+    link: Arc<Link>,
+    place: Arc<Place>,
 }
 
 impl RankClient {
@@ -104,7 +112,8 @@ impl RankClient {
         // Nothing that this process starts shall inherit the socket.
         let null = std::fs::File::open("/dev/null")?;
         rustix::stdio::dup2_stdin(&null).map_err(std::io::Error::from)?;
-        let client = Self::from_stream(socket)?;
+        let is_warm = std::env::var_os(env::WARM).is_some();
+        let client = Self::connect(socket, None, is_warm)?;
         client.forward_signals()?;
         Ok(client)
     }
@@ -130,19 +139,25 @@ impl RankClient {
             };
             moved.map_err(std::io::Error::from)?;
         }
-        let client = Self::connect(UnixStream::connect_addr(&address)?, Some(rank))?;
+        let socket = UnixStream::connect_addr(&address)?;
+        let client = Self::connect(socket, Some(rank), false)?;
         client.forward_signals()?;
         Ok(client)
     }
 
     /// Connects over a given socket; for tests. Installs no signal handler.
     pub fn from_stream(socket: UnixStream) -> Result<Self, ClientError> {
-        Self::connect(socket, None)
+        Self::connect(socket, None, false)
     }
 
-    fn connect(socket: UnixStream, rank: Option<usize>) -> Result<Self, ClientError> {
+    fn connect(
+        socket: UnixStream,
+        rank: Option<usize>,
+        is_warm: bool,
+    ) -> Result<Self, ClientError> {
+        let timeout = if is_warm { NEXT_PLACE_TIMEOUT } else { ASSIGNMENT_TIMEOUT };
         socket.set_write_timeout(Some(WRITE_TIMEOUT))?;
-        socket.set_read_timeout(Some(ASSIGNMENT_TIMEOUT))?;
+        socket.set_read_timeout(Some(timeout))?;
         let mut reader = BufReader::new(socket.try_clone()?);
         let build = env!("CARGO_PKG_VERSION").to_owned();
         let pid = std::process::id();
@@ -155,54 +170,75 @@ impl RankClient {
             }
         };
         socket.set_read_timeout(None)?;
-        let shared = Arc::new(Shared {
-            assignment,
-            is_under_mpirun: rank.is_some(),
-            writer: Mutex::new(socket),
-            is_stopping: AtomicBool::new(false),
-            next_id: AtomicU64::new(1),
-            replies: Mutex::default(),
-            on_abort: Mutex::default(),
-            place: Mutex::new((Phase::Init, None)),
-            waits: Mutex::default(),
-        });
-        let listener = Arc::clone(&shared);
+        let place = Place::new(assignment);
+        let link = Link::new(socket, rank.is_some(), &place);
+        if is_warm {
+            // What it said before is of no rank.
+            link.enter(&place)?;
+        }
+        let listener = Arc::clone(&link);
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || listener.listen(&mut reader))?;
-        Ok(Self { shared })
+        Ok(Self { link, place })
+    }
+
+    /// Says that nothing of the generation is held any more, and waits for the place in a later
+    /// one. The thread that calls it holds no group, and no other works for the generation.
+    ///
+    /// # Errors
+    /// Where the agent is gone or assigns no place within a day.
+    pub fn let_go(self) -> Result<RankClient, ClientError> {
+        let (sender, receiver) = sync_channel(1);
+        self.link.wait_for_place(sender);
+        self.send(&FromRank::Released)?;
+        let place = receiver.recv_timeout(NEXT_PLACE_TIMEOUT).map_err(|error| {
+            let found = format!("{error} ({} s)", NEXT_PLACE_TIMEOUT.as_secs());
+            ClientError::NoAssignment { found }
+        })?;
+        Ok(RankClient { link: self.link, place })
     }
 
     /// The rank's place.
     pub fn assignment(&self) -> &Assignment {
-        &self.shared.assignment
+        &self.place.assignment
+    }
+
+    /// An error once the rank was told to let go of its generation.
+    ///
+    /// # Errors
+    /// [`ClientError::Released`].
+    pub fn alive(&self) -> Result<(), ClientError> {
+        self.place.alive()
     }
 
     /// Whether this rank was told to stop at the next step boundary, save and exit with 75.
     pub fn stop_requested(&self) -> bool {
-        self.shared.is_stopping.load(Ordering::Acquire)
+        self.link.is_stopping.load(Ordering::Acquire)
     }
 
-    /// Reports an optimizer step.
+    /// Reports an optimizer step; an error where the generation is over.
     pub fn report_step(&self, report: StepReport) -> Result<(), ClientError> {
-        lock(&self.shared.place).1 = Some(report.step);
-        self.shared.send(&FromRank::Step(Box::new(report)))
+        self.alive()?;
+        lock(&self.place.at).1 = Some(report.step);
+        self.send(&FromRank::Step(Box::new(report)))
     }
 
-    /// Reports what the rank does from now on.
+    /// Reports what the rank does from now on; an error where the generation is over.
     pub fn phase(&self, phase: Phase) -> Result<(), ClientError> {
-        lock(&self.shared.place).0 = phase;
-        self.shared.send(&FromRank::Phase(phase))
+        self.alive()?;
+        lock(&self.place.at).0 = phase;
+        self.send(&FromRank::Phase(phase))
     }
 
     /// Has something written to `events.jsonl`.
     pub fn event(&self, event: Event) -> Result<(), ClientError> {
-        self.shared.send(&FromRank::Event(event))
+        self.send(&FromRank::Event(event))
     }
 
     /// Reports a committed checkpoint; rank 0 only, after COMMIT is durable.
     pub fn checkpoint_committed(&self, step: u64) -> Result<(), ClientError> {
-        self.shared.send(&FromRank::CheckpointCommitted { step })
+        self.send(&FromRank::CheckpointCommitted { step })
     }
 
     /// Reports why the rank is about to exit with an error. Lines are cut to what a frame holds.
@@ -213,47 +249,48 @@ impl RankClient {
                 *line = line.chars().take(1024).chain("…".chars()).collect();
             }
         }
-        self.shared.send(&FromRank::Failure(Box::new(report)))
+        self.send(&FromRank::Failure(Box::new(report)))
     }
 
     /// Reports that the last step is done and saved; then exit with 0.
     pub fn finished(&self, step: u64) -> Result<(), ClientError> {
-        self.shared.send(&FromRank::Finished { step })
+        self.send(&FromRank::Finished { step })
     }
 
     /// The code to exit with, where the rank ends with `code`. `mpirun` takes any but 0 for a
     /// failure of the whole job, so that it gets 0 for an orderly stop too, and the agent is told.
     pub fn exiting(&self, code: i32) -> i32 {
-        if !self.shared.is_under_mpirun {
+        if !self.link.is_under_mpirun {
             return code;
         }
         // Without an agent there is nobody to tell, and the control thread ends the process.
-        let _ = self.shared.send(&FromRank::Exiting { code });
+        let _ = self.send(&FromRank::Exiting { code });
         if code == exit_code::PREEMPTED { exit_code::DONE } else { code }
     }
 
     /// The rendezvous store of this generation.
     pub fn store(&self) -> StoreClient {
-        StoreClient { shared: Arc::clone(&self.shared) }
+        StoreClient { link: Arc::clone(&self.link), place: Arc::clone(&self.place) }
     }
 
     /// What to do when the generation ends early: abort a communicator, so that no thread stays
-    /// in a collective. Each callback is called once, on the control thread, with the reason, in
-    /// the order in which they were given; the process ends soon after, whether they return or not.
+    /// in a collective. Each callback is called once, on the control thread (at once, where it has
+    /// ended already), with the reason, in the order in which they were given; unless the rank is
+    /// told to let go, the process ends soon after, whether they return or not.
     pub fn on_abort(&self, callback: impl Fn(&str) + Send + 'static) {
-        lock(&self.shared.on_abort).push(Box::new(callback));
+        self.place.on_abort(Box::new(callback));
     }
 
     /// What holds the rank up in its phase, where something does, for an agent that asks where it
     /// is: called on the control thread, which must not be made to wait.
     pub fn on_where(&self, callback: impl Fn(Phase) -> Option<String> + Send + 'static) {
-        lock(&self.shared.waits).push(Box::new(callback));
+        lock(&self.place.waits).push(Box::new(callback));
     }
 
     fn forward_signals(&self) -> Result<(), ClientError> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
         let mut taken = vec![SIGINT, SIGUSR2];
-        if !self.shared.is_under_mpirun {
+        if !self.link.is_under_mpirun {
             // mpirun sends it to those that are left when one has died.
             taken.push(SIGTERM);
         }
@@ -261,178 +298,19 @@ impl RankClient {
             taken.push(SIGHUP);
         }
         let mut signals = signal_hook::iterator::Signals::new(taken)?;
-        let shared = Arc::clone(&self.shared);
+        let link = Arc::clone(&self.link);
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
-                shared.is_stopping.store(true, Ordering::Release);
-                // A lost agent is the control thread's business.
-                let _ = shared.send(&FromRank::StopRequested { signal: name.to_owned() });
+                link.signalled(name);
             }
         })?;
         Ok(())
     }
-}
 
-impl Shared {
     fn send(&self, message: &FromRank) -> Result<(), ClientError> {
-        let frame = frame::encode(message)?;
-        let mut writer = lock(&self.writer);
-        Ok(std::io::Write::write_all(&mut *writer, &frame)?)
+        self.link.send(&self.place, message)
     }
-
-    fn listen(&self, reader: &mut BufReader<UnixStream>) {
-        let reason = loop {
-            match frame::read(reader) {
-                Ok(Some(ToRank::Stop { now: false })) => {
-                    self.is_stopping.store(true, Ordering::Release);
-                }
-                Ok(Some(ToRank::Where)) => {
-                    // An agent that is gone shows at the next read.
-                    let _ = self.send(&FromRank::Here(self.position()));
-                }
-                Ok(Some(ToRank::Stop { now: true })) => break "told to stop at once".to_owned(),
-                Ok(Some(ToRank::Abort { reason })) => break reason,
-                Ok(Some(ToRank::Store { id, reply })) => {
-                    // The asker may have given up, which is no fault.
-                    let asker = lock(&self.replies).remove(&id);
-                    let _ = asker.map(|asker| asker.try_send(reply));
-                }
-                Ok(Some(ToRank::Assignment(_))) => break "assigned twice".to_owned(),
-                Ok(None) => break "the agent is gone".to_owned(),
-                Err(error) => break format!("the agent is gone: {error}"),
-            }
-        };
-        self.end(&reason);
-    }
-
-    fn position(&self) -> Position {
-        let (phase, step) = *lock(&self.place);
-        let waits = lock(&self.waits).iter().filter_map(|wait| wait(phase)).collect();
-        Position { phase, step, waits }
-    }
-
-    /// Ends the process. SIGKILL, because exit handlers of a library whose threads still run may
-    /// hang, and because nobody reads the status: the agent asked for it or is gone.
-    fn end(&self, reason: &str) {
-        // Should a callback hang.
-        let watchdog = std::thread::Builder::new().name("last-words".into()).spawn(|| {
-            std::thread::sleep(LAST_WORDS);
-            kill_self();
-        });
-        lock(&self.replies).clear();
-        tracing_line(&self.assignment, reason);
-        if watchdog.is_ok() {
-            self.abort(reason);
-        }
-        kill_self();
-    }
-
-    fn abort(&self, reason: &str) {
-        let callbacks = std::mem::take(&mut *lock(&self.on_abort));
-        callbacks.iter().for_each(|callback| callback(reason));
-    }
-}
-
-fn kill_self() {
-    let own = rustix::process::getpid();
-    let _ = rustix::process::kill_process(own, rustix::process::Signal::KILL);
-}
-
-/// One line in the form of the rank's other log lines; written here because the process is about to
-/// end and its subscriber may be held by a thread that hangs.
-fn tracing_line(assignment: &Assignment, reason: &str) {
-    let line = serde_json::json!({
-        "level": "INFO",
-        "target": "rank_protocol",
-        "fields": { "message": format!("rank {} ends: {reason}", assignment.rank) },
-    });
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{line}\n").as_bytes());
-}
-
-/// A handle on the rendezvous store; every call is bounded in time. Clones share it.
-#[derive(Clone)]
-pub struct StoreClient {
-    shared: Arc<Shared>,
-}
-
-impl StoreClient {
-    /// Writes a value over whatever is there.
-    pub fn set(&self, key: &str, value: &[u8]) -> Result<(), StoreError> {
-        let request = StoreRequest::Set { key: key.to_owned(), value: value.to_vec() };
-        match self.ask(request, Duration::ZERO)? {
-            StoreReply::Done => Ok(()),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// The value, as soon as it is there.
-    pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
-        let request = StoreRequest::Get { key: key.to_owned(), timeout_ms: millis(timeout) };
-        match self.ask(request, timeout)? {
-            StoreReply::Value(value) => Ok(value),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Adds to a decimal counter, 0 where absent; returns the sum.
-    pub fn add(&self, key: &str, amount: i64) -> Result<i64, StoreError> {
-        match self.ask(StoreRequest::Add { key: key.to_owned(), amount }, Duration::ZERO)? {
-            StoreReply::Sum(sum) => Ok(sum),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Returns as soon as all keys are there.
-    pub fn wait(&self, keys: &[String], timeout: Duration) -> Result<(), StoreError> {
-        let request = StoreRequest::Wait { keys: keys.to_vec(), timeout_ms: millis(timeout) };
-        match self.ask(request, timeout)? {
-            StoreReply::Done => Ok(()),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Whether all keys are there now.
-    pub fn check(&self, keys: &[String]) -> Result<bool, StoreError> {
-        match self.ask(StoreRequest::Check { keys: keys.to_vec() }, Duration::ZERO)? {
-            StoreReply::Bool(is_there) => Ok(is_there),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Removes a key; whether it was there.
-    pub fn delete(&self, key: &str) -> Result<bool, StoreError> {
-        match self.ask(StoreRequest::Delete { key: key.to_owned() }, Duration::ZERO)? {
-            StoreReply::Bool(was_there) => Ok(was_there),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    fn ask(&self, request: StoreRequest, timeout: Duration) -> Result<StoreReply, StoreError> {
-        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = sync_channel(1);
-        lock(&self.shared.replies).insert(id, sender);
-        let lost = |reason: String| {
-            lock(&self.shared.replies).remove(&id);
-            StoreError::Lost { reason }
-        };
-        let message = FromRank::Store { id, request };
-        self.shared.send(&message).map_err(|error| lost(error.to_string()))?;
-        let bound = timeout.saturating_add(REPLY_SLACK);
-        match receiver.recv_timeout(bound) {
-            Ok(StoreReply::Error(error)) => Err(error),
-            Ok(reply) => Ok(reply),
-            Err(error) => Err(lost(format!("{error} ({} s)", bound.as_secs()))),
-        }
-    }
-}
-
-fn unexpected(reply: &StoreReply) -> StoreError {
-    StoreError::Lost { reason: format!("it sent {reply:?} to another request") }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A lock that a panicking thread left behind guards plain data that is still whole.
@@ -444,12 +322,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn an_abort_calls_every_callback_once() {
-        let (own, agent) = UnixStream::pair().unwrap();
-        let assignment = Assignment {
+    fn assignment(generation: u64) -> Assignment {
+        Assignment {
             run_id: "run".to_owned(),
-            generation: 1,
+            generation,
             rank: 0,
             world_size: 1,
             local_rank: 0,
@@ -466,19 +342,92 @@ mod tests {
             failures: 0,
             observed_s: 0,
             profile: None,
-        };
-        frame::write(&mut &agent, &ToRank::Assignment(Box::new(assignment))).unwrap();
+            may_stay: true,
+        }
+    }
+
+    fn tell(agent: &UnixStream, message: ToRank) {
+        frame::write(&mut &*agent, &message).unwrap();
+    }
+
+    fn hear(agent: &mut BufReader<UnixStream>) -> FromRank {
+        frame::read(agent).unwrap().unwrap()
+    }
+
+    fn begin() -> (RankClient, UnixStream, BufReader<UnixStream>) {
+        let (own, agent) = UnixStream::pair().unwrap();
+        tell(&agent, ToRank::Assignment(Box::new(assignment(1))));
         let client = RankClient::from_stream(own).unwrap();
+        let mut said = BufReader::new(agent.try_clone().unwrap());
+        assert!(matches!(hear(&mut said), FromRank::Hello { .. }));
+        (client, agent, said)
+    }
+
+    #[test]
+    fn an_abort_calls_every_callback_once() {
+        let (client, agent, _said) = begin();
         let (sender, called) = std::sync::mpsc::channel();
         for group in ["world", "tensor"] {
             let sender = sender.clone();
             client.on_abort(move |reason| sender.send(format!("{group}: {reason}")).unwrap());
         }
-        client.shared.abort("a peer died");
-        client.shared.abort("again");
+        client.place.abort("a peer died");
+        client.place.abort("again");
         let called: Vec<String> = called.try_iter().collect();
         assert_eq!(called, ["world: a peer died", "tensor: a peer died"]);
         // The control thread ends the process once the agent is gone.
+        std::mem::forget(agent);
+    }
+
+    #[test]
+    fn a_rank_that_lets_go_speaks_for_the_next_generation() {
+        let (client, agent, mut said) = begin();
+        client.phase(Phase::Train).unwrap();
+        assert_eq!(hear(&mut said), FromRank::Phase(Phase::Train));
+        let (sender, called) = std::sync::mpsc::channel();
+        client.on_abort(move |reason| sender.send(reason.to_owned()).unwrap());
+        let (store, patience) = (client.store(), Duration::from_secs(20));
+        let waiting = std::thread::spawn(move || store.get("never", patience));
+        assert!(matches!(hear(&mut said), FromRank::Store { .. }));
+        // Of another generation it is no business of this one.
+        for (generation, reason) in [(2, "not yet"), (1, "a peer died")] {
+            tell(&agent, ToRank::Release { generation, reason: reason.into() });
+        }
+        assert_eq!(called.recv_timeout(patience).unwrap(), "a peer died");
+        let lost = waiting.join().unwrap().unwrap_err().to_string();
+        assert!(lost.contains("a peer died"), "{lost}");
+        let over = client.phase(Phase::Save).unwrap_err();
+        assert!(matches!(over, ClientError::Released { .. }), "{over}");
+        let (sender, called) = std::sync::mpsc::channel();
+        client.on_abort(move |reason| sender.send(reason.to_owned()).unwrap());
+        assert_eq!(called.try_recv().unwrap(), "a peer died", "at once");
+        let old = client.clone();
+        let next = std::thread::spawn(move || client.let_go());
+        assert_eq!(hear(&mut said), FromRank::Released);
+        tell(&agent, ToRank::Assignment(assignment(3)));
+        let next = next.join().unwrap().unwrap();
+        assert_eq!(next.assignment().generation, 3);
+        assert_eq!(hear(&mut said), FromRank::Joined { generation: 3 });
+        // What a thread of the old one still says is dropped.
+        old.checkpoint_committed(5).unwrap();
+        next.checkpoint_committed(7).unwrap();
+        assert_eq!(hear(&mut said), FromRank::CheckpointCommitted { step: 7 });
+        std::mem::forget(agent);
+    }
+
+    #[test]
+    fn a_stop_that_nobody_took_is_asked_for_again() {
+        let (client, agent, mut said) = begin();
+        tell(&agent, ToRank::Release { generation: 1, reason: "a peer died".into() });
+        client.link.signalled("SIGTERM");
+        let asked = FromRank::StopRequested { signal: "SIGTERM".into() };
+        assert_eq!(hear(&mut said), asked);
+        let next = std::thread::spawn(move || client.let_go());
+        assert_eq!(hear(&mut said), FromRank::Released);
+        tell(&agent, ToRank::Assignment(assignment(2)));
+        assert_eq!(hear(&mut said), FromRank::Joined { generation: 2 });
+        assert_eq!(hear(&mut said), asked);
+        assert!(next.join().unwrap().unwrap().stop_requested());
         std::mem::forget(agent);
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 
 /// Version of the messages; both sides come from one build, so any difference is a mistake.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Most bytes in one frame's body.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
@@ -167,7 +167,7 @@ mod tests {
         check_refused(&[0, 0, 0, 9, b'{'], "closed inside a frame");
         check_refused(&framed("{"), "no message");
         check_refused(&framed(r#"{"v":7,"m":{"unknown":1}}"#), "speaks version 7");
-        check_refused(&framed(r#"{"v":1,"m":{"unknown":1}}"#), "no message");
+        check_refused(&framed(r#"{"v":2,"m":{"unknown":1}}"#), "no message");
         let mut decoder = Decoder::default();
         decoder.push(&u32::MAX.to_be_bytes());
         assert!(matches!(decoder.next_message::<FromRank>(), Err(FrameError::TooLong { .. })));

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToRank {
-    /// The rank's place; the answer to [`FromRank::Hello`].
+    /// The rank's place; the answer to [`FromRank::Hello`], and to [`FromRank::Released`] its place
+    /// in a later generation.
     Assignment(Box<Assignment>),
     /// Stop at the next step boundary, save, and exit with 75.
     Stop {
@@ -19,6 +20,15 @@ pub enum ToRank {
     /// The generation is over (another rank failed): abort the communicators; the process ends
     /// within 0.5 s.
     Abort {
+        /// Why, in words.
+        reason: String,
+    },
+    /// The generation is over (another rank failed), and the process stays: abort the
+    /// communicators, let go of all that belongs to the generation, and answer with
+    /// [`FromRank::Released`].
+    Release {
+        /// The generation; to a rank that is at another one it says nothing.
+        generation: u64,
         /// Why, in words.
         reason: String,
     },
@@ -70,6 +80,15 @@ pub enum FromRank {
     Event(Event),
     /// The rank is about to fail, and why.
     Failure(Box<FailureReport>),
+    /// The rank holds nothing of its generation any more, and waits for a place in a later one: it
+    /// was told to by [`ToRank::Release`], or fails as it said right before.
+    Released,
+    /// The rank has taken its place in a later generation: what it said before is of an earlier
+    /// one, and what follows of this.
+    Joined {
+        /// The generation.
+        generation: u64,
+    },
     /// Under `mpirun`, the last message: the code that the rank ends with, which the agent cannot
     /// see, as the process is not its child.
     Exiting {
@@ -143,6 +162,9 @@ pub struct Assignment {
     /// Steps of which a timeline is to be written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<Steps>,
+    /// Whether the rank's process may outlive the generation.
+    #[serde(default)]
+    pub may_stay: bool,
 }
 
 /// Some steps, one after another.

@@ -48,6 +48,7 @@ fn assignment() -> Assignment {
         failures: 1,
         observed_s: 60,
         profile: Some(Steps { first: 10, last: 12 }),
+        may_stay: true,
     }
 }
 
@@ -73,6 +74,8 @@ fn from_rank() -> Vec<FromRank> {
         FromRank::Here(position),
         FromRank::Failure(Box::new(failure())),
         FromRank::Finished { step: 9 },
+        FromRank::Released,
+        FromRank::Joined { generation: 3 },
         FromRank::Store { id: 3, request: StoreRequest::Add { key: "k".into(), amount: 1 } },
     ]
 }
@@ -80,8 +83,9 @@ fn from_rank() -> Vec<FromRank> {
 pub fn frame_seeds() -> Vec<Vec<u8>> {
     let said = from_rank();
     let mut seeds: Vec<Vec<u8>> = said.iter().map(|message| encode(message).unwrap()).collect();
-    let told =
-        [ToRank::Assignment(Box::new(assignment())), ToRank::Stop { now: true }, ToRank::Where];
+    let release = ToRank::Release { generation: 2, reason: "a peer died".into() };
+    let assigned = ToRank::Assignment(Box::new(assignment()));
+    let told = [assigned, ToRank::Stop { now: true }, ToRank::Where, release];
     seeds.extend(told.iter().map(|message| encode(message).unwrap()));
     seeds.push(seeds.concat());
     seeds
@@ -117,7 +121,8 @@ pub fn session_seeds() -> Vec<Vec<u8>> {
         body(&Numbered { seq, ack: 0, m: Some(FromAgent::Said { generation, rank, message }) })
     };
     let from_agent: Vec<Vec<u8>> = (1..).zip(from_rank()).map(said).collect();
-    let start = Start { generation, run_dir: "/runs/x".into(), ranks: vec![assignment()] };
+    let start =
+        Start { generation, run_dir: "/runs/x".into(), ranks: vec![assignment()], kept: vec![1] };
     let to_agent = [
         ToAgent::Start(Box::new(start)),
         ToAgent::Tell { generation, rank, message: ToRank::Where },
