@@ -50,6 +50,8 @@ impl RunConfig {
             y.key("hang_timeout_s", self.restart.hang_timeout_s);
             y.key("store", quote(&self.restart.store.to_string()));
             y.key("health_check", self.restart.health_check);
+            y.key("keep_processes", self.restart.keep_processes);
+            y.key("warm_spares", self.restart.warm_spares);
             let elastic = &self.restart.elastic;
             y.section("elastic", |y| {
                 let least = elastic.min_replicas.map_or("null".to_owned(), |n| n.to_string());

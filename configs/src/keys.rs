@@ -205,6 +205,8 @@ pub(crate) const KEYS: &[Key] = &[
     integer("restart.hang_timeout_s", 1, 86_400),
     key("restart.store", Kind::Store),
     boolean("restart.health_check"),
+    boolean("restart.keep_processes"),
+    boolean("restart.warm_spares"),
     section("restart.elastic"),
     integer("restart.elastic.min_replicas", 1, MAX_RANKS).nullable(),
     integer("restart.elastic.wait_s", 0, 600),

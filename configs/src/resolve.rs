@@ -83,6 +83,8 @@ impl Resolver<'_> {
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
                 store: self.store(&v)?,
                 health_check: self.boolean(&v, "restart.health_check")?,
+                keep_processes: self.boolean(&v, "restart.keep_processes")?,
+                warm_spares: self.boolean(&v, "restart.warm_spares")?,
                 elastic: Elastic {
                     min_replicas: self.optional_size(&v, "restart.elastic.min_replicas"),
                     wait_s: self.integer(&v, "restart.elastic.wait_s")?,

@@ -490,6 +490,10 @@ pub struct Restart {
     pub store: RestartStore,
     /// Whether a node is looked at before ranks are started on it.
     pub health_check: bool,
+    /// Whether ranks that are well keep their processes when another fails.
+    pub keep_processes: bool,
+    /// Whether agents whose node has no place start trainers that wait for one.
+    pub warm_spares: bool,
     /// Going on with fewer replicas while nodes are missing.
     pub elastic: Elastic,
 }
