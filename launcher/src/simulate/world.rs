@@ -354,7 +354,7 @@ impl World<'_> {
                 self.gathering = Some(step);
                 self.members.seek(num_ranks, fewer_after, self.now);
             }
-            Action::Spawn { generation, resume_step } => {
+            Action::Spawn { generation, resume_step, .. } => {
                 self.ledger.enter(Spent::Start, self.now);
                 self.generation = generation;
                 self.is_stuck = false;
@@ -362,7 +362,7 @@ impl World<'_> {
                 let seconds = self.cost("start_s");
                 self.after(seconds, Happens::Loads { generation });
             }
-            Action::Abort { .. } | Action::Kill { .. } => {
+            Action::Abort { .. } | Action::Release { .. } | Action::Kill { .. } => {
                 let (generation, seconds) = (self.generation, self.cost("teardown_s"));
                 // The last first: whether all are gone is asked each time, from the first on.
                 for place in (0..self.scenario.nodes).rev() {

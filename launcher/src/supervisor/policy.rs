@@ -18,7 +18,7 @@ pub struct Policy {
     pub concurrent_faults: Duration,
     /// After any other, the wait for more of the same moment.
     pub same_moment: Duration,
-    /// Between asking ranks to end (abort, SIGTERM) and SIGKILL.
+    /// Between asking ranks to end (abort, SIGTERM) or to let go, and SIGKILL.
     pub grace: Duration,
     /// Longest time a stop may take: finish the step, write what is being saved, and save.
     pub stop: Duration,
@@ -33,6 +33,8 @@ pub struct Policy {
     pub has_agents: bool,
     /// How the run goes on while nodes are missing; `None`: it waits for them.
     pub elastic: Option<Elastic>,
+    /// Whether ranks that are well keep their processes when another fails.
+    pub keep_processes: bool,
 }
 
 /// How a run goes on while nodes are missing: with fewer ranks.
@@ -65,6 +67,7 @@ impl Policy {
             has_last_step: false,
             has_agents: false,
             elastic: None,
+            keep_processes: false,
         }
     }
 
@@ -156,6 +159,11 @@ pub enum Event {
         /// Why.
         report: FailureReport,
     },
+    /// A rank holds nothing of the generation any more; its process waits for the next one.
+    Released {
+        /// Rank.
+        rank: usize,
+    },
     /// A rank has done and saved the last step.
     Finished {
         /// Rank.
@@ -175,8 +183,8 @@ pub enum Event {
         /// Who, in words.
         by: String,
     },
-    /// A rank got a signal that asks it to stop. So it does when it is told to end, which counts
-    /// for nothing.
+    /// A rank got a signal that asks it to stop. So it does when its process is told to end, which
+    /// counts for nothing.
     RankAskedToStop {
         /// Rank.
         rank: usize,
@@ -212,18 +220,32 @@ pub enum Action {
         generation: u64,
         /// Step to continue from.
         resume_step: Option<u64>,
+        /// Ranks that go on in their processes, which wait; the others are started.
+        kept: Vec<usize>,
     },
     /// Ask every rank to finish its step, save and exit with 75.
     AskToStop,
-    /// Tell every rank that the generation is over, and send SIGTERM.
+    /// Tell ranks that the generation is over and their processes end, and send SIGTERM.
     Abort {
         /// Why.
         reason: String,
+        /// Which.
+        ranks: Vec<usize>,
     },
-    /// SIGKILL every rank's process group.
+    /// Tell ranks that the generation is over, and that their processes stay; each answers with
+    /// [`Event::Released`].
+    Release {
+        /// Why.
+        reason: String,
+        /// Which.
+        ranks: Vec<usize>,
+    },
+    /// SIGKILL ranks' process groups.
     Kill {
         /// Why.
         reason: String,
+        /// Which.
+        ranks: Vec<usize>,
     },
     /// A rank failed: write its error file and event.
     RecordFailure(Cause),
@@ -274,6 +296,8 @@ pub enum RankState {
     Running,
     /// Has done the last step.
     Finished,
+    /// Holds nothing of the generation; its process waits for the next one.
+    Released,
     /// Exited with 75 after a stop.
     Stopped,
     /// Exited with 0 after the last step.
@@ -289,6 +313,7 @@ impl RankState {
             RankState::Starting => "starting",
             RankState::Running => "running",
             RankState::Finished => "finished",
+            RankState::Released => "released",
             RankState::Stopped => "stopped",
             RankState::Done => "done",
             RankState::Failed => "failed",
@@ -298,5 +323,10 @@ impl RankState {
     /// Whether its process is gone.
     pub fn has_exited(self) -> bool {
         matches!(self, RankState::Stopped | RankState::Done | RankState::Failed)
+    }
+
+    /// Whether it has no part in its generation any more.
+    pub fn is_out(self) -> bool {
+        self == RankState::Released || self.has_exited()
     }
 }

@@ -6,8 +6,8 @@ use super::relay::{RankLog, relay};
 use super::unix::{Group, Process, Spawned, spawn};
 use crate::cluster::remote::RemoteRank;
 use rank_protocol::frame::{self, Decoder};
-use rank_protocol::{FromRank, ToRank, env};
-use std::cell::RefCell;
+use rank_protocol::{Assignment, FromRank, ToRank, env};
+use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::process::Command;
 use std::rc::Rc;
@@ -59,6 +59,8 @@ pub enum RankHandle {
         group: Group,
         /// What it is told.
         outbox: mpsc::Sender<ToRank>,
+        /// The newest generation that it was assigned to, and as which rank.
+        assigned: Rc<Cell<(u64, usize)>>,
     },
     /// One of the ranks that `mpirun` started, or will.
     Mpi {
@@ -93,6 +95,18 @@ impl RankHandle {
             tracing::error!("process {} reads no messages: killing it", self.pid());
             self.kill();
         }
+    }
+
+    /// Gives it its place: the first, or where it has let go of the one before, the next.
+    pub fn assign(&self, assignment: Assignment) {
+        match self {
+            RankHandle::Own { assigned, .. } => {
+                assigned.set((assignment.generation, assignment.rank));
+            }
+            RankHandle::Mpi { .. } => {}
+            RankHandle::Remote(remote) => return remote.assign(assignment),
+        }
+        self.tell(ToRank::Assignment(assignment));
     }
 
     /// SIGTERM to its process group; under `mpirun`, to that.
@@ -150,11 +164,17 @@ pub fn start(
     };
     let (outbox, messages) = mpsc::channel(NUM_QUEUED);
     tokio::task::spawn_local(write(writer, messages));
+    let assigned = Rc::new(Cell::new((generation, rank)));
+    let newest = Rc::clone(&assigned);
     tokio::task::spawn_local(async move {
         let stdout = stdout.and_then(|pipe| tokio::process::ChildStdout::from_std(pipe).ok());
         let stderr = stderr.and_then(|pipe| tokio::process::ChildStderr::from_std(pipe).ok());
         let log = RefCell::new(log);
-        let told = |news| inputs.send(Input { generation, rank, news });
+        let spoken = Cell::new((generation, rank));
+        let told = |news| {
+            let ((generation, rank), news) = of_place(news, &spoken, newest.get());
+            inputs.send(Input { generation, rank, news })
+        };
         let said = async {
             let logged = async {
                 if let (Some(stdout), Some(stderr)) = (stdout, stderr) {
@@ -164,10 +184,29 @@ pub fn start(
             tokio::join!(read(reader, &told), logged);
         };
         let exit = until_the_end(process, said).await;
-        let last_lines = log.borrow().last_lines();
-        let _ = told(News::Exited { exit, last_lines }).await;
+        let news = News::Exited { exit, last_lines: log.borrow().last_lines() };
+        let (generation, rank) = newest.get();
+        let _ = inputs.send(Input { generation, rank, news }).await;
     });
-    Ok(RankHandle::Own { pid, group, outbox })
+    Ok(RankHandle::Own { pid, group, outbox, assigned })
+}
+
+/// The generation and rank of which a process says something: those of which it has `spoken` last,
+/// until it says that it has joined the generation that it was `assigned` to.
+fn of_place(
+    news: News,
+    spoken: &Cell<(u64, usize)>,
+    assigned: (u64, usize),
+) -> ((u64, usize), News) {
+    if let News::Message(FromRank::Joined { generation }) = news {
+        if generation != assigned.0 || generation <= spoken.get().0 {
+            let meant = assigned.0;
+            let error = format!("it joins generation {generation}, and was assigned to {meant}");
+            return (assigned, News::Garbled(error));
+        }
+        spoken.set(assigned);
+    }
+    (spoken.get(), news)
 }
 
 /// Listens until the process has ended and all it said has been passed on.

@@ -3,11 +3,11 @@
 //! A rank writes JSON tracing lines to its standard error; whatever else it or a library writes
 //! (an abort message, say) becomes the message of a line.
 
+use rank_protocol::{RunDir, client};
 use serde_json::{Map, Value, json};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::Path;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 
 /// Longest line that is kept whole; a longer one is broken.
@@ -15,9 +15,10 @@ const MAX_LINE_BYTES: u64 = 64 << 10;
 /// Lines kept for a cause that the rank itself does not report.
 const NUM_LAST_LINES: usize = 20;
 
-/// The log of one rank in one generation.
+/// The log of one rank's process: a file for each generation that it goes on in.
 #[derive(Debug)]
 pub struct RankLog {
+    run: RunDir,
     file: Option<File>,
     rank: usize,
     span: tracing::Span,
@@ -25,15 +26,23 @@ pub struct RankLog {
 }
 
 impl RankLog {
-    /// Opens the file; without it (no space left, say) lines still reach the screen.
-    pub fn open(path: &Path, rank: usize) -> Self {
-        let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-        let file = made.and_then(|()| OpenOptions::new().create(true).append(true).open(path));
-        if let Err(error) = &file {
-            tracing::warn!("cannot write {}: {error}", path.display());
-        }
+    /// Opens the file of a generation; without it (no space left, say) lines still reach the
+    /// screen.
+    pub fn open(run: &RunDir, generation: u64, rank: usize) -> Self {
         let span = tracing::info_span!("rank", rank);
-        Self { file: file.ok(), rank, span, last_lines: VecDeque::new() }
+        let file = open_file(run, generation, rank);
+        Self { run: run.clone(), file, rank, span, last_lines: VecDeque::new() }
+    }
+
+    /// Of a process that has no place yet: lines reach the screen alone.
+    pub fn of_nobody(run: &RunDir) -> Self {
+        let span = tracing::debug_span!("spare");
+        Self { run: run.clone(), file: None, rank: usize::MAX, span, last_lines: VecDeque::new() }
+    }
+
+    /// The lines from here on are of another generation.
+    fn enter(&mut self, generation: u64, rank: usize) {
+        *self = Self::open(&self.run, generation, rank);
     }
 
     /// What the rank wrote last that may say why it failed.
@@ -46,6 +55,9 @@ impl RankLog {
             Ok(Value::Object(object)) => (object, true),
             _ => (plain(line, stream), false),
         };
+        if let Some((generation, rank)) = entered(&object) {
+            self.enter(generation, rank);
+        }
         object.insert("rank".into(), self.rank.into());
         let level = object.get("level").and_then(Value::as_str).unwrap_or("INFO").to_owned();
         let text = text_of(&object);
@@ -78,6 +90,21 @@ impl RankLog {
             _ => tracing::debug!("{text}"),
         }
     }
+}
+
+fn open_file(run: &RunDir, generation: u64, rank: usize) -> Option<File> {
+    let path = run.log(generation, rank);
+    let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let file = made.and_then(|()| OpenOptions::new().create(true).append(true).open(&path));
+    file.inspect_err(|error| tracing::warn!("cannot write {}: {error}", path.display())).ok()
+}
+
+/// The generation that a rank enters with this line, and which rank it is.
+fn entered(object: &Map<String, Value>) -> Option<(u64, usize)> {
+    let is_own = object.get("target").and_then(Value::as_str) == Some(client::LOG_TARGET);
+    let fields = object.get("fields").filter(|_| is_own)?;
+    let rank = fields.get(client::ENTERED_AS)?.as_u64()?;
+    Some((fields.get(client::ENTERED)?.as_u64()?, usize::try_from(rank).ok()?))
 }
 
 fn plain(line: &str, stream: &str) -> Map<String, Value> {

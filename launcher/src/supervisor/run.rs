@@ -20,6 +20,7 @@ use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, Steps, ToRa
 use run_config::RunConfig;
 use serde_json::json;
 use signals::Signals;
+use spawning::keeps_processes;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -187,6 +188,7 @@ impl Executor {
             elastic,
             has_agents: plan.cluster.is_some(),
             has_last_step: plan.stop_after.is_some(),
+            keep_processes: keeps_processes(&plan.config),
             hang: Duration::from_secs(restart.hang_timeout_s),
             ..Policy::new(plan.world_size, restart.max_no_progress)
         };
@@ -372,6 +374,11 @@ impl Executor {
             // What only `mpirun`'s tasks need.
             FromRank::Output { .. } | FromRank::Exiting { .. } => {}
             FromRank::Finished { .. } => self.handle(Event::Finished { rank }),
+            FromRank::Released => {
+                self.handle(Event::Released { rank });
+                self.recorder.is_stale = true;
+            }
+            FromRank::Joined { .. } => tracing::debug!("rank {rank} goes on in its process"),
             FromRank::StopRequested { signal } => {
                 self.handle(Event::RankAskedToStop { rank, signal });
             }
@@ -424,16 +431,28 @@ impl Executor {
                     elsewhere.gather(step, num_ranks, fewer_after);
                 }
             }
-            Action::Spawn { generation, resume_step } => self.spawn(generation, resume_step),
-            Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
-            Action::Abort { reason } => {
-                tracing::info!("ending generation {}: {reason}", self.state.generation());
-                self.tell_all(&ToRank::Abort { reason });
-                self.ranks.iter().for_each(RankHandle::terminate);
+            Action::Spawn { generation, resume_step, kept } => {
+                self.spawn(generation, resume_step, &kept);
             }
-            Action::Kill { reason } => {
-                tracing::info!("killing the ranks: {reason}");
-                self.ranks.iter().for_each(RankHandle::kill);
+            Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
+            Action::Abort { reason, ranks } => {
+                let (generation, count) = (self.state.generation(), ranks.len());
+                tracing::info!("ending generation {generation}, {count} processes: {reason}");
+                for rank in self.handles(&ranks) {
+                    rank.tell(ToRank::Abort { reason: reason.clone() });
+                    rank.terminate();
+                }
+            }
+            Action::Release { reason, ranks } => {
+                let (generation, count) = (self.state.generation(), ranks.len());
+                tracing::info!("ending generation {generation}, {count} ranks stay: {reason}");
+                for rank in self.handles(&ranks) {
+                    rank.tell(ToRank::Release { generation, reason: reason.clone() });
+                }
+            }
+            Action::Kill { reason, ranks } => {
+                tracing::info!("killing {} ranks: {reason}", ranks.len());
+                self.handles(&ranks).for_each(RankHandle::kill);
             }
             Action::RecordFailure(cause) => {
                 let is_hang = cause.class == FailureClass::Hang;
@@ -488,6 +507,10 @@ impl Executor {
         let fields = json!({ "ranks": ranks, "pids": pids, "seconds": seconds });
         self.recorder.event("ranks_linger", fields);
         self.recorder.status.alarm = Some(reason);
+    }
+
+    fn handles(&self, ranks: &[usize]) -> impl Iterator<Item = &RankHandle> {
+        ranks.iter().filter_map(|rank| self.ranks.get(*rank))
     }
 
     fn tell_all(&self, message: &ToRank) {

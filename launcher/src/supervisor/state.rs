@@ -3,13 +3,15 @@
 //! It owns no clock, no process and no file, so that a simulation and production run the same code.
 //! Every decision carries its reason in words.
 
-use super::cause::{Cause, Exit, Signature};
+use super::cause::{Cause, Signature};
 pub use super::policy::{Action, Elastic, Event, Policy, RankState};
 use super::stall::{ASKING, Progress, suspects};
+use ending::Then;
 use growth::Growth;
-use rank_protocol::{FailureClass, FailureReport, Phase, Position, exit_code};
+use rank_protocol::{FailureReport, Phase, Position, exit_code};
 use std::time::{Duration, Instant};
 
+mod ending;
 pub mod growth;
 mod verdict;
 
@@ -20,6 +22,8 @@ struct Rank {
     step: Option<u64>,
     report: Option<FailureReport>,
     position: Option<Position>,
+    /// Whether its process ends where others may stay: it hangs, or is late.
+    is_suspect: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +36,7 @@ enum Stage {
     Asking { until: Instant },
     /// A rank failed; others may fail of the same cause.
     Settling { until: Instant },
-    /// Ranks were told to end.
+    /// Ranks were told to end or to let go.
     Ending { kill_at: Instant },
     /// Ranks were killed; those that are still there then are told of.
     Killed { since: Instant, tell_at: Instant },
@@ -55,7 +59,16 @@ pub struct State {
     stage: Stage,
     generation: u64,
     ranks: Vec<Rank>,
+    /// Ranks whose processes are gone.
     num_exited: usize,
+    /// Ranks without a part in their generation: those, and the ones that have let go of it.
+    num_out: usize,
+    /// Whether the generation has processes of the one before.
+    has_kept: bool,
+    /// Whether it has done a step.
+    has_stepped: bool,
+    /// What follows once processes that waited are gone.
+    then: Option<Then>,
     /// Ranks of this generation, or of the last one.
     num_ranks: usize,
     /// Ranks for which there is room.
@@ -96,6 +109,10 @@ impl State {
             generation: last_generation,
             ranks: Vec::new(),
             num_exited: 0,
+            num_out: 0,
+            has_kept: false,
+            has_stepped: false,
+            then: None,
             causes: Vec::new(),
             committed: None,
             committed_before: None,
@@ -194,15 +211,11 @@ impl State {
             Event::Committed { step } => self.has_committed(step, now),
             Event::Here { rank, position } => self.is_here(rank, position, now),
             Event::Reported { rank, report } => self.reported(rank, report),
+            Event::Released { rank } => self.released(rank, now),
             Event::Finished { rank } => self.finished(rank, now),
             Event::Exited { rank, exit, last_lines } => self.exited(rank, exit, last_lines, now),
             Event::Stop { by } => self.asked_to_stop(by, now),
-            Event::RankAskedToStop { rank, signal } => match self.stage {
-                Stage::Working | Stage::Asking { .. } => {
-                    self.asked_to_stop(format!("{signal} to rank {rank}"), now)
-                }
-                _ => Vec::new(),
-            },
+            Event::RankAskedToStop { rank, signal } => self.rank_asked_to_stop(rank, &signal, now),
             Event::StopNow { by } => self.stopped_now(by, now),
             Event::Tick => self.tick(now),
         }
@@ -215,14 +228,14 @@ impl State {
         let committed = step.filter(|_| is_committed);
         if let Some((by, _)) = self.stop.clone() {
             self.committed = self.committed.max(committed);
-            return self.over_between(&by);
+            return self.over_between(&by, now);
         }
         if let (None, Some(committed)) = (step, self.committed) {
             let reason = format!(
                 "no good checkpoint is left, though step {committed} was committed; \
                  not starting from zero"
             );
-            return self.over(exit_code::FAILED, reason);
+            return self.over(exit_code::FAILED, reason, now);
         }
         // A rank may end after the commit and before it tells of it.
         if committed > self.committed {
@@ -251,8 +264,10 @@ impl State {
             growth.shrunk(now);
         }
         self.generation += 1;
+        let kept = self.kept(num_ranks);
         self.work(num_ranks, now);
-        vec![Action::Spawn { generation: self.generation, resume_step: step }]
+        self.has_kept = !kept.is_empty();
+        vec![Action::Spawn { generation: self.generation, resume_step: step, kept }]
     }
 
     fn adopted(&mut self, committed: Option<u64>, num_ranks: usize, now: Instant) -> Vec<Action> {
@@ -280,21 +295,22 @@ impl State {
             step: None,
             report: None,
             position: None,
+            is_suspect: false,
         };
         self.ranks = vec![rank; num_ranks];
-        self.num_exited = 0;
+        (self.num_exited, self.num_out) = (0, 0);
+        (self.has_kept, self.has_stepped) = (false, false);
         self.stage = Stage::Working;
     }
 
     /// Ranks that were not started count as gone; those that were are killed.
     fn broken(&mut self, code: i32, reason: String, now: Instant) -> Vec<Action> {
         if self.stage == Stage::Between {
-            return self.over(code, reason);
+            return self.over(code, reason, now);
         }
         self.verdict.get_or_insert((code, reason.clone()));
-        self.stage = killed(now);
-        let mut actions = vec![Action::Kill { reason }];
-        actions.extend(self.if_all_gone());
+        let mut actions = self.kill(reason, now);
+        actions.extend(self.if_all_gone(now));
         actions
     }
 
@@ -302,6 +318,7 @@ impl State {
         if let Some(progress) = &mut self.progress {
             progress.stepped(step, now);
         }
+        self.has_stepped = true;
         self.moves();
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.step = Some(step);
@@ -334,7 +351,7 @@ impl State {
         if let Some(rank) = self.ranks.get_mut(rank) {
             rank.position = Some(position);
         }
-        let is_known = |rank: &Rank| rank.position.is_some() || rank.state.has_exited();
+        let is_known = |rank: &Rank| rank.position.is_some() || rank.state.is_out();
         match self.stage {
             Stage::Asking { .. } if self.ranks.iter().all(is_known) => self.hung(now),
             _ => Vec::new(),
@@ -349,8 +366,8 @@ impl State {
     }
 
     fn finished(&mut self, rank: usize, now: Instant) -> Vec<Action> {
-        // What a rank says is nothing once it has exited.
-        let alive = self.ranks.get_mut(rank).filter(|rank| !rank.state.has_exited());
+        // What a rank says is nothing once it is out.
+        let alive = self.ranks.get_mut(rank).filter(|rank| !rank.state.is_out());
         if let Some(rank) = alive {
             rank.state = RankState::Finished;
             self.exit_by.get_or_insert(now + self.policy.exit);
@@ -358,90 +375,15 @@ impl State {
         Vec::new()
     }
 
-    fn exited(
-        &mut self,
-        index: usize,
-        exit: Exit,
-        last_lines: Vec<String>,
-        now: Instant,
-    ) -> Vec<Action> {
-        let is_stopping = self.stop.is_some() || self.policy.has_last_step || self.has_adopted;
-        let Some(rank) = self.ranks.get_mut(index) else { return Vec::new() };
-        if rank.state.has_exited() {
-            return Vec::new();
+    /// A rank that is told to end gets a signal, too; one whose process waits does not.
+    fn rank_asked_to_stop(&mut self, rank: usize, signal: &str, now: Instant) -> Vec<Action> {
+        let waits = self.ranks.get(rank).is_some_and(|rank| rank.state == RankState::Released);
+        match self.stage {
+            Stage::Working | Stage::Asking { .. } => {}
+            Stage::Between if waits => {}
+            _ => return Vec::new(),
         }
-        rank.state = match exit.code {
-            Some(exit_code::DONE) if rank.state == RankState::Finished => RankState::Done,
-            Some(exit_code::PREEMPTED) if is_stopping => RankState::Stopped,
-            _ => RankState::Failed,
-        };
-        self.num_exited += 1;
-        let mut actions = Vec::new();
-        let was_told_to_end = matches!(self.stage, Stage::Ending { .. } | Stage::Killed { .. });
-        // A node's death is found long after its peers have lost their links to it.
-        let is_lost = rank.report.as_ref().is_some_and(|report| report.class == FailureClass::Node);
-        if rank.state == RankState::Failed && (!was_told_to_end || is_lost) {
-            let report = rank.report.clone();
-            let cause = Cause::new(index, exit, report, rank.phase, rank.step, last_lines);
-            actions.push(Action::RecordFailure(cause.clone()));
-            let wait = match cause.is_consequence() {
-                true => self.policy.concurrent_faults,
-                false => self.policy.same_moment,
-            };
-            self.causes.push(cause);
-            self.stage = match self.stage {
-                Stage::Ending { .. } | Stage::Killed { .. } => self.stage.clone(),
-                Stage::Settling { until } => Stage::Settling { until: until.min(now + wait) },
-                _ => Stage::Settling { until: now + wait },
-            };
-        }
-        actions.extend(self.if_all_gone());
-        actions
-    }
-
-    fn if_all_gone(&mut self) -> Vec<Action> {
-        if self.stage == Stage::Between || self.num_exited < self.ranks.len() {
-            return Vec::new();
-        }
-        let mut actions = Vec::new();
-        let is_growing = std::mem::take(&mut self.is_growing);
-        let first = Cause::first(&self.causes).cloned();
-        if let Some(cause) = &first {
-            actions.push(Action::RecordFirstCause(cause.clone()));
-        }
-        actions.extend(match (self.verdict.clone(), first) {
-            (Some((code, reason)), _) => self.over(code, reason),
-            (None, Some(cause)) => self.judge(&cause),
-            // No failure: it counts for nothing.
-            (None, None) if is_growing => {
-                self.no_progress = 0;
-                self.next_generation()
-            }
-            (None, None) => self.ended_well(),
-        });
-        actions
-    }
-
-    /// Every rank exited with 0 after the last step, or with 75 after a stop.
-    fn ended_well(&mut self) -> Vec<Action> {
-        if self.ranks.iter().all(|rank| rank.state == RankState::Done) {
-            return self.over(exit_code::DONE, "the last step is done and saved".into());
-        }
-        let by = match &self.stop {
-            Some((by, _)) => by.as_str(),
-            None if self.policy.has_last_step => "the step it was to stop after",
-            None => "what an earlier coordinator was told",
-        };
-        let reason = match self.committed {
-            Some(step) => format!("stopped by {by}, saved at step {step}"),
-            None => format!("stopped by {by} before the first step; nothing to save"),
-        };
-        self.over(exit_code::PREEMPTED, reason)
-    }
-
-    fn next_generation(&mut self) -> Vec<Action> {
-        self.stage = Stage::Between;
-        vec![Action::FindCheckpoint]
+        self.asked_to_stop(format!("{signal} to rank {rank}"), now)
     }
 
     fn asked_to_stop(&mut self, by: String, now: Instant) -> Vec<Action> {
@@ -453,20 +395,10 @@ impl State {
         match self.stage {
             Stage::Working | Stage::Asking { .. } => actions.push(Action::AskToStop),
             // The next generation does not start; see `found` and `judge`.
-            _ if self.stage == Stage::Between => actions.extend(self.over_between(&by)),
+            _ if self.stage == Stage::Between => actions.extend(self.over_between(&by, now)),
             _ => {}
         }
         actions
-    }
-
-    /// A stop while no rank runs: the newest checkpoint is all there is to save.
-    fn over_between(&mut self, by: &str) -> Vec<Action> {
-        match self.committed {
-            Some(step) => {
-                self.over(exit_code::PREEMPTED, format!("stopped by {by}, saved at step {step}"))
-            }
-            None => self.over(exit_code::FAILED, format!("stopped by {by}, nothing saved yet")),
-        }
     }
 
     fn stopped_now(&mut self, by: String, now: Instant) -> Vec<Action> {
@@ -478,11 +410,10 @@ impl State {
         let mut actions = vec![Action::RecordStop { by, now: true }];
         self.verdict = Some((exit_code::INTERRUPTED, reason.clone()));
         if self.stage == Stage::Between {
-            actions.extend(self.over(exit_code::INTERRUPTED, reason));
+            actions.extend(self.over(exit_code::INTERRUPTED, reason, now));
             return actions;
         }
-        self.stage = killed(now);
-        actions.push(Action::Kill { reason });
+        actions.extend(self.kill(reason, now));
         actions
     }
 
@@ -496,30 +427,28 @@ impl State {
                 self.end(reason, now)
             }
             Stage::Ending { .. } => {
-                self.stage = killed(now);
                 let seconds = self.policy.grace.as_secs_f64();
-                let reason = format!("still there {seconds} s after SIGTERM");
-                vec![Action::Kill { reason }]
+                self.kill(format!("still there {seconds} s after they were told"), now)
             }
             Stage::Asking { .. } => self.hung(now),
             Stage::Working if self.late_at().is_none_or(|at| now < at) => self.stalled(now),
             Stage::Working => {
-                let late = self.ranks.iter().position(|rank| !rank.state.has_exited());
+                let late = self.ranks.iter().position(|rank| !rank.state.is_out());
                 let what = match self.exit_by.is_some_and(|by| now >= by) {
                     true => "did not exit after the last step",
                     false => "did not stop in time",
                 };
                 let rank = late.unwrap_or(0);
-                self.causes.extend(self.ranks.get(rank).map(|late| {
+                self.causes.extend(self.ranks.get_mut(rank).map(|late| {
+                    late.is_suspect = true;
                     Cause::hang(rank, late.phase, late.step, format!("rank {rank} {what}"))
                 }));
                 self.end(format!("rank {rank} {what}"), now)
             }
             Stage::Killed { since, .. } => {
                 self.stage = Stage::Killed { since, tell_at: now + LINGER };
-                let is_there = |rank: &usize| !self.ranks[*rank].state.has_exited();
-                let ranks = (0..self.ranks.len()).filter(is_there).collect();
-                vec![Action::RecordLingering { ranks, time: now.saturating_duration_since(since) }]
+                let (ranks, time) = (self.awaited(), now.saturating_duration_since(since));
+                vec![Action::RecordLingering { ranks, time }]
             }
             Stage::Between | Stage::Over => Vec::new(),
         }
@@ -536,7 +465,7 @@ impl State {
     /// Ranks have said where they are, or not: those that hold the others up have failed.
     fn hung(&mut self, now: Instant) -> Vec<Action> {
         let alive: Vec<usize> =
-            (0..self.ranks.len()).filter(|rank| !self.ranks[*rank].state.has_exited()).collect();
+            (0..self.ranks.len()).filter(|rank| !self.ranks[*rank].state.is_out()).collect();
         let positions: Vec<Option<Position>> =
             alive.iter().map(|rank| self.ranks[*rank].position.clone()).collect();
         let mut suspects = suspects(&positions);
@@ -550,7 +479,8 @@ impl State {
         let mut actions = Vec::new();
         for (at, line) in suspects {
             let Some(&index) = alive.get(at) else { continue };
-            let rank = &self.ranks[index];
+            let rank = &mut self.ranks[index];
+            rank.is_suspect = true;
             let line = format!("rank {index} hangs: {line}");
             let cause = Cause::hang(index, rank.phase, rank.step, line);
             actions.push(Action::RecordFailure(cause.clone()));
@@ -559,15 +489,5 @@ impl State {
         let reason = Cause::first(&self.causes).map(Cause::summary).unwrap_or_default();
         actions.extend(self.end(reason, now));
         actions
-    }
-
-    fn end(&mut self, reason: String, now: Instant) -> Vec<Action> {
-        self.stage = Stage::Ending { kill_at: now + self.policy.grace };
-        vec![Action::Abort { reason }]
-    }
-
-    fn over(&mut self, code: i32, reason: String) -> Vec<Action> {
-        self.stage = Stage::Over;
-        vec![Action::Finish { code, reason }]
     }
 }

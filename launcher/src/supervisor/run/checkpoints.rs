@@ -6,6 +6,7 @@ use super::{Event, Executor, changed};
 use crate::cluster::store::keeper::Standing;
 use crate::remote::upload::{self, Uploader};
 use crate::remote::uploads::{News, Target};
+use crate::supervisor::policy::RankState;
 use crate::supervisor::record::Resumed;
 use crate::supervisor::restore::{self, READ_UP_TO, Reads, Restored, Search, Tier};
 use rank_protocol::exit_code;
@@ -83,8 +84,11 @@ impl Executor {
     /// Reading all of a checkpoint takes long, fetching it longer: another thread does it, for
     /// which nobody waits who is asked to end.
     pub(super) fn search(&mut self) {
-        // What the ranks of the last generation hold must not outlive it.
-        self.ranks.clear();
+        // What the ranks of the last generation hold must not outlive it, but for the processes
+        // that wait for the next.
+        if !self.state.ranks().any(|(state, ..)| state == RankState::Released) {
+            self.ranks.clear();
+        }
         // What was committed and is not here may be in the object store, also where nobody could
         // say so when the run was resumed.
         let ever = self.plan.ever_committed.filter(|_| self.is_first_search);

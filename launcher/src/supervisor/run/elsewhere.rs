@@ -239,16 +239,21 @@ impl Executor {
         let is_its_device = cause.class == FailureClass::Node
             && cause.phase == Phase::Train
             && cause.exit.code.is_some();
-        let outcome = elsewhere.nodes.failed(cause.rank, &cause.summary(), is_its_device);
-        self.take_outcomes(outcome.into_iter().collect());
+        let outcomes = elsewhere.nodes.failed(cause.rank, &cause.summary(), is_its_device);
+        self.take_outcomes(outcomes);
     }
 
     /// The agents tell the ranks their places.
-    pub(super) fn start_elsewhere(&mut self, generation: u64, resume_step: Option<u64>) {
+    pub(super) fn start_elsewhere(
+        &mut self,
+        generation: u64,
+        resume_step: Option<u64>,
+        kept: &[usize],
+    ) {
         let assignment = |rank| self.assignment(generation, rank, resume_step);
         let assignments = (0..self.size().ranks).map(assignment).collect();
         if let Some(Elsewhere { nodes, places, .. }) = &mut self.elsewhere {
-            self.ranks = nodes.start(generation, &self.plan.run, places, assignments);
+            self.ranks = nodes.start(generation, &self.plan.run, places, assignments, kept);
         }
     }
 

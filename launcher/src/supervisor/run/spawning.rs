@@ -5,17 +5,24 @@ use crate::cluster::sizes::Size;
 use crate::supervisor::cause::Exit;
 use crate::supervisor::ledger::Spent;
 use crate::supervisor::mpirun;
-use crate::supervisor::rank::{Input, News, set_environment, start};
+use crate::supervisor::rank::{Input, News, RankHandle, set_environment, start};
 use crate::supervisor::record::Layout;
 use crate::supervisor::relay::RankLog;
 use crate::supervisor::restore::Tier;
 use rank_protocol::store::Store;
-use rank_protocol::{Assignment, ToRank, env, exit_code};
-use run_config::ClusterKind;
+use rank_protocol::{Assignment, env, exit_code};
+use run_config::{ClusterKind, RunConfig};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
+
+/// Whether ranks that are well keep their processes when another fails. Under MPI the whole job ends
+/// with one of them.
+pub(super) fn keeps_processes(config: &RunConfig) -> bool {
+    config.restart.keep_processes && config.cluster.kind != ClusterKind::Mpi
+}
 
 impl Executor {
     /// Of the generation, or of the one about to start.
@@ -28,7 +35,8 @@ impl Executor {
         self.elsewhere.as_ref().map_or(whole, |elsewhere| elsewhere.size())
     }
 
-    pub(super) fn spawn(&mut self, generation: u64, resume_step: Option<u64>) {
+    /// Starts a generation; `kept` of its ranks go on in the processes that they have.
+    pub(super) fn spawn(&mut self, generation: u64, resume_step: Option<u64>, kept: &[usize]) {
         let has_adopted =
             self.elsewhere.as_mut().is_some_and(|e| std::mem::take(&mut e.has_adopted));
         let is_growth = std::mem::take(&mut self.is_growing);
@@ -50,6 +58,7 @@ impl Executor {
             "resume_step": resume_step,
             "resume_tier": self.recorder.status.resumed.map(|resumed| resumed.tier),
             "is_restart": is_restart,
+            "kept": kept.len(),
         });
         self.recorder.event("generation_started", fields);
         if let Some(missing) = layout.missing() {
@@ -59,18 +68,17 @@ impl Executor {
         if let Some(step) = resume_step {
             tracing::info!("generation {generation} continues from step {step}");
         }
-        self.ranks.clear();
+        let before = std::mem::take(&mut self.ranks);
         if self.elsewhere.is_some() {
-            self.start_elsewhere(generation, resume_step);
+            self.start_elsewhere(generation, resume_step, kept);
             return self.update_status();
         }
         let started = match self.plan.config.cluster.kind {
             ClusterKind::Mpi => self.start_under_mpirun(generation),
-            _ => self.start_ranks(generation),
+            _ => self.start_ranks(generation, before, kept),
         };
         for (rank, handle) in self.ranks.iter().enumerate() {
-            let assignment = self.assignment(generation, rank, resume_step);
-            handle.tell(ToRank::Assignment(Box::new(assignment)));
+            handle.assign(self.assignment(generation, rank, resume_step));
         }
         match started {
             Ok(()) => self.update_status(),
@@ -78,10 +86,22 @@ impl Executor {
         }
     }
 
-    /// Starts every rank; an error comes with the one that it was.
-    fn start_ranks(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
+    /// Starts every rank that has no process of those `before`; an error comes with the one that it
+    /// was. What is left of those ends with its handle.
+    fn start_ranks(
+        &mut self,
+        generation: u64,
+        before: Vec<RankHandle>,
+        kept: &[usize],
+    ) -> Result<(), (usize, std::io::Error)> {
+        let mut before: BTreeMap<usize, RankHandle> = before.into_iter().enumerate().collect();
+        before.retain(|rank, _| kept.contains(rank));
         for rank in 0..self.plan.world_size {
-            let log = RankLog::open(&self.plan.run.log(generation, rank), rank);
+            if let Some(handle) = before.remove(&rank) {
+                self.ranks.push(handle);
+                continue;
+            }
+            let log = RankLog::open(&self.plan.run, generation, rank);
             let mut command = Command::new(&self.plan.trainer);
             command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
             command.env(env::RANK, rank.to_string());
@@ -93,7 +113,7 @@ impl Executor {
     }
 
     fn start_under_mpirun(&mut self, generation: u64) -> Result<(), (usize, std::io::Error)> {
-        let log = |rank| RankLog::open(&self.plan.run.log(generation, rank), rank);
+        let log = |rank| RankLog::open(&self.plan.run, generation, rank);
         let logs = (0..self.plan.world_size).map(log).collect();
         let mut command = mpirun::command(&self.plan.trainer, self.plan.world_size);
         self.set_environment(&mut command);
@@ -159,6 +179,7 @@ impl Executor {
             failures: self.failures,
             observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,
             profile: self.plan.profile,
+            may_stay: keeps_processes(&self.plan.config),
         }
     }
 }

@@ -64,7 +64,7 @@ impl State {
         growth.grown(now);
         self.is_growing = true;
         let mut actions = vec![Action::RecordGrowth { from, to }];
-        actions.extend(self.end(format!("nodes are there again: {to} ranks, not {from}"), now));
+        actions.extend(self.end_all(format!("nodes are there again: {to} ranks, not {from}"), now));
         actions
     }
 }

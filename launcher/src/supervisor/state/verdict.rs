@@ -2,14 +2,15 @@
 
 use super::{Action, Cause, State};
 use rank_protocol::{FailureClass, RollBack, exit_code};
+use std::time::Instant;
 
 impl State {
     /// What follows from a generation that failed.
-    pub(super) fn judge(&mut self, cause: &Cause) -> Vec<Action> {
+    pub(super) fn judge(&mut self, cause: &Cause, now: Instant) -> Vec<Action> {
         let has_progressed = self.committed > self.committed_before;
         self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
         if let Some(roll_back) = cause.roll_back {
-            return self.roll_back(roll_back, &cause.summary());
+            return self.roll_back(roll_back, &cause.summary(), now);
         }
         let signature = cause.signature();
         self.failures.retain(|earlier| *earlier == signature);
@@ -17,51 +18,52 @@ impl State {
         let what = cause.summary();
         if let Some((by, _)) = &self.stop {
             let reason = format!("{what}, while stopping because of {by}");
-            return self.over(exit_code::FAILED, reason);
+            return self.over(exit_code::FAILED, reason, now);
         }
         match cause.class {
             FailureClass::Config => {
                 let reason = format!("{what}; trying again is of no use");
-                return self.over(exit_code::CONFIG, reason);
+                return self.over(exit_code::CONFIG, reason, now);
             }
             FailureClass::Node if self.policy.has_agents => self.failures.clear(),
             FailureClass::Node => {
-                return self.over(exit_code::NODE_UNHEALTHY, format!("{what}; use another node"));
+                let reason = format!("{what}; use another node");
+                return self.over(exit_code::NODE_UNHEALTHY, reason, now);
             }
             FailureClass::Numeric => {
                 let reason = format!("{what}; the same data would give the same numbers again");
-                return self.over(exit_code::FAILED, reason);
+                return self.over(exit_code::FAILED, reason, now);
             }
             _ => {}
         }
         let same = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
         if same >= self.policy.max_same_failure {
             let reason = format!("{what}; the same failure at the same step, {same} times");
-            return self.over(exit_code::DO_NOT_REQUEUE, reason);
+            return self.over(exit_code::DO_NOT_REQUEUE, reason, now);
         }
-        self.try_again(&what)
+        self.try_again(&what, now)
     }
 
     /// The next generation, if those before got anywhere.
-    fn try_again(&mut self, what: &str) -> Vec<Action> {
+    fn try_again(&mut self, what: &str, now: Instant) -> Vec<Action> {
         if self.no_progress >= self.policy.max_no_progress {
             let reason = format!(
                 "{what}; {} generations in a row committed no new step (restart.max_no_progress)",
                 self.no_progress
             );
-            return self.over(exit_code::FAILED, reason);
+            return self.over(exit_code::FAILED, reason, now);
         }
-        self.next_generation()
+        self.next_generation(now)
     }
 
     /// Numeric trouble, out of which the run comes without the samples that brought it. Of the next
     /// ones at the same step it is no repetition.
-    fn roll_back(&mut self, roll_back: RollBack, what: &str) -> Vec<Action> {
+    fn roll_back(&mut self, roll_back: RollBack, what: &str, now: Instant) -> Vec<Action> {
         self.failures.clear();
         let mut actions = vec![Action::RecordRollBack(roll_back)];
         actions.extend(match self.stop.clone() {
-            Some((by, _)) => self.over_between(&by),
-            None => self.try_again(what),
+            Some((by, _)) => self.over_between(&by, now),
+            None => self.try_again(what, now),
         });
         actions
     }
