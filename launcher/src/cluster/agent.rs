@@ -19,7 +19,8 @@ use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
-use std::collections::BTreeMap;
+use spares::Spares;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -28,6 +29,7 @@ use trainer::Trainer;
 pub mod connect;
 mod link;
 pub(super) mod outside;
+mod spares;
 mod trainer;
 
 /// Messages of all ranks that wait for the loop.
@@ -46,8 +48,6 @@ const SILENCE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Characters of a rank's last lines that are passed on.
 const MAX_LINE_CHARS: usize = 2000;
-/// Longest time that killed ranks may take to be gone.
-const LAST_WAIT: Duration = Duration::from_secs(5);
 
 /// Arguments of `phalanx agent`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -132,6 +132,9 @@ pub(super) struct Agent {
     /// ends of those that have ended.
     last_words: BTreeMap<usize, Vec<FromAgent>>,
     exited: Vec<usize>,
+    /// Ranks that have let go of the generation, and whose processes wait for the next.
+    waiting: BTreeSet<usize>,
+    spares: Spares,
     journal: Journal,
     /// The newest step and phase of each rank, while there is nobody to tell.
     unsaid: BTreeMap<(usize, bool), FromAgent>,
@@ -162,7 +165,8 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
         let (happenings, happened) = mpsc::channel(wire::NUM_QUEUED);
         let info = NodeInfo { health, ..describe(&args) };
         let after = args.after;
-        let machine = Machine { run, whereabouts, after, trainer, inputs, happenings };
+        let warms_up = config.restart.warm_spares;
+        let machine = Machine { run, whereabouts, after, trainer, warms_up, inputs, happenings };
         let mut agent = Agent::new(Box::new(machine), info, Instant::now());
         agent.run(received, happened).await
     });
@@ -235,6 +239,8 @@ impl Agent {
             ranks: BTreeMap::new(),
             last_words: BTreeMap::new(),
             exited: Vec::new(),
+            waiting: BTreeSet::new(),
+            spares: Spares::new(now),
             journal: Journal::default(),
             unsaid: BTreeMap::new(),
             generation: 0,
@@ -296,20 +302,6 @@ impl Agent {
         Ok(code)
     }
 
-    /// Kills what is left, and waits until it is gone.
-    async fn clear(&mut self, inputs: &mut mpsc::Receiver<Input>) {
-        self.ranks.values().for_each(RankHandle::kill);
-        let gone = async {
-            while !self.ranks.is_empty() {
-                let Some(input) = inputs.recv().await else { return };
-                if matches!(input.news, News::Exited { .. }) {
-                    self.ranks.remove(&input.rank);
-                }
-            }
-        };
-        let _ = tokio::time::timeout(LAST_WAIT, gone).await;
-    }
-
     /// A stop of one node is a stop of the run.
     fn asked_to_stop(&mut self, by: &str, num_signals: u32) {
         if num_signals > 1 {
@@ -340,6 +332,7 @@ impl Agent {
         if self.outbox.is_none() && !self.is_connecting && now >= self.next_attempt {
             self.connect();
         }
+        self.warm_up();
         let silence = now.saturating_duration_since(self.heard);
         if self.ranks.is_empty() && silence >= PATIENCE {
             let reason = format!("no coordinator for {} s", PATIENCE.as_secs());
@@ -392,7 +385,12 @@ impl Agent {
     fn obey(&mut self, message: ToAgent) {
         match message {
             ToAgent::Start(start) => {
-                self.ranks.values().for_each(RankHandle::kill);
+                let goes_on = |rank: &usize| {
+                    start.kept.contains(rank) && start.ranks.iter().any(|place| place.rank == *rank)
+                };
+                self.waiting.retain(goes_on);
+                let others = self.ranks.iter().filter(|(rank, _)| !self.waiting.contains(rank));
+                others.for_each(|(_, handle)| handle.kill());
                 self.next = Some(start);
                 self.start_next();
             }
@@ -401,11 +399,11 @@ impl Agent {
             {
                 self.drop_next();
             }
-            ToAgent::Tell { generation, message: ToRank::Abort { .. }, .. }
-                if self.is_next(generation) =>
-            {
-                self.drop_next();
-            }
+            ToAgent::Tell {
+                generation,
+                message: ToRank::Abort { .. } | ToRank::Release { .. },
+                ..
+            } if self.is_next(generation) => self.drop_next(),
             ToAgent::Tell { generation, rank, message } => {
                 if generation == self.generation {
                     self.journal.told(rank, &message);
@@ -415,7 +413,12 @@ impl Agent {
             ToAgent::Terminate { generation, rank } => {
                 self.with(generation, rank, RankHandle::terminate);
             }
-            ToAgent::Kill { generation, rank } => self.with(generation, rank, RankHandle::kill),
+            ToAgent::Kill { generation, rank } => {
+                if generation == self.generation {
+                    self.waiting.remove(&rank);
+                }
+                self.with(generation, rank, RankHandle::kill);
+            }
             ToAgent::Over { code, reason } => self.end = Some((code, reason)),
         }
     }
@@ -427,6 +430,9 @@ impl Agent {
     /// A generation that has ended before its ranks were started here.
     fn drop_next(&mut self) {
         let Some(next) = self.next.take() else { return };
+        // Those that were to go on in it count as ended, and do.
+        self.waiting.clear();
+        self.ranks.values().for_each(RankHandle::kill);
         for assignment in next.ranks {
             let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
             self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
@@ -441,9 +447,10 @@ impl Agent {
         }
     }
 
-    /// Starts the ranks of the next generation once those of the last one are gone.
+    /// Starts the ranks of the next generation once those of the last one are gone that do not go
+    /// on in it.
     fn start_next(&mut self) {
-        if !self.ranks.is_empty() {
+        if self.ranks.keys().any(|rank| !self.waiting.contains(rank)) {
             return;
         }
         let Some(start) = self.next.take() else { return };
@@ -453,10 +460,22 @@ impl Agent {
         self.last_words.clear();
         self.unsaid.clear();
         let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
-        tracing::info!("generation {}: starting ranks {numbers:?}", start.generation);
+        let kept = std::mem::take(&mut self.waiting);
+        let (generation, count) = (start.generation, kept.len());
+        tracing::info!("generation {generation}: starting ranks {numbers:?}, {count} of them kept");
         for assignment in start.ranks {
             let (generation, rank) = (assignment.generation, assignment.rank);
-            match self.outside.start(assignment) {
+            if let Some(handle) = self.ranks.get(&rank) {
+                handle.assign(assignment);
+                let pid = handle.pid();
+                self.tell(FromAgent::Started { generation, rank, pid });
+                continue;
+            }
+            let started = match self.spares.give(&assignment) {
+                Some(handle) => Ok(handle),
+                None => self.outside.start(assignment),
+            };
+            match started {
                 Ok(handle) => {
                     let pid = handle.pid();
                     self.ranks.insert(rank, handle);
@@ -487,17 +506,25 @@ impl Agent {
 
     /// Passes on what a rank did.
     pub(super) fn take(&mut self, input: Input) {
+        if input.generation == 0 {
+            return self.spares.take(&input, self.now);
+        }
         let Input { generation, rank, news } = input;
         let message = match news {
             News::Message(message) => {
                 if generation == self.generation {
                     self.journal.said(rank, &message);
+                    // One that is being killed for the next generation does not go on in it.
+                    if message == FromRank::Released && self.next.is_none() {
+                        self.waiting.insert(rank);
+                    }
                 }
                 FromAgent::Said { generation, rank, message }
             }
             News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
             News::Exited { exit, mut last_lines } => {
                 self.ranks.remove(&rank);
+                self.waiting.remove(&rank);
                 last_lines.iter_mut().for_each(|line| *line = shortened(line));
                 FromAgent::Exited { generation, rank, exit, last_lines }
             }
@@ -518,7 +545,8 @@ impl Agent {
                 return;
             }
             FromAgent::Said {
-                message: FromRank::Failure(_) | FromRank::Finished { .. }, ..
+                message: FromRank::Failure(_) | FromRank::Finished { .. } | FromRank::Released,
+                ..
             } => self.last_words.entry(rank).or_default().push(message.clone()),
             FromAgent::Exited { .. } => {
                 self.last_words.entry(rank).or_default().push(message.clone());

@@ -303,16 +303,21 @@ impl Nodes {
         }
     }
 
-    /// Has the agents start the ranks of a generation on these nodes, in order of rank.
+    /// Has the agents start the ranks of a generation on these nodes, in order of rank; those that
+    /// are `kept` (in their order) go on in their processes, where these are still there on the
+    /// same node.
     pub fn start(
         &mut self,
         generation: u64,
         run: &RunDir,
         nodes: &[NodeId],
         assignments: Vec<Assignment>,
+        kept: &[usize],
     ) -> Vec<RankHandle> {
         let numbers = assignments.iter().map(|assignment| assignment.rank);
+        let before = std::mem::take(&mut self.ranks);
         let handles = self.handles(generation, nodes, numbers);
+        self.end_left_over(&before, kept);
         let mut by_node: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
         for assignment in assignments {
             if let Some(&node) = self.ranks.nodes.get(assignment.rank) {
@@ -320,10 +325,23 @@ impl Nodes {
             }
         }
         for (node, ranks) in by_node {
-            let start = Start { generation, run_dir: run.root().to_owned(), ranks };
+            let numbers = ranks.iter().map(|assignment| assignment.rank);
+            let kept = numbers.filter(|rank| kept.binary_search(rank).is_ok()).collect();
+            let start = Start { generation, run_dir: run.root().to_owned(), ranks, kept };
             self.send(node, ToAgent::Start(Box::new(start)));
         }
         handles
+    }
+
+    /// Processes that wait on nodes where nobody goes on in them, because others have their places.
+    fn end_left_over(&mut self, before: &Ranks, kept: &[usize]) {
+        for (rank, node) in before.nodes.iter().copied().enumerate() {
+            let is_kept = kept.binary_search(&rank).is_ok();
+            let stays = is_kept && self.ranks.nodes.get(rank) == Some(&node);
+            if !stays && !before.has_exited[rank] {
+                self.send(node, ToAgent::Kill { generation: before.generation, rank });
+            }
+        }
     }
 
     /// Notes where the ranks of a generation are, which are numbered from 0.
@@ -510,8 +528,14 @@ impl Nodes {
         self.conversations.remove(&node);
         let name = self.name(node);
         tracing::error!("node {name} is lost: {why}");
-        let mut outcomes =
-            vec![Outcome::Event("node_lost", json!({ "node": name, "reason": why }))];
+        let lost = Outcome::Event("node_lost", json!({ "node": name, "reason": why }));
+        let ended = self.bury(node, &format!("its node {name} is lost: {why}"));
+        std::iter::once(lost).chain(ended).collect()
+    }
+
+    /// The ranks of a node that is no member any more have ended, whatever becomes of them.
+    fn bury(&mut self, node: NodeId, why: &str) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
         let generation = self.ranks.generation;
         for rank in 0..self.ranks.nodes.len() {
             if self.ranks.nodes[rank] != node || self.ranks.has_exited[rank] {
@@ -523,7 +547,7 @@ impl Nodes {
                 phase: Phase::Train,
                 step: None,
                 collective: None,
-                lines: vec![format!("its node {name} is lost: {why}")],
+                lines: vec![why.to_owned()],
                 roll_back: None,
             };
             let report = News::Message(FromRank::Failure(Box::new(report)));

@@ -1,8 +1,8 @@
 //! A rank on another node, for the supervisor: what it is told goes by its agent.
 
 use super::members::NodeId;
-use rank_protocol::ToRank;
 use rank_protocol::agent::ToAgent;
+use rank_protocol::{Assignment, ToRank};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -17,7 +17,7 @@ pub struct Commands {
 pub struct RemoteRank {
     commands: Rc<Commands>,
     node: NodeId,
-    generation: u64,
+    generation: Cell<u64>,
     rank: usize,
     pid: Rc<Cell<u32>>,
 }
@@ -37,7 +37,7 @@ impl RemoteRank {
         (generation, rank): (u64, usize),
         pid: Rc<Cell<u32>>,
     ) -> Self {
-        Self { commands, node, generation, rank, pid }
+        Self { commands, node, generation: Cell::new(generation), rank, pid }
     }
 
     /// Process id on its node; 0 where it is not yet known.
@@ -47,17 +47,24 @@ impl RemoteRank {
 
     /// Passes on a message.
     pub fn tell(&self, message: ToRank) {
-        self.command(ToAgent::Tell { generation: self.generation, rank: self.rank, message });
+        self.command(ToAgent::Tell { generation: self.generation.get(), rank: self.rank, message });
+    }
+
+    /// Passes on its next place; from then on it is told what concerns that generation.
+    pub fn assign(&self, assignment: Assignment) {
+        let next = assignment.generation;
+        self.tell(ToRank::Assignment(assignment));
+        self.generation.set(next);
     }
 
     /// SIGTERM to its process group.
     pub fn terminate(&self) {
-        self.command(ToAgent::Terminate { generation: self.generation, rank: self.rank });
+        self.command(ToAgent::Terminate { generation: self.generation.get(), rank: self.rank });
     }
 
     /// SIGKILL to its process group.
     pub fn kill(&self) {
-        self.command(ToAgent::Kill { generation: self.generation, rank: self.rank });
+        self.command(ToAgent::Kill { generation: self.generation.get(), rank: self.rank });
     }
 
     fn command(&self, command: ToAgent) {

@@ -85,7 +85,10 @@ impl Agent {
         let is_again = |message: &FromAgent| match message {
             FromAgent::Said { message, .. } => matches!(
                 message,
-                FromRank::Store { .. } | FromRank::Failure(_) | FromRank::Finished { .. }
+                FromRank::Store { .. }
+                    | FromRank::Failure(_)
+                    | FromRank::Released
+                    | FromRank::Finished { .. }
             ),
             FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
             _ => false,

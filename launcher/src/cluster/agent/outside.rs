@@ -34,6 +34,16 @@ pub trait Outside {
     /// Why it cannot be started.
     fn start(&self, assignment: Assignment) -> Result<RankHandle, String>;
 
+    /// Ranks for which trainers may be started before they have a place; 0: none.
+    fn num_spares(&self) -> usize;
+
+    /// Starts such a trainer, for the `local_rank`-th place of this node; it counts as the rank of
+    /// that number, of generation 0.
+    ///
+    /// # Errors
+    /// Why it cannot be started.
+    fn warm_up(&self, local_rank: usize) -> Result<RankHandle, String>;
+
     /// Whether a coordinator works on the run.
     fn has_coordinator(&self) -> bool;
 
@@ -51,6 +61,8 @@ pub struct Machine {
     pub after: Option<String>,
     /// What ranks are started from.
     pub trainer: Trainer,
+    /// Whether trainers are started before they have a place.
+    pub warms_up: bool,
     /// Takes what ranks say.
     pub inputs: mpsc::Sender<Input>,
     /// Takes what happens on the connection.
@@ -90,6 +102,14 @@ impl Outside for Machine {
 
     fn start(&self, assignment: Assignment) -> Result<RankHandle, String> {
         self.trainer.start(assignment, self.inputs.clone())
+    }
+
+    fn num_spares(&self) -> usize {
+        if self.warms_up { self.trainer.ranks() } else { 0 }
+    }
+
+    fn warm_up(&self, local_rank: usize) -> Result<RankHandle, String> {
+        self.trainer.warm_up(&self.run, local_rank, self.inputs.clone())
     }
 
     fn has_coordinator(&self) -> bool {

@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 pub struct Trainer {
     path: PathBuf,
     library_path: Option<OsString>,
+    ranks: usize,
+    threads: usize,
 }
 
 impl Trainer {
@@ -28,7 +30,34 @@ impl Trainer {
         let ranks = config.cluster.ranks_per_node.unwrap_or(1);
         machine::check_gpus(device, ranks, gpus)?;
         machine::check_cuda(device, gpus, library_path.as_deref())?;
-        Ok(Self { path: machine::trainer()?, library_path })
+        let threads = config.cluster.threads_per_rank.unwrap_or(1);
+        Ok(Self { path: machine::trainer()?, library_path, ranks, threads })
+    }
+
+    /// Ranks for which there is room.
+    pub fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    /// Starts a trainer that waits for its place as the `local_rank`-th of this node, under that
+    /// number and generation 0.
+    ///
+    /// # Errors
+    /// Why it cannot be started.
+    pub fn warm_up(
+        &self,
+        run: &RunDir,
+        local_rank: usize,
+        inputs: mpsc::Sender<Input>,
+    ) -> Result<RankHandle, String> {
+        let mut command = Command::new(&self.path);
+        command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
+        let mut told = OsString::from(format!("{local_rank}:"));
+        told.push(run.root());
+        command.env(env::WARM, told);
+        set_environment(&mut command, self.threads, self.library_path.as_deref());
+        start(command, 0, local_rank, RankLog::of_nobody(run), inputs)
+            .map_err(|error| format!("{}: {error}", self.path.display()))
     }
 
     /// Starts a rank and tells it its place.
@@ -41,13 +70,13 @@ impl Trainer {
         inputs: mpsc::Sender<Input>,
     ) -> Result<RankHandle, String> {
         let run = RunDir::new(&assignment.run_dir);
-        let Self { path, library_path } = self;
+        let Self { path, library_path, .. } = self;
         let rank = assignment.rank;
         let mut command = Command::new(path);
         command.arg("rank").env(env::CONTROL, env::CONTROL_STDIN);
         command.env(env::RANK, rank.to_string());
         set_environment(&mut command, assignment.threads, library_path.as_deref());
-        let log = RankLog::open(&run.log(assignment.generation, rank), rank);
+        let log = RankLog::open(&run, assignment.generation, rank);
         let handle = start(command, assignment.generation, rank, log, inputs)
             .map_err(|error| format!("{}: {error}", path.display()))?;
         handle.tell(ToRank::Assignment(Box::new(assignment)));

@@ -23,17 +23,20 @@ impl Nodes {
     }
 
     /// A rank failed, of its process or its node. The second time, the node gives its place to
-    /// another, where one waits; the first time, where `is_certain` that it is the node.
-    pub fn failed(&mut self, rank: usize, why: &str, is_certain: bool) -> Option<Outcome> {
-        let node = *self.ranks.nodes.get(rank)?;
+    /// another, where one waits; the first time, where `is_certain` that it is the node. Processes
+    /// that wait there end with it.
+    pub fn failed(&mut self, rank: usize, why: &str, is_certain: bool) -> Vec<Outcome> {
+        let Some(&node) = self.ranks.nodes.get(rank) else { return Vec::new() };
         if !self.members.failed(node, is_certain) {
-            return None;
+            return Vec::new();
         }
         let name = self.name(node);
         tracing::error!("node {name} is quarantined: {why}");
         let reason = format!("quarantined: {why}");
         let code = exit_code::NODE_UNHEALTHY;
         self.send(node, ToAgent::Over { code, reason: reason.clone() });
-        Some(Outcome::Unwell(json!({ "node": name, "reason": reason, "is_quarantined": true })))
+        let fields = json!({ "node": name, "reason": reason, "is_quarantined": true });
+        let ended = self.bury(node, &format!("its node {name} is {reason}"));
+        std::iter::once(Outcome::Unwell(fields)).chain(ended).collect()
     }
 }

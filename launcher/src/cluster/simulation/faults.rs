@@ -43,11 +43,15 @@ pub enum Kind {
     StaleWorld,
     /// A new coordinator went on with the ranks of the one before.
     Adopted,
+    /// A process went on in another generation.
+    Kept,
+    /// A rank that was told to let go of its generation does not.
+    HoldsOn,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 18] = [
+    pub const ALL: [Kind; 20] = [
         Kind::Partition,
         Kind::Delay,
         Kind::Duplicate,
@@ -66,6 +70,8 @@ impl Kind {
         Kind::StaleCommit,
         Kind::StaleWorld,
         Kind::Adopted,
+        Kind::Kept,
+        Kind::HoldsOn,
     ];
 }
 

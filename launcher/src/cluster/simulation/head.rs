@@ -96,6 +96,7 @@ impl Head {
             // However many faults there are, the run must go on after them.
             max_same_failure: u32::MAX,
             hang: Duration::from_secs(5),
+            keep_processes: true,
             ..Policy::new(num_nodes * ranks_per_node, u32::MAX)
         };
         let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
@@ -224,6 +225,7 @@ impl Head {
                 }
                 self.handle(Event::Reported { rank, report: *report }, now, log);
             }
+            FromRank::Released => self.handle(Event::Released { rank }, now, log),
             FromRank::Finished { .. } => self.handle(Event::Finished { rank }, now, log),
             FromRank::Store { id, request } => {
                 let replies = self.store.handle(Requester { rank, id }, request, now);
@@ -245,22 +247,31 @@ impl Head {
         for action in self.state.handle(event, now) {
             match action {
                 Action::FindCheckpoint => {
-                    self.ranks.clear();
+                    // Their processes may wait; nothing more is said to them of this generation,
+                    // but that all is over.
                     self.wants_search = true;
                 }
                 Action::Gather { step, num_ranks, fewer_after } => {
                     self.gathering = Some(step);
                     self.nodes.seek(num_ranks, fewer_after, now);
                 }
-                Action::Spawn { generation, resume_step } => {
-                    self.spawn(generation, resume_step, log);
+                Action::Spawn { generation, resume_step, kept } => {
+                    self.spawn(generation, resume_step, &kept, log);
                 }
                 Action::AskToStop => self.tell_all(&ToRank::Stop { now: false }),
-                Action::Abort { reason } => {
-                    self.tell_all(&ToRank::Abort { reason });
-                    self.ranks.iter().for_each(RankHandle::terminate);
+                Action::Abort { reason, ranks } => {
+                    for rank in self.handles(&ranks) {
+                        rank.tell(ToRank::Abort { reason: reason.clone() });
+                        rank.terminate();
+                    }
                 }
-                Action::Kill { .. } => self.ranks.iter().for_each(RankHandle::kill),
+                Action::Release { reason, ranks } => {
+                    let generation = self.state.generation();
+                    for rank in self.handles(&ranks) {
+                        rank.tell(ToRank::Release { generation, reason: reason.clone() });
+                    }
+                }
+                Action::Kill { ranks, .. } => self.handles(&ranks).for_each(RankHandle::kill),
                 Action::AskWhere => self.tell_all(&ToRank::Where),
                 Action::Finish { code, reason } => {
                     log.end = Some((code, reason.clone()));
@@ -279,9 +290,13 @@ impl Head {
 
     fn blame_node(&mut self, cause: &Cause, now: Instant, log: &mut Log) {
         if matches!(cause.class, FailureClass::Process | FailureClass::Node) {
-            let outcome = self.nodes.failed(cause.rank, &cause.summary(), false);
-            self.take_outcomes(outcome.into_iter().collect(), now, log);
+            let outcomes = self.nodes.failed(cause.rank, &cause.summary(), false);
+            self.take_outcomes(outcomes, now, log);
         }
+    }
+
+    fn handles(&self, ranks: &[usize]) -> impl Iterator<Item = &RankHandle> {
+        ranks.iter().filter_map(|rank| self.ranks.get(*rank))
     }
 
     fn tell_all(&self, message: &ToRank) {
@@ -290,7 +305,7 @@ impl Head {
         }
     }
 
-    fn spawn(&mut self, generation: u64, resume_step: Option<u64>, log: &mut Log) {
+    fn spawn(&mut self, generation: u64, resume_step: Option<u64>, kept: &[usize], log: &mut Log) {
         self.store = Store::default();
         self.lost.clear();
         log.generations.push(generation);
@@ -316,10 +331,11 @@ impl Head {
             failures: 0,
             observed_s: 0,
             profile: None,
+            may_stay: true,
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");
-        self.ranks = self.nodes.start(generation, &run, &self.places, assignments);
+        self.ranks = self.nodes.start(generation, &run, &self.places, assignments, kept);
     }
 
     /// After each event, as in production.

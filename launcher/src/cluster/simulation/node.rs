@@ -56,6 +56,14 @@ impl Outside for Place {
         Ok(RankHandle::Remote(rank))
     }
 
+    fn num_spares(&self) -> usize {
+        0
+    }
+
+    fn warm_up(&self, _local_rank: usize) -> Result<RankHandle, String> {
+        Err("none is wanted".into())
+    }
+
     fn has_coordinator(&self) -> bool {
         self.desk.borrow().has_coordinator
     }

@@ -16,9 +16,16 @@ pub const MEETING_ID: u64 = 2;
 #[derive(Clone, Debug)]
 pub struct RankProcess {
     pub agent: u64,
+    /// Of which it speaks.
     pub generation: u64,
+    /// The newest that it was assigned to; it may not have heard of that yet.
+    pub assigned: u64,
     pub rank: usize,
     pub is_alive: bool,
+    /// It holds nothing of its generation any more, and waits for the next.
+    pub has_let_go: bool,
+    /// When it hears the last of what it was told so far.
+    pub hears_last: Instant,
     /// Whether it has met the others.
     pub is_ready: bool,
     pub step: u64,

@@ -60,12 +60,13 @@ enum Happens {
     Down { wire: u64, frame: Box<Numbered<ToAgent>> },
     Ended { wire: u64, side: Side },
     Said { agent: u64, input: Box<Input> },
-    RankBegins { process: u64, world_size: usize },
+    RankBegins { process: u64, generation: u64, world_size: usize },
     Command { process: u64, command: Box<ToAgent> },
-    LinkLost { process: u64 },
+    LinkLost { process: u64, generation: u64 },
+    LetsGo { process: u64, generation: u64 },
     RankEnds { process: u64, exit: Exit },
     Step { generation: u64 },
-    Commit { process: u64, step: u64 },
+    Commit { process: u64, generation: u64, step: u64 },
 }
 
 /// A world.
@@ -265,7 +266,8 @@ impl World {
             }
             Happens::Command { command, .. } if matches!(**command, ToAgent::Kill { .. }) => None,
             Happens::Command { process, .. }
-            | Happens::LinkLost { process }
+            | Happens::LinkLost { process, .. }
+            | Happens::LetsGo { process, .. }
             | Happens::RankBegins { process, .. }
             | Happens::Commit { process, .. } => of_rank(process),
             _ => None,
@@ -318,19 +320,27 @@ impl World {
             Happens::Up { wire, frame } => self.arrived_up(wire, frame),
             Happens::Down { wire, frame } => self.arrived_down(wire, frame),
             Happens::Ended { wire, side } => self.ended(wire, side),
-            Happens::RankBegins { process, world_size } => {
-                let Some(rank) = self.processes.get(&process).map(|process| process.rank) else {
-                    return;
-                };
-                for message in meeting(rank, world_size) {
-                    self.say(process, message);
+            Happens::RankBegins { process, generation, world_size } => {
+                if let Some(rank) = self.at_work(process, generation).map(|process| process.rank) {
+                    for message in meeting(rank, world_size) {
+                        self.say(process, message);
+                    }
                 }
             }
             Happens::Command { process, command } => self.command(process, *command),
-            Happens::LinkLost { process } => self.fail(process, FailureClass::Transient),
+            Happens::LinkLost { process, generation } => {
+                if self.at_work(process, generation).is_some() {
+                    self.fail(process, FailureClass::Transient);
+                }
+            }
+            Happens::LetsGo { process, generation } => self.lets_go(process, generation),
             Happens::RankEnds { process, exit } => self.end_rank(process, exit),
             Happens::Step { generation } => self.step(generation),
-            Happens::Commit { process, step } => self.commit(process, step),
+            Happens::Commit { process, generation, step } => {
+                if self.at_work(process, generation).is_some() {
+                    self.commit(process, step);
+                }
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News};
 use rank_protocol::agent::ToAgent;
 use rank_protocol::{Assignment, FailureClass, FromRank, Phase, Position, ToRank, exit_code};
+use std::time::Duration;
 
 impl World {
     pub(super) fn alive(&self, is_meant: impl Fn(&RankProcess) -> bool) -> Vec<u64> {
@@ -18,12 +19,20 @@ impl World {
         found.map(|(id, _)| *id).collect()
     }
 
+    /// A process, where it works for this generation.
+    pub(super) fn at_work(&self, id: u64, generation: u64) -> Option<&RankProcess> {
+        let process = self.processes.get(&id).filter(|process| process.is_alive)?;
+        Some(process).filter(|process| process.generation == generation && !process.has_let_go)
+    }
+
     pub(super) fn start_rank(&mut self, agent: u64, assignment: &Assignment) {
         let Assignment { generation, rank, world_size, resume_step, .. } = *assignment;
         if !self.started.insert((generation, rank)) {
             self.violate(format!("rank {rank} of generation {generation} was started twice"));
         }
-        let of_others = self.alive(|p| p.agent == agent && p.generation != generation);
+        // Those that go on are assigned right after.
+        let is_other = |p: &RankProcess| p.assigned != generation && !p.has_let_go;
+        let of_others = self.alive(|p| p.agent == agent && is_other(p));
         if let Some(other) = of_others.first().map(|id| &self.processes[id]) {
             let what = format!("generation {generation} starts beside {other:?} of one agent");
             self.violate(what);
@@ -32,31 +41,85 @@ impl World {
         let process = RankProcess {
             agent,
             generation,
+            assigned: generation,
             rank,
             is_alive: true,
+            has_let_go: false,
+            hears_last: self.now,
             is_ready: false,
             step: resume_step.unwrap_or(0),
             frozen_until: self.now,
             is_ending: false,
         };
         self.processes.insert(id, process);
+        self.begin(id, world_size, resume_step);
+    }
+
+    /// A process begins with the generation that it was assigned to.
+    fn begin(&mut self, id: u64, world_size: usize, resume_step: Option<u64>) {
+        let RankProcess { generation, rank, .. } = self.processes[&id];
         let world = self.generations.entry(generation).or_default();
         world.processes.insert(rank, id);
         world.world_size = world_size;
         world.step = resume_step.unwrap_or(0);
         self.check_worlds();
         let seconds = 0.1 + self.random.f64();
-        self.after(seconds, Happens::RankBegins { process: id, world_size });
+        self.after(seconds, Happens::RankBegins { process: id, generation, world_size });
     }
 
-    fn is_whole(&self, world: &Generation) -> bool {
-        world.processes.len() == world.world_size
-            && world.processes.values().all(|id| self.processes[id].is_alive)
+    /// A process that waited goes on.
+    fn join(&mut self, id: u64, assignment: &Assignment) {
+        let Assignment { generation, rank, world_size, resume_step, .. } = *assignment;
+        if !self.started.insert((generation, rank)) {
+            self.violate(format!("rank {rank} of generation {generation} began twice"));
+        }
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if !process.has_let_go || process.rank != rank {
+            let what = format!("rank {rank} of {generation} is assigned to {process:?}");
+            return self.violate(what);
+        }
+        process.generation = generation;
+        (process.has_let_go, process.is_ready) = (false, false);
+        process.step = resume_step.unwrap_or(0);
+        self.fire(Kind::Kept);
+        self.say(id, FromRank::Joined { generation });
+        self.begin(id, world_size, resume_step);
+    }
+
+    /// A rank drops what it has of a generation, and says so.
+    pub(super) fn lets_go(&mut self, id: u64, generation: u64) {
+        let is_ending = self.processes.get(&id).is_some_and(|process| process.is_ending);
+        if is_ending || self.at_work(id, generation).is_none() {
+            return;
+        }
+        self.say(id, FromRank::Released);
+        if let Some(process) = self.processes.get_mut(&id) {
+            process.has_let_go = true;
+        }
+        self.lose_links(generation);
+    }
+
+    /// Those that work for a generation lose their links to one that is gone, unless they still
+    /// set up.
+    fn lose_links(&mut self, generation: u64) {
+        if let Some(world) = self.generations.get_mut(&generation) {
+            world.is_broken = true;
+        }
+        let is_linked = |p: &RankProcess| p.generation == generation && p.is_ready && !p.has_let_go;
+        for process in self.alive(is_linked) {
+            let seconds = 0.02 + 0.3 * self.random.f64();
+            self.after(seconds, Happens::LinkLost { process, generation });
+        }
+    }
+
+    fn is_whole(&self, generation: u64, world: &Generation) -> bool {
+        let works = |id: &u64| self.at_work(*id, generation).is_some();
+        world.processes.len() == world.world_size && world.processes.values().all(works)
     }
 
     /// Of all generations whose ranks are all there, one at most may commit.
     fn check_worlds(&mut self) {
-        let whole = self.generations.iter().filter(|(_, world)| self.is_whole(world));
+        let whole = self.generations.iter().filter(|(own, world)| self.is_whole(**own, world));
         let whole: Vec<u64> = whole.map(|(generation, _)| *generation).collect();
         let active: Vec<u64> =
             whole.iter().copied().filter(|generation| self.disk.admits(*generation)).collect();
@@ -84,12 +147,24 @@ impl World {
             return;
         };
         let is_meant = |process: &RankProcess| {
-            (process.agent, process.generation, process.rank) == (agent, generation, rank)
+            (process.agent, process.assigned, process.rank) == (agent, generation, rank)
         };
-        for process in self.alive(is_meant) {
-            let seconds = 0.01 * self.random.f64();
+        for id in self.alive(is_meant) {
+            let at = self.now + Duration::from_secs_f64(0.01 * self.random.f64());
+            let Some(process) = self.processes.get_mut(&id) else { continue };
+            // One after the other, as over a socket; signals are faster.
+            process.hears_last = process.hears_last.max(at);
+            let at = match &command {
+                ToAgent::Tell { message, .. } => {
+                    if let ToRank::Assignment(assignment) = message {
+                        process.assigned = assignment.generation;
+                    }
+                    process.hears_last
+                }
+                _ => at,
+            };
             let command = Box::new(command.clone());
-            self.after(seconds, Happens::Command { process, command });
+            self.at(at, Happens::Command { process: id, command });
         }
     }
 
@@ -100,6 +175,7 @@ impl World {
         let failed = Exit { code: Some(exit_code::FAILED), signal: None };
         match command {
             ToAgent::Kill { .. } => {
+                process.is_ending = true;
                 let exit = Exit { code: None, signal: Some(9) };
                 self.after(0.01, Happens::RankEnds { process: id, exit });
             }
@@ -111,6 +187,20 @@ impl World {
                 process.is_ending = true;
                 let seconds = 0.5 * self.random.f64();
                 self.after(seconds, Happens::RankEnds { process: id, exit: failed });
+            }
+            ToAgent::Tell { message: ToRank::Release { generation, .. }, .. } => {
+                if generation != process.generation || process.has_let_go {
+                    return;
+                }
+                // A long kernel, a slow disk.
+                if self.random.u32(..8) == 0 {
+                    return self.fire(Kind::HoldsOn);
+                }
+                let seconds = 0.5 * self.random.f64();
+                self.after(seconds, Happens::LetsGo { process: id, generation });
+            }
+            ToAgent::Tell { message: ToRank::Assignment(assignment), .. } => {
+                self.join(id, &assignment);
             }
             ToAgent::Tell { message: ToRank::Where, .. } => {
                 let (phase, step) = (Phase::Train, Some(process.step));
@@ -128,7 +218,10 @@ impl World {
     }
 
     fn met(&mut self, id: u64) {
-        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(process) = self.processes.get_mut(&id).filter(|process| !process.has_let_go)
+        else {
+            return;
+        };
         process.is_ready = true;
         let generation = process.generation;
         self.say(id, FromRank::Phase(Phase::Train));
@@ -157,7 +250,7 @@ impl World {
 
     pub(super) fn step(&mut self, generation: u64) {
         let Some(world) = self.generations.get(&generation).cloned() else { return };
-        if world.is_broken || !self.is_whole(&world) {
+        if world.is_broken || !self.is_whole(generation, &world) {
             return;
         }
         let processes = || world.processes.values().map(|id| &self.processes[id]);
@@ -182,7 +275,7 @@ impl World {
         let seconds = if self.random.u32(..6) == 0 { 15.0 } else { 0.3 } * self.random.f64();
         let process = world.processes[&0];
         self.say(process, FromRank::Phase(Phase::Save));
-        self.after(seconds, Happens::Commit { process, step });
+        self.after(seconds, Happens::Commit { process, generation, step });
     }
 
     /// Rank 0 commits what all have written.
@@ -210,9 +303,11 @@ impl World {
 
     fn finish(&mut self, world: Generation) {
         for process in world.processes.into_values() {
-            if !self.processes[&process].is_alive {
+            let found = self.processes.get_mut(&process);
+            let Some(found) = found.filter(|found| found.is_alive && !found.has_let_go) else {
                 continue;
-            }
+            };
+            found.is_ending = true;
             self.say(process, FromRank::Finished { step: STEPS });
             let exit = Exit { code: Some(exit_code::DONE), signal: None };
             let seconds = 0.3 * self.random.f64();
@@ -220,14 +315,19 @@ impl World {
         }
     }
 
-    /// A rank says that it fails, and ends.
+    /// A rank says that it fails, and lets go where it has lost a link, else ends.
     pub(super) fn fail(&mut self, id: u64, class: FailureClass) {
-        let Some(process) = self.processes.get_mut(&id).filter(|rank| rank.is_alive) else {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if !process.is_alive || process.is_ending || process.has_let_go {
             return;
-        };
-        process.is_ending = true;
-        let step = process.step;
+        }
+        let stays = class == FailureClass::Transient;
+        process.is_ending = !stays;
+        let (step, generation) = (process.step, process.generation);
         self.say(id, failure(class, step, "simulated"));
+        if stays {
+            return self.after(0.02, Happens::LetsGo { process: id, generation });
+        }
         let exit = Exit { code: Some(exit_code::FAILED), signal: None };
         self.after(0.02, Happens::RankEnds { process: id, exit });
     }
@@ -237,20 +337,13 @@ impl World {
             return;
         };
         process.is_alive = false;
-        let (agent, generation, rank) = (process.agent, process.generation, process.rank);
+        let RankProcess { agent, generation, assigned, rank, .. } = *process;
         let news = News::Exited { exit, last_lines: Vec::new() };
-        let input = Box::new(Input { generation, rank, news });
+        let input = Box::new(Input { generation: assigned, rank, news });
         self.after(0.0, Happens::Said { agent, input });
         if exit.code == Some(exit_code::DONE) {
             return;
         }
-        if let Some(world) = self.generations.get_mut(&generation) {
-            world.is_broken = true;
-        }
-        // The others lose their links to it, unless they still set up.
-        for peer in self.alive(|peer| peer.generation == generation && peer.is_ready) {
-            let seconds = 0.02 + 0.3 * self.random.f64();
-            self.after(seconds, Happens::LinkLost { process: peer });
-        }
+        self.lose_links(generation);
     }
 }
