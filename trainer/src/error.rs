@@ -158,9 +158,9 @@ impl TrainError {
             | TrainError::Checkpoint(_)
             | TrainError::Metrics(_)
             | TrainError::Io { .. } => FailureClass::Storage,
-            TrainError::Comm(_) | TrainError::Parallel(ParallelError::Comm(_)) => {
-                FailureClass::Transient
-            }
+            TrainError::Comm(_)
+            | TrainError::Parallel(ParallelError::Comm(_))
+            | TrainError::Client(ClientError::Released { .. }) => FailureClass::Transient,
             TrainError::NotFinite { .. }
             | TrainError::Trouble { .. }
             | TrainError::RollBack { .. } => FailureClass::Numeric,
@@ -183,6 +183,21 @@ impl TrainError {
         match self {
             TrainError::RollBack { roll_back, .. } => Some(*roll_back),
             _ => None,
+        }
+    }
+
+    /// Whether the process is as good as before: others have failed, or all go back. A rank that
+    /// `was_told` to let go meets a store and disks that end under its hands; what libtorch or the
+    /// rank itself did not survive is a failure all the same.
+    pub fn is_survived(&self, was_told: bool) -> bool {
+        match self.class() {
+            FailureClass::Transient => true,
+            FailureClass::Numeric => self.roll_back().is_some(),
+            FailureClass::Config | FailureClass::Storage => was_told,
+            FailureClass::Process
+            | FailureClass::Node
+            | FailureClass::Hang
+            | FailureClass::Preemption => false,
         }
     }
 

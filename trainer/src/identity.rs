@@ -6,6 +6,7 @@ use run_config::RunConfig;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Read};
+use std::sync::OnceLock;
 use std::time::Duration;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -53,7 +54,7 @@ pub fn agree(client: &RankClient, config: &RunConfig) -> Result<()> {
     if place.world_size == 1 {
         return Ok(());
     }
-    let build = build_hash()
+    let build = own_build()
         .map_err(|error| TrainError::Config(format!("cannot read phalanx-trainer: {error}")))?;
     let version = env!("CARGO_PKG_VERSION").to_string();
     let own = Identity { version, build, config: config.hash() };
@@ -68,6 +69,19 @@ pub fn agree(client: &RankClient, config: &RunConfig) -> Result<()> {
     let text = store.get(&key, timeout).map_err(|error| plain(&error))?;
     let first: Identity = serde_json::from_slice(&text).map_err(|error| plain(&error))?;
     own.compare(place.rank, &first)
+}
+
+/// [`build_hash`], computed once: what this process runs does not change.
+///
+/// # Errors
+/// Where the program's file cannot be read.
+pub fn own_build() -> io::Result<String> {
+    static BUILD: OnceLock<String> = OnceLock::new();
+    if let Some(build) = BUILD.get() {
+        return Ok(build.clone());
+    }
+    let build = build_hash()?;
+    Ok(BUILD.get_or_init(|| build).clone())
 }
 
 /// Hash of what this process runs: of its file what is loaded, without debug information.

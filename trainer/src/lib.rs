@@ -17,6 +17,7 @@ pub mod profile;
 pub mod rank;
 pub mod saving;
 pub mod setup;
+pub mod standing;
 pub mod state;
 pub mod store;
 pub mod tensorboard;

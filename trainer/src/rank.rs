@@ -1,4 +1,4 @@
-//! A rank's life: assignment, set-up, training, and how it ends.
+//! A rank's life: assignment, set-up, training, and how it ends, or goes on in another generation.
 
 use crate::attention;
 use crate::backend::Backend;
@@ -10,8 +10,9 @@ use crate::late::Late;
 use crate::numeric::Watch;
 use crate::numeric::faults::Faults;
 use crate::setup::{
-    Connections, check_libtorch, connect, initialize, kernels, prepare_libtorch, read_config,
+    Connections, check_libtorch, connect, initialize, prepare_libtorch, read_config,
 };
+use crate::standing::Standing;
 use crate::state::{BUCKET_BYTES, Memory, Rank, load, open_loader, verify_cursor};
 use crate::train_loop::{Outcome, train};
 use checkpoint_format::names;
@@ -29,64 +30,107 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Instant;
 
-/// Runs this process as a rank; returns its exit code.
+/// Runs this process as a rank, in one generation after another; returns its exit code.
 pub fn run() -> i32 {
     // The launcher keeps all of it in the rank's log, and shows people from INFO on.
     let log = tracing_subscriber::fmt().json().with_max_level(tracing::Level::DEBUG);
     log.with_writer(std::io::stderr).init();
-    let client = match RankClient::from_env() {
+    let mut standing = Standing::before_a_place();
+    let mut client = match RankClient::from_env() {
         Ok(client) => client,
         Err(error) => {
             tracing::error!("{error}");
             return exit_code::CONFIG;
         }
     };
-    let mut place = Place { phase: Phase::Init, step: None };
-    let caught = catch_unwind(AssertUnwindSafe(|| live(&client, &mut place)));
-    let outcome = caught.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(TrainError::Panic(text.unwrap_or_default()))
-    });
-    client.exiting(match outcome {
-        Ok(Outcome::Finished) => exit_code::DONE,
-        Ok(Outcome::Preempted) => exit_code::PREEMPTED,
-        Err(error) => {
-            let report = FailureReport {
-                class: error.class(),
-                phase: place.phase,
-                step: place.step,
-                collective: None,
-                lines: error.lines(),
-                roll_back: error.roll_back(),
-            };
+    loop {
+        let mut place = Place { phase: Phase::Init, step: None, stays: None };
+        let caught = catch_unwind(AssertUnwindSafe(|| live(&client, &mut standing, &mut place)));
+        let outcome = caught.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(TrainError::Panic(text.unwrap_or_default()))
+        });
+        let error = match outcome {
+            Ok(Outcome::Finished) => return client.exiting(exit_code::DONE),
+            Ok(Outcome::Preempted) => return client.exiting(exit_code::PREEMPTED),
+            Err(error) => error,
+        };
+        let stays = place.stays.unwrap_or_else(|| stays(&client, &error));
+        let rank = client.assignment().rank;
+        if !(stays && client.alive().is_err()) {
             // An agent that has told the ranks to end meanwhile takes no report any more.
-            tracing::debug!("rank {} fails: {}", client.assignment().rank, report.lines.join("; "));
+            tracing::debug!("rank {rank} fails: {}", error.lines().join("; "));
             // Without an agent there is nobody to tell, and the control thread ends the process.
-            let _ = client.failure(report);
-            error.exit_code()
+            let _ = client.failure(place.report(&error));
         }
-    })
+        if !stays {
+            return client.exiting(error.exit_code());
+        }
+        tracing::debug!("rank {rank} has let go of the generation");
+        client = match client.let_go() {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!("{error}");
+                return exit_code::FAILED;
+            }
+        };
+    }
+}
+
+/// Whether this process outlives its generation, which ended so.
+fn stays(client: &RankClient, error: &TrainError) -> bool {
+    client.assignment().may_stay && error.is_survived(client.alive().is_err())
 }
 
 /// Where a rank is, for the report of its failure.
 struct Place {
     phase: Phase,
     step: Option<u64>,
+    /// Whether its process outlives the generation, once that is decided.
+    stays: Option<bool>,
 }
 
-fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
+impl Place {
+    fn report(&self, error: &TrainError) -> FailureReport {
+        FailureReport {
+            class: error.class(),
+            phase: self.phase,
+            step: self.step,
+            collective: None,
+            lines: error.lines(),
+            roll_back: error.roll_back(),
+        }
+    }
+}
+
+/// One generation. Nothing of it is left when it returns.
+fn live(client: &RankClient, standing: &mut Standing, place: &mut Place) -> Result<Outcome> {
     client.phase(Phase::Init)?;
     check_libtorch()?;
-    let (mut rank, backend) = set_up(client, place)?;
-    let outcome = train(&mut rank);
+    let (mut rank, backend) = set_up(client, standing, place)?;
+    let outcome = train(&mut rank).and_then(|outcome| {
+        // Nobody leaves while another may still be reading from it.
+        rank.storage.barrier()?.wait()?;
+        Ok(outcome)
+    });
     (place.phase, place.step) = (rank.phase, Some(rank.current_step()));
     if let Err(TrainError::NotFinite { step, .. } | TrainError::Trouble { step, .. }) = &outcome {
         place.step = Some(*step);
     }
-    let outcome = outcome?;
-    // Nobody leaves while another may still be reading from it.
-    rank.storage.barrier()?.wait()?;
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            place.stays = Some(stays(client, &error));
+            if place.stays == Some(true)
+                && let Err(broken) = rank.abandon()
+            {
+                place.stays = Some(false);
+                return Err(broken);
+            }
+            return Err(error);
+        }
+    };
     let step = rank.step;
     // Its groups go before what carries them.
     drop(rank);
@@ -97,7 +141,11 @@ fn live(client: &RankClient, place: &mut Place) -> Result<Outcome> {
     Ok(outcome)
 }
 
-fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
+fn set_up(
+    client: &RankClient,
+    standing: &mut Standing,
+    place: &mut Place,
+) -> Result<(Rank, Backend)> {
     let started = Instant::now();
     let assignment = client.assignment();
     prepare_libtorch(assignment.threads)?;
@@ -109,7 +157,7 @@ fn set_up(client: &RankClient, place: &mut Place) -> Result<(Rank, Backend)> {
     let Connections { groups, storage, memory } = connect(client, &config, device, &backend)?;
     let attention = gpu.as_ref().map(|gpu| attention::kernels(&config, gpu)).transpose()?;
     let positions = longest_sequence(&config);
-    let dense = Dense::new(kernels(device)?);
+    let dense = Dense::new(standing.kernels(device)?);
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES, dense)?;
     let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;

@@ -169,6 +169,31 @@ impl Rank {
         Ok(self.client.phase(phase)?)
     }
 
+    /// Ends all that is under way in other threads and on the GPU, and waits for it: the generation
+    /// is lost, and the process is not. Of a save nothing is left that is not left where a process
+    /// dies.
+    ///
+    /// # Errors
+    /// What the GPU was given failed: the process is of no use any more.
+    pub fn abandon(&mut self) -> Result<()> {
+        self.worker.groups.abort();
+        self.storage.abort();
+        let kept = self.memory.as_mut().and_then(|memory| {
+            memory.group.abort();
+            memory.saving.take()
+        });
+        for saving in [self.saving.take(), kept].into_iter().flatten() {
+            let step = saving.step;
+            if let Err(error) = saving.finish() {
+                tracing::debug!("the save of step {step} was given up: {error}");
+            }
+        }
+        match self.worker.device() {
+            Device::Cuda(index) => Ok(torch_shim::cuda::synchronize(index)?),
+            _ => Ok(()),
+        }
+    }
+
     /// Seconds that it has waited for other ranks since it had waited for so long; none on a GPU,
     /// where the host does not wait.
     pub fn waited_since(&self, before: Duration) -> Option<f64> {

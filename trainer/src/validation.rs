@@ -26,6 +26,7 @@ pub fn validate(rank: &Rank) -> Result<f64> {
     let _no_grad = no_grad_guard();
     let mut sums = [0.0, 0.0];
     while let Some(batch) = loader.next()? {
+        rank.client.alive()?;
         sums[0] += rank.worker.evaluate(&pass(rank, &batch)?)?;
         if groups.reads_first() {
             sums[1] += batch.num_target_tokens as f64;
