@@ -71,11 +71,12 @@ fn short(action: &Action) -> String {
             format!("gather for {step:?}: {num_ranks}, fewer after {fewer_after:?}")
         }
         Action::RecordGrowth { from, to } => format!("grow from {from} to {to}"),
-        Action::Spawn { generation, resume_step } => {
+        Action::Spawn { generation, resume_step, .. } => {
             format!("spawn {generation} from {resume_step:?}")
         }
         Action::AskToStop => "ask to stop".into(),
-        Action::Abort { reason } => format!("abort: {reason}"),
+        Action::Abort { reason, .. } => format!("abort: {reason}"),
+        Action::Release { reason, .. } => format!("release: {reason}"),
         Action::Kill { .. } => "kill".into(),
         Action::RecordFailure(cause) => format!("rank {} failed", cause.rank),
         Action::RecordFirstCause(cause) => format!("first cause: rank {}", cause.rank),
@@ -528,11 +529,9 @@ proptest! {
                 for action in state.handle(event, now) {
                     prop_assert!(!is_over, "{action:?} after the end");
                     match action {
-                        Action::FindCheckpoint => {
-                            let is_committed = true;
-                            queue.push(Event::Found { step: committed, is_committed });
-                        }
-                        Action::Spawn { generation: next, resume_step } => {
+                        Action::FindCheckpoint => queue.push(Event::Found { step: committed, is_committed: true }),
+                        Action::Spawn { generation: next, resume_step, kept } => {
+                            prop_assert!(kept.is_empty());
                             prop_assert!(alive.iter().all(|is_alive| !is_alive));
                             prop_assert_eq!(next, generation + 1);
                             prop_assert_eq!(resume_step, committed);

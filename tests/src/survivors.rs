@@ -14,7 +14,7 @@ pub struct Survivors<'a> {
     processes: Vec<(usize, u32)>,
 }
 
-/// What one of them said before its end.
+/// What one of them said before it ended or let go.
 #[derive(Debug)]
 pub struct LastWords {
     /// The rank.
@@ -23,7 +23,7 @@ pub struct LastWords {
     pub text: String,
     /// Whether it is its own error.
     pub is_own: bool,
-    /// How long after the loss its process had ended.
+    /// How long after the loss its process had ended, or held nothing of the generation any more.
     pub after: Duration,
 }
 
@@ -46,17 +46,17 @@ impl<'a> Survivors<'a> {
         Self { sandbox, generation, lost, processes }
     }
 
-    /// Each has ended `within` a time after the rank was lost, with an error of its own or told by
-    /// its agent, that names the lost rank or another one which was lost by it; returns what they
-    /// said.
+    /// Each has ended or let go of its generation `within` a time after the rank was lost, with an
+    /// error of its own or told by its agent, that names the lost rank or another one which was
+    /// lost by it; returns what they said.
     ///
     /// # Panics
     /// Where one takes longer, or says nothing of the kind.
     pub fn assert_told(&self, lost_at: Instant, within: Duration) -> Vec<LastWords> {
         let mut ended: Vec<Option<Duration>> = vec![None; self.processes.len()];
         while ended.contains(&None) && lost_at.elapsed() < within + PATIENCE {
-            for (end, (_, pid)) in ended.iter_mut().zip(&self.processes) {
-                if end.is_none() && is_over(*pid) {
+            for (end, (rank, pid)) in ended.iter_mut().zip(&self.processes) {
+                if end.is_none() && (self.has_let_go(*rank) || is_over(*pid)) {
                     *end = Some(lost_at.elapsed());
                 }
             }
@@ -84,6 +84,11 @@ impl<'a> Survivors<'a> {
         words
     }
 
+    fn has_let_go(&self, rank: usize) -> bool {
+        let log = self.sandbox.run_dir().log(self.generation, rank);
+        line_of(&log, &format!("rank {rank} has let go of the generation")).is_some()
+    }
+
     /// Its own error goes before what it was told.
     fn of_rank(&self, rank: usize, after: Duration) -> LastWords {
         let run_dir = self.sandbox.run_dir();
@@ -92,6 +97,7 @@ impl<'a> Survivors<'a> {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             let told = line_of(&log, &format!("rank {rank} ends: "));
+            let told = told.or(line_of(&log, &format!("rank {rank} is to let go: ")));
             let own = reported(&error_file).or(line_of(&log, &format!("rank {rank} fails: ")));
             let is_own = own.is_some();
             if let Some(text) = own.or(told) {

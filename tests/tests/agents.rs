@@ -62,6 +62,36 @@ fn two_nodes_train_as_one_machine_does() {
     assert_as_straight(&sandbox);
 }
 
+/// A rank on one of two nodes is killed: those on both keep their processes.
+#[test]
+fn ranks_on_all_nodes_keep_their_processes() {
+    let sandbox = real();
+    let coordinator = real_coordinator(&sandbox);
+    let agents = ["a", "b"].map(|name| agent(&sandbox, name));
+    let pids = |generation: u64| {
+        let pid = |rank: &Value| rank["pid"].as_u64().filter(|pid| *pid > 0);
+        let has_begun = |rank: &Value| pid(rank).is_some() && rank["step"].is_u64();
+        let status = sandbox.wait_for(|status| {
+            let ranks = status["ranks"].as_array();
+            let ranks = ranks.filter(|ranks| ranks.len() == 4 && ranks.iter().all(has_begun));
+            status["generation"] == generation && ranks.is_some()
+        });
+        status["ranks"].as_array().unwrap().iter().map(|rank| pid(rank).unwrap()).collect()
+    };
+    let before: Vec<u64> = pids(1);
+    sandbox.wait_for_metrics(7, 1);
+    signal(u32::try_from(before[3]).unwrap(), Signal::KILL);
+    let after: Vec<u64> = pids(2);
+    assert_eq!(before[..3], after[..3]);
+    assert_ne!(before[3], after[3]);
+    coordinator.expect(0);
+    for agent in agents {
+        agent.expect(0);
+    }
+    assert_eq!(sandbox.events_of("generation_started")[1]["kept"], 3);
+    assert_as_straight(&sandbox);
+}
+
 #[test]
 fn a_lost_node_is_the_first_cause_although_its_peers_fail_first() {
     let sandbox = real();
@@ -77,6 +107,46 @@ fn a_lost_node_is_the_first_cause_although_its_peers_fail_first() {
     let cause = &sandbox.events_of("first_cause")[0];
     assert_eq!(cause["class"], "node", "{cause}");
     assert!(cause["message"].as_str().unwrap().contains("node b is lost"), "{cause}");
+    assert_as_straight(&sandbox);
+}
+
+/// A spare node has its processes ready before it is needed, and they become the ranks.
+#[test]
+fn a_spare_has_warm_processes() {
+    let sandbox = real();
+    let coordinator = real_coordinator(&sandbox);
+    let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
+    sandbox.wait_for_metrics(1, 1);
+    let spare = agent(&sandbox, "spare");
+    let warm = || -> Vec<u64> {
+        let is_warm = |pid: &u32| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            String::from_utf8_lossy(&environment).contains("PHALANX_WARM=")
+        };
+        let pids = sandbox.processes().into_iter().map(|(pid, _)| pid);
+        pids.filter(is_warm).map(u64::from).collect()
+    };
+    // Those of the first nodes may be there from before the start, and be ranks now.
+    let before = warm();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while warm().len() < before.len() + 2 {
+        assert!(Instant::now() < deadline, "{:?}", warm());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut waiting: Vec<u64> = warm().into_iter().filter(|pid| !before.contains(pid)).collect();
+    waiting.sort_unstable();
+    second.signal(Signal::KILL);
+    let status =
+        sandbox.wait_for(|status| status["generation"] == 2 && status["ranks"][3]["step"].is_u64());
+    let ranks = status["ranks"].as_array().unwrap();
+    let mut moved: Vec<u64> = ranks[2..].iter().map(|rank| rank["pid"].as_u64().unwrap()).collect();
+    moved.sort_unstable();
+    assert_eq!(moved, waiting, "the ranks of the spare are the processes that waited");
+    coordinator.expect(0);
+    first.expect(0);
+    spare.expect(0);
+    let log = std::fs::read_to_string(sandbox.run_dir().log(2, 3)).unwrap();
+    assert!(log.contains("rank 3 of 4 is ready"), "{log}");
     assert_as_straight(&sandbox);
 }
 

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 const STEPS: usize = 60;
 
-/// In which the survivors of a rank that was killed have an error, and have ended.
+/// In which the survivors of a rank that was killed have an error, and have let go of all that
+/// belonged to the generation.
 const SOON: Duration = Duration::from_secs(1);
 
 /// Steps that take long enough to be hit.

@@ -3,7 +3,8 @@
 //!
 //! `$FAKE_FAULTS` is a list, separated by `;`, of `KIND:RANK:STEP:GENERATION`, where STEP may be
 //! `g` (the number of the generation, so that no two failures are at one step) and GENERATION `*`.
-//! `$FAKE_STEP_MS` is the time of a step; with `$FAKE_SKIPS` each is skipped as not finite.
+//! `$FAKE_STEP_MS` is the time of a step; with `$FAKE_SKIPS` each is skipped as not finite. Told to
+//! let go of a generation, it does, and goes on in the next; with `$FAKE_HOLDS_ON` it does not.
 
 use checkpoint_format::{Dtype, Piece, Save, TensorBox, TrainState};
 use rank_protocol::jsonl::Appender;
@@ -38,7 +39,23 @@ struct Fake {
 }
 
 fn train() -> Result<i32> {
-    let client = RankClient::from_env()?;
+    let mut client = RankClient::from_env()?;
+    loop {
+        let error = match generation(client.clone()) {
+            Ok(code) => return Ok(code),
+            Err(error) => error,
+        };
+        if client.alive().is_ok() {
+            return Err(error);
+        }
+        if std::env::var_os("FAKE_HOLDS_ON").is_some() {
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        client = client.let_go()?;
+    }
+}
+
+fn generation(client: RankClient) -> Result<i32> {
     let assignment = client.assignment().clone();
     let run = RunDir::new(&assignment.run_dir);
     let config = run_config::RunConfig::load(&run.config(), &[])?.config;
