@@ -404,7 +404,7 @@ mod tests {
         let old = client.clone();
         let next = std::thread::spawn(move || client.let_go());
         assert_eq!(hear(&mut said), FromRank::Released);
-        tell(&agent, ToRank::Assignment(assignment(3)));
+        tell(&agent, ToRank::Assignment(Box::new(assignment(3))));
         let next = next.join().unwrap().unwrap();
         assert_eq!(next.assignment().generation, 3);
         assert_eq!(hear(&mut said), FromRank::Joined { generation: 3 });
@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(hear(&mut said), asked);
         let next = std::thread::spawn(move || client.let_go());
         assert_eq!(hear(&mut said), FromRank::Released);
-        tell(&agent, ToRank::Assignment(assignment(2)));
+        tell(&agent, ToRank::Assignment(Box::new(assignment(2))));
         assert_eq!(hear(&mut said), FromRank::Joined { generation: 2 });
         assert_eq!(hear(&mut said), asked);
         assert!(next.join().unwrap().unwrap().stop_requested());

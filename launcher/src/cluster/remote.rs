@@ -53,7 +53,7 @@ impl RemoteRank {
     /// Passes on its next place; from then on it is told what concerns that generation.
     pub fn assign(&self, assignment: Assignment) {
         let next = assignment.generation;
-        self.tell(ToRank::Assignment(assignment));
+        self.tell(ToRank::Assignment(Box::new(assignment)));
         self.generation.set(next);
     }
 

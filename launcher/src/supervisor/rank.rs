@@ -106,7 +106,7 @@ impl RankHandle {
             RankHandle::Mpi { .. } => {}
             RankHandle::Remote(remote) => return remote.assign(assignment),
         }
-        self.tell(ToRank::Assignment(assignment));
+        self.tell(ToRank::Assignment(Box::new(assignment)));
     }
 
     /// SIGTERM to its process group; under `mpirun`, to that.

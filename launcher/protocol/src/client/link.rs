@@ -165,7 +165,7 @@ impl Link {
                     let _ = asker.map(|asker| asker.try_send(reply));
                 }
                 Ok(Some(ToRank::Assignment(assignment))) => {
-                    if let Err(why) = self.join(&place, assignment) {
+                    if let Err(why) = self.join(&place, *assignment) {
                         break why;
                     }
                 }
