@@ -226,7 +226,7 @@ fn relative(a: f64, b: f64) -> f64 {
 
 /// A step's micro-batches of this rank, and how many targets they have. Documents of uneven
 /// lengths, some tokens without a target.
-fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
+pub fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
     let BatchStage { global_batch, sequence_length, .. } = *batch_stage(config);
     let per_rank = global_batch / groups.mesh.data_size();
     let first = groups.mesh.data_rank(groups.rank) * per_rank;

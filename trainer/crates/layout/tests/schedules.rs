@@ -230,7 +230,8 @@ fn the_papers_formulas() {
 /// Validation: the forwards alone, in the same order on every stage, cannot deadlock either.
 #[test]
 fn forwards_alone_run_through() {
-    for schedule in all(Interleaved) {
+    let kinds = [Gpipe, OneForwardOneBackward, Interleaved, ZeroBubble];
+    for schedule in kinds.into_iter().flat_map(all) {
         let forwards: Vec<Action> = schedule.forwards().collect();
         assert_eq!(forwards.len(), schedule.micro_batches() * schedule.virtual_stages());
         let lists = vec![forwards; schedule.stages()];

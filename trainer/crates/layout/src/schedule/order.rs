@@ -48,7 +48,7 @@ impl Schedule {
         actions
     }
 
-    /// The forwards of every stage without the backwards: a step of validation.
+    /// The forwards of every stage without the backwards: what validation does.
     pub fn forwards(&self) -> impl Iterator<Item = Action> + use<> {
         self.turns(false).map(|(chunk, micro_batch)| Action::Forward { chunk, micro_batch })
     }
