@@ -163,7 +163,10 @@ prop_compose! {
             format!("data.skip_samples={left_out}"),
             format!("training.global_batch=[{}]", stages.join(", ")),
             format!("schedule.kind={kind}"), format!("precision.compute={compute}"),
-            format!("cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}}}"),
+            format!(
+                "cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}, \
+                 check_collectives: all}}"
+            ),
             format!("parallelism.pipeline={{schedule: zero-bubble, virtual_stages: 2, \
                      contiguous_micro_batches: {contiguous}}}"),
             format!("model.rope.scaling={scaling}"),
