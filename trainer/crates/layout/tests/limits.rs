@@ -180,6 +180,7 @@ prop_compose! {
     ) -> Vec<String> {
         let ranks = tensor * context * stages * shard * replicate;
         let level = if shard > 1 { level } else { "none" };
+        let schedule = if stages > 1 { schedule } else { "{schedule: gpipe}" };
         vec![
             dim, layers, head_dim, format!("model.heads={heads}"),
             format!("model.kv_heads={kv_heads}"), ffn, vocab,

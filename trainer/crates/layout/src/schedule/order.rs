@@ -157,6 +157,15 @@ mod tests {
         check(schedule(OneForwardOneBackward, [4, 2, 1]), 0, "F0 F1 B0 B1");
     }
 
+    /// All but gpipe do the same on one stage with one chunk.
+    #[test]
+    fn one_stage() {
+        check(schedule(Gpipe, [1, 2, 1]), 0, "F0 F1 B0 B1");
+        check(schedule(OneForwardOneBackward, [1, 2, 1]), 0, "F0 B0 F1 B1");
+        check(schedule(Interleaved, [1, 2, 1]), 0, "F0 B0 F1 B1");
+        check(schedule(ZeroBubble, [1, 2, 1]), 0, "F0 B0 W0 F1 B1 W1");
+    }
+
     /// Figure 4 of arXiv 2104.04473, lower half: its last stage, and its first.
     #[test]
     fn interleaved() {
