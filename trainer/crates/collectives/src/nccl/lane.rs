@@ -63,11 +63,20 @@ impl Place {
             ends.cause.get_or_insert_with(|| cause.to_string());
             std::mem::take(&mut ends.aborters)
         };
-        for aborter in aborters {
+        let abort = |aborter: &Aborter| {
             if let Err(error) = aborter.abort(cause) {
                 tracing::warn!("group {}: {error}", self.group);
             }
-        }
+        };
+        // All at once: each may take its whole time-out.
+        std::thread::scope(|scope| {
+            for aborter in &aborters {
+                let thread = std::thread::Builder::new().name(format!("abort-{}", self.group));
+                if thread.spawn_scoped(scope, || abort(aborter)).is_err() {
+                    abort(aborter);
+                }
+            }
+        });
     }
 
     /// Whoever is made late must not miss the abort.
