@@ -275,12 +275,7 @@ mod tests {
         planned_from(&[1], preset, ranks, sets)
     }
 
-    fn planned_from(
-        first_steps: &[u64],
-        preset: &str,
-        ranks: usize,
-        sets: &[&str],
-    ) -> LayoutPlan {
+    fn planned_from(first_steps: &[u64], preset: &str, ranks: usize, sets: &[&str]) -> LayoutPlan {
         let text = format!(
             "name: x\nmodel: {{preset: {preset}}}\n\
              data: {{tokenizer: t, sources: [{{name: a, path: b}}]}}\n\

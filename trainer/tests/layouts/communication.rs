@@ -1,8 +1,6 @@
 //! The bytes that a rank really sends in a step are those that the plan says, group by group.
 
-use crate::harness::{
-    BUCKET_BYTES, Meeting, batch_stage, config, num_ranks, on_ranks_of, step,
-};
+use crate::harness::{BUCKET_BYTES, Meeting, batch_stage, config, num_ranks, on_ranks_of, step};
 use collectives::Communicator;
 use layout::communication::{Group, Step, communication};
 use layout::{Communication, Mesh};

@@ -323,13 +323,9 @@ fn check_peaks(stages: usize, layouts: &[&[&str]]) {
 
 #[test]
 fn peaks_of_schedules() {
-    for (schedule, virtual_stages) in [
-        ("gpipe", 1),
-        ("1f1b", 1),
-        ("interleaved-1f1b", 2),
-        ("zero-bubble", 1),
-        ("zero-bubble", 2),
-    ] {
+    for (schedule, virtual_stages) in
+        [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("zero-bubble", 1), ("zero-bubble", 2)]
+    {
         for recompute in ["none", "selective", "full"] {
             let recompute = format!("parallelism.recompute={recompute}");
             let pipeline = |stages| {
