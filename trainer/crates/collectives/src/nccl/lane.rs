@@ -75,7 +75,7 @@ impl Place {
         std::thread::scope(|scope| {
             for aborter in &aborters {
                 let thread = std::thread::Builder::new().name(format!("abort-{}", self.group));
-                if thread.spawn_scoped(scope, || abort(aborter)).is_err() {
+                if thread.spawn_scoped(scope, move || abort(aborter)).is_err() {
                     abort(aborter);
                 }
             }
