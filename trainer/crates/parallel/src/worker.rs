@@ -17,7 +17,7 @@ use torch_shim::cuda::Readback;
 use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::profiler;
-use torch_shim::tch::{Device, Kind, Tensor, no_grad};
+use torch_shim::tch::{Device, Tensor, no_grad};
 
 use crate::builder::Sharded;
 use crate::context::{self, ContextGroup, Masks};
@@ -162,8 +162,8 @@ impl Worker {
         if losses.is_empty() || self.groups.coordinate(Axis::Tensor) > 0 {
             return Ok(Vec::new());
         }
-        let losses = Tensor::f_stack(&losses, 0).and_then(|all| all.f_to_kind(Kind::Double));
-        Ok(Readback::begin(&losses.map_err(ShimError::from)?)?.wait()?)
+        let losses = Tensor::f_stack(&losses, 0).map_err(ShimError::from)?;
+        Ok(Readback::begin(&losses)?.wait()?)
     }
 
     fn stage(&self) -> usize {
