@@ -522,6 +522,8 @@ impl Agent {
                 FromAgent::Said { generation, rank, message }
             }
             News::Garbled(error) => FromAgent::Garbled { generation, rank, error },
+            // It has a later place, and its end is told of that, too.
+            News::Exited { .. } if generation != self.generation => return,
             News::Exited { exit, mut last_lines } => {
                 self.ranks.remove(&rank);
                 self.waiting.remove(&rank);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Messages that wait for a rank to read them; a rank that leaves more unread is killed.
 pub const NUM_QUEUED: usize = 1024;
@@ -60,7 +60,7 @@ pub enum RankHandle {
         /// What it is told.
         outbox: mpsc::Sender<ToRank>,
         /// The newest generation that it was assigned to, and as which rank.
-        assigned: Rc<Cell<(u64, usize)>>,
+        assigned: watch::Sender<(u64, usize)>,
     },
     /// One of the ranks that `mpirun` started, or will.
     Mpi {
@@ -101,7 +101,7 @@ impl RankHandle {
     pub fn assign(&self, assignment: Assignment) {
         match self {
             RankHandle::Own { assigned, .. } => {
-                assigned.set((assignment.generation, assignment.rank));
+                assigned.send_replace((assignment.generation, assignment.rank));
             }
             RankHandle::Mpi { .. } => {}
             RankHandle::Remote(remote) => return remote.assign(assignment),
@@ -164,15 +164,14 @@ pub fn start(
     };
     let (outbox, messages) = mpsc::channel(NUM_QUEUED);
     tokio::task::spawn_local(write(writer, messages));
-    let assigned = Rc::new(Cell::new((generation, rank)));
-    let newest = Rc::clone(&assigned);
+    let (assigned, mut newest) = watch::channel((generation, rank));
     tokio::task::spawn_local(async move {
         let stdout = stdout.and_then(|pipe| tokio::process::ChildStdout::from_std(pipe).ok());
         let stderr = stderr.and_then(|pipe| tokio::process::ChildStderr::from_std(pipe).ok());
         let log = RefCell::new(log);
         let spoken = Cell::new((generation, rank));
         let told = |news| {
-            let ((generation, rank), news) = of_place(news, &spoken, newest.get());
+            let ((generation, rank), news) = of_place(news, &spoken, *newest.borrow());
             inputs.send(Input { generation, rank, news })
         };
         let said = async {
@@ -184,9 +183,16 @@ pub fn start(
             tokio::join!(read(reader, &told), logged);
         };
         let exit = until_the_end(process, said).await;
-        let news = News::Exited { exit, last_lines: log.borrow().last_lines() };
-        let (generation, rank) = newest.get();
-        let _ = inputs.send(Input { generation, rank, news }).await;
+        let last_lines = log.borrow().last_lines();
+        // Who assigns it before this was heard hears of it again: it has ended in that place, too.
+        loop {
+            let (generation, rank) = *newest.borrow_and_update();
+            let news = News::Exited { exit, last_lines: last_lines.clone() };
+            let _ = inputs.send(Input { generation, rank, news }).await;
+            if newest.changed().await.is_err() {
+                break;
+            }
+        }
     });
     Ok(RankHandle::Own { pid, group, outbox, assigned })
 }
@@ -266,5 +272,44 @@ pub async fn write(mut writer: OwnedWriteHalf, mut messages: mpsc::Receiver<ToRa
             // The rank is gone; its exit is reported by another task.
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rank_protocol::run_dir::RunDir;
+
+    fn assignment(generation: u64) -> Assignment {
+        let text = serde_json::json!({
+            "run_id": "r", "generation": generation, "rank": 3, "world_size": 4, "local_rank": 0,
+            "local_world_size": 1, "address": "127.0.0.1", "threads": 1, "run_dir": "/",
+            "resume_step": null
+        });
+        serde_json::from_value(text).unwrap()
+    }
+
+    /// An end that was told and not heard yet is told again of the place that it was given meanwhile.
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_process_that_ended_before_it_was_assigned_has_ended_in_that_place() {
+        let local = tokio::task::LocalSet::new();
+        let run = RunDir::new(std::env::temp_dir().join("no-such-run"));
+        local
+            .run_until(async {
+                let (inputs, mut heard) = mpsc::channel(8);
+                let log = RankLog::of_nobody(&run);
+                let handle = start(Command::new("false"), 1, 3, log, inputs).unwrap();
+                let first = heard.recv().await.unwrap();
+                handle.assign(assignment(2));
+                let second = heard.recv().await.unwrap();
+                for (input, generation) in [(first, 1), (second, 2)] {
+                    assert_eq!((input.generation, input.rank), (generation, 3));
+                    let failed = Exit { code: Some(1), signal: None };
+                    assert!(matches!(input.news, News::Exited { exit, .. } if exit == failed));
+                }
+                drop(handle);
+                assert!(heard.recv().await.is_none(), "nothing is left of it");
+            })
+            .await;
     }
 }
