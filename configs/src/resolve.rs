@@ -91,18 +91,22 @@ impl Resolver<'_> {
                     grow_pause_s: self.integer(&v, "restart.elastic.grow_pause_s")?,
                 },
             },
-            cluster: Cluster {
-                kind: self.choice(&v, "cluster.kind")?,
-                nodes: self.size(&v, "cluster.nodes")?,
-                ranks_per_node: self.optional_size(&v, "cluster.ranks_per_node"),
-                threads_per_rank: self.optional_size(&v, "cluster.threads_per_rank"),
-                device: self.choice(&v, "cluster.device")?,
-                expandable_segments: self.boolean(&v, "cluster.expandable_segments")?,
-                timeout_s: self.integer(&v, "cluster.timeout_s")?,
-                check_collectives: self.choice(&v, "cluster.check_collectives")?,
-            },
+            cluster: self.cluster(&v)?,
             metrics: Metrics { tensorboard: self.boolean(&v, "metrics.tensorboard")? },
             checked: Checked::new(),
+        })
+    }
+
+    fn cluster(&mut self, v: &View) -> Option<Cluster> {
+        Some(Cluster {
+            kind: self.choice(v, "cluster.kind")?,
+            nodes: self.size(v, "cluster.nodes")?,
+            ranks_per_node: self.optional_size(v, "cluster.ranks_per_node"),
+            threads_per_rank: self.optional_size(v, "cluster.threads_per_rank"),
+            device: self.choice(v, "cluster.device")?,
+            expandable_segments: self.boolean(v, "cluster.expandable_segments")?,
+            timeout_s: self.integer(v, "cluster.timeout_s")?,
+            check_collectives: self.choice(v, "cluster.check_collectives")?,
         })
     }
 

@@ -529,7 +529,10 @@ proptest! {
                 for action in state.handle(event, now) {
                     prop_assert!(!is_over, "{action:?} after the end");
                     match action {
-                        Action::FindCheckpoint => queue.push(Event::Found { step: committed, is_committed: true }),
+                        Action::FindCheckpoint => {
+                            let is_committed = true;
+                            queue.push(Event::Found { step: committed, is_committed });
+                        }
                         Action::Spawn { generation: next, resume_step, kept } => {
                             prop_assert!(kept.is_empty());
                             prop_assert!(alive.iter().all(|is_alive| !is_alive));

@@ -34,8 +34,8 @@ impl Standing {
         Ok(found)
     }
 
-    /// Of a process that gets its place later, if it is one (see [`env::WARM`]): what takes long and
-    /// does not depend on the place is made ready. What fails here fails again once there is a
+    /// Of a process that gets its place later, if it is one (see [`env::WARM`]): what takes long
+    /// and does not depend on the place is made ready. What fails here fails again once there is a
     /// place, and is told then.
     pub fn before_a_place() -> Self {
         let mut standing = Self::default();

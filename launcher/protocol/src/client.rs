@@ -36,8 +36,8 @@ pub const LAST_WORDS: Duration = Duration::from_millis(300);
 const ASSIGNMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time the agent may leave a message unread before it counts as gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest wait for the next place: nodes may be waited for, and a checkpoint be fetched. The end of
-/// the agent ends it too.
+/// Longest wait for the next place: nodes may be waited for, and a checkpoint be fetched. The end
+/// of the agent ends it too.
 const NEXT_PLACE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// The `target` of the log lines that are written here.
 pub const LOG_TARGET: &str = "rank_protocol";

@@ -49,8 +49,8 @@ pub const CONTROL: &str = "PHALANX_CONTROL";
 /// Set for a rank, for people who look at a process list: its rank.
 pub const RANK: &str = "PHALANX_RANK";
 
-/// Set for a trainer that gets its place later: `LOCAL_RANK:RUN_DIRECTORY`, for which it makes ready
-/// what it can meanwhile.
+/// Set for a trainer that gets its place later: `LOCAL_RANK:RUN_DIRECTORY`, for which it makes
+/// ready what it can meanwhile.
 pub const WARM: &str = "PHALANX_WARM";
 
 /// A value of [`CONTROL`]: the control socket is the rank's standard input.

@@ -289,7 +289,8 @@ mod tests {
         serde_json::from_value(text).unwrap()
     }
 
-    /// An end that was told and not heard yet is told again of the place that it was given meanwhile.
+    /// An end that was told and not heard yet is told again of the place that it was given
+    /// meanwhile.
     #[tokio::test(flavor = "current_thread")]
     async fn a_process_that_ended_before_it_was_assigned_has_ended_in_that_place() {
         let local = tokio::task::LocalSet::new();

@@ -475,16 +475,7 @@ impl Executor {
                 self.blame_node(&cause);
             }
             Action::RecordRollBack(roll_back) => self.record_roll_back(roll_back),
-            Action::RecordStop { by, now } => {
-                match now {
-                    true => tracing::info!("{by}: stopping at once; the step is not saved"),
-                    false => {
-                        tracing::info!("{by}: finishing the step and saving; again to stop at once")
-                    }
-                }
-                self.recorder.event("stop_requested", json!({ "by": by, "now": now }));
-                self.update_status();
-            }
+            Action::RecordStop { by, now } => self.record_stop(&by, now),
             Action::RecordStall(stall) => {
                 tracing::warn!("{}", stall.describe());
                 self.recorder.event("stalled", json!(stall));
@@ -493,6 +484,15 @@ impl Executor {
             Action::AskWhere => self.tell_all(&ToRank::Where),
             Action::Finish { code, reason } => self.finish = Some((code, reason)),
         }
+    }
+
+    fn record_stop(&mut self, by: &str, now: bool) {
+        match now {
+            true => tracing::info!("{by}: stopping at once; the step is not saved"),
+            false => tracing::info!("{by}: finishing the step and saving; again to stop at once"),
+        }
+        self.recorder.event("stop_requested", json!({ "by": by, "now": now }));
+        self.update_status();
     }
 
     fn record_lingering(&mut self, ranks: &[usize], time: Duration) {

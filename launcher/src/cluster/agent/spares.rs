@@ -1,5 +1,5 @@
-//! Trainers that are started on a node before it has ranks: they load what takes long, and wait for a
-//! place. A spare node is worth little if its processes begin from nothing.
+//! Trainers that are started on a node before it has ranks: they load what takes long, and wait for
+//! a place. A spare node is worth little if its processes begin from nothing.
 
 use super::Agent;
 use crate::supervisor::rank::{Input, News, RankHandle};

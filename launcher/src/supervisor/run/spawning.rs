@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-/// Whether ranks that are well keep their processes when another fails. Under MPI the whole job ends
-/// with one of them.
+/// Whether ranks that are well keep their processes when another fails. Under MPI the whole job
+/// ends with one of them.
 pub(super) fn keeps_processes(config: &RunConfig) -> bool {
     config.restart.keep_processes && config.cluster.kind != ClusterKind::Mpi
 }

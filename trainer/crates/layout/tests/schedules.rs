@@ -98,8 +98,8 @@ fn check_matched(schedule: &Schedule, lists: &[Vec<Action>]) -> Result<usize, St
     Ok(lanes.values().map(|[sent, _]| sent.len()).sum())
 }
 
-/// No deadlock, and the bubble and the peaks that the crate's own closed forms say, which follow the
-/// generator's warm-up: [`the_papers_formulas`] has the papers'.
+/// No deadlock, and the bubble and the peaks that the crate's own closed forms say, which follow
+/// the generator's warm-up: [`the_papers_formulas`] has the papers'.
 fn check_timeline(
     schedule: &Schedule,
     lists: &[Vec<Action>],
@@ -208,7 +208,7 @@ fn the_papers_formulas() {
         let v = schedule.virtual_stages();
         // The micro-batches in a row: as many as stages, where these divide all, else a few more.
         let row = m.div_ceil((m / p).max(1));
-        // In one row that is shorter than the pipeline each further turn waits for what is not there.
+        // In a row that is shorter than the pipeline each further turn waits for what is not there.
         let waits = (v - 1) * p.saturating_sub(m);
         let timeline = simulate(&schedule, costs).unwrap();
         let (bubble, peak): (Option<usize>, Box<dyn Fn(usize) -> usize>) = match schedule.kind() {
