@@ -157,8 +157,8 @@ fn a_rank_that_does_not_let_go_in_time_is_killed() {
     assert_eq!(run.found(None), ["spawn 2 from None, kept [0]"]);
 }
 
-#[test]
-fn a_rank_that_hangs_is_ended_and_the_others_stay() {
+/// A run of which rank 1 hangs, and the others have let go.
+fn of_a_hang() -> Run {
     let mut run = Run::begin();
     for rank in 0..3 {
         run.event(Event::Phase { rank, phase: Phase::Train });
@@ -174,6 +174,20 @@ fn a_rank_that_hangs_is_ended_and_the_others_stay() {
     assert_eq!(run.after(5.0), ["rank 1 failed", "abort [1]", "release [0, 2]"]);
     run.released(0);
     run.released(2);
+    run
+}
+
+/// What held it once may hold it again.
+#[test]
+fn a_rank_that_hangs_and_lets_go_after_all_is_not_kept() {
+    let mut run = of_a_hang();
+    assert_eq!(run.released(1), ["first cause: rank 1", "find"]);
+    assert_eq!(run.found(None), ["spawn 2 from None, kept [0, 2]"]);
+}
+
+#[test]
+fn a_rank_that_hangs_is_ended_and_the_others_stay() {
+    let mut run = of_a_hang();
     assert_eq!(run.after(5.0), ["kill [1]"]);
     assert_eq!(run.killed(1), ["first cause: rank 1", "find"]);
     assert_eq!(run.found(None), ["spawn 2 from None, kept [0, 2]"]);
