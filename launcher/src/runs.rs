@@ -3,7 +3,7 @@
 use crate::error::UserError;
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
-use crate::supervisor::restore::Branch;
+use crate::supervisor::restore::{Branch, went_back};
 use rank_protocol::{FailureClass, RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -193,6 +193,9 @@ pub struct History {
     pub committed: Option<u64>,
     /// Resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// What each generation went on from: what earlier ones kept in memory beyond it is of a future
+    /// that was given up.
+    pub resumes: Vec<Branch>,
     /// Steps that the run went back behind, without their samples.
     pub roll_backs: Vec<RollBack>,
     /// Restarts after a failure.
@@ -302,6 +305,10 @@ impl History {
                 self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
                 self.restarts += u64::from(is_restart == Some(true));
+                if let Some(generation) = number("generation") {
+                    let step = number("resume_step").unwrap_or(0);
+                    went_back(&mut self.resumes, Branch { step, generation });
+                }
             }
             Some("first_cause") => {
                 let class = event.get("class").cloned().unwrap_or_default();
@@ -311,6 +318,10 @@ impl History {
             Some("rolled_back") => {
                 let roll_back = serde_json::from_value::<RollBack>(event.clone());
                 self.roll_backs.extend(roll_back.ok());
+                if let Some(generation) = number("generation") {
+                    let generation = generation + 1;
+                    went_back(&mut self.resumes, Branch { step: 0, generation });
+                }
             }
             Some("went_back") => {
                 if let (Some(step), Some(generation)) = (number("step"), number("first_generation"))

@@ -413,7 +413,9 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
         room.iter().for_each(|note| err!("{note}"));
     }
-    memory::check(config, starter)?;
+    if starter.is_here() {
+        memory::check(config)?;
+    }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
@@ -466,7 +468,11 @@ fn go(
         num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
     });
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
-    let memory = memory_tier(&config, &run_id)?;
+    // Where agents start the ranks, each has a folder of its own.
+    let memory = match cluster {
+        None => memory_tier(&config, &run_id)?,
+        Some(_) => None,
+    };
     let plan = Plan {
         run,
         run_id: run_id.clone(),
@@ -478,6 +484,7 @@ fn go(
         committed: start.committed,
         ever_committed: history.committed.filter(|_| branches.is_empty() && !start.may_begin),
         branches,
+        resumes: history.resumes,
         roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,

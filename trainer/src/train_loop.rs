@@ -236,7 +236,7 @@ fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
 }
 
 /// Keeps the state in memory, while training goes on; one still being written is waited for, which
-/// no disk makes long.
+/// no disk makes long, or being copied to another node: no more than two are ever there.
 fn keep(rank: &mut Rank, learning_rate: f64) -> Result<()> {
     rank.enter(Phase::Save)?;
     let _phase = profiler::phase("keep in memory");

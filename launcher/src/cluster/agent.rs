@@ -3,6 +3,7 @@
 //!
 //! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
 
+use super::depot::{Command, News as DepotNews};
 use super::journal::Journal;
 use super::nodes::host_name;
 use super::wire;
@@ -14,6 +15,7 @@ use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
 use connect::Whereabouts;
+use memory::{Kept, keep_in_memory, next_of_depot};
 use outside::{Machine, Outside};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
@@ -28,6 +30,7 @@ use trainer::Trainer;
 
 pub mod connect;
 mod link;
+mod memory;
 pub(super) mod outside;
 mod spares;
 mod trainer;
@@ -135,6 +138,8 @@ pub(super) struct Agent {
     /// Ranks that have let go of the generation, and whose processes wait for the next.
     waiting: BTreeSet<usize>,
     spares: Spares,
+    /// What is kept of checkpoints in memory here.
+    kept: Kept,
     journal: Journal,
     /// The newest step and phase of each rank, while there is nobody to tell.
     unsaid: BTreeMap<(usize, bool), FromAgent>,
@@ -151,6 +156,10 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let config = RunConfig::load(&run.config(), &[])?.config;
     let trainer = Trainer::find(&config)?;
     let whereabouts = Whereabouts::new(args.coordinator.clone(), &config)?;
+    let (depot, depot_news) = match keep_in_memory(&run, &config)? {
+        Some((depot, news)) => (Some(depot), Some(news)),
+        None => (None, None),
+    };
     let health = config.restart.health_check.then(|| health::check(run.root(), Depth::Full));
     for note in health.iter().flat_map(|health| &health.notes) {
         tracing::info!("{note}");
@@ -166,9 +175,10 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
         let info = NodeInfo { health, ..describe(&args) };
         let after = args.after;
         let warms_up = config.restart.warm_spares;
-        let machine = Machine { run, whereabouts, after, trainer, warms_up, inputs, happenings };
+        let machine =
+            Machine { run, whereabouts, after, trainer, depot, warms_up, inputs, happenings };
         let mut agent = Agent::new(Box::new(machine), info, Instant::now());
-        agent.run(received, happened).await
+        agent.run(received, happened, depot_news).await
     });
     view.end();
     code.map_err(|error| UserError::failed(format!("the agent failed: {error}")))
@@ -241,6 +251,7 @@ impl Agent {
             exited: Vec::new(),
             waiting: BTreeSet::new(),
             spares: Spares::new(now),
+            kept: Kept::default(),
             journal: Journal::default(),
             unsaid: BTreeMap::new(),
             generation: 0,
@@ -272,6 +283,7 @@ impl Agent {
         &mut self,
         mut inputs: mpsc::Receiver<Input>,
         mut happened: mpsc::Receiver<Happening>,
+        mut depot: Option<mpsc::Receiver<DepotNews>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -283,6 +295,7 @@ impl Agent {
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.at(now()).take(input); None }
                 Some(happening) = happened.recv() => { self.at(now()).happened(happening); None }
+                Some(news) = next_of_depot(&mut depot) => { self.at(now()).hear_depot(news); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 // A scheduler's warning; however often it comes, the run has time to save.
@@ -391,6 +404,7 @@ impl Agent {
                 self.waiting.retain(goes_on);
                 let others = self.ranks.iter().filter(|(rank, _)| !self.waiting.contains(rank));
                 others.for_each(|(_, handle)| handle.kill());
+                self.fetch_for(&start);
                 self.next = Some(start);
                 self.start_next();
             }
@@ -419,6 +433,7 @@ impl Agent {
                 }
                 self.with(generation, rank, RankHandle::kill);
             }
+            ToAgent::Forget { but } => self.outside.order(Command::Forget { but }),
             ToAgent::Over { code, reason } => self.end = Some((code, reason)),
         }
     }
@@ -430,6 +445,7 @@ impl Agent {
     /// A generation that has ended before its ranks were started here.
     fn drop_next(&mut self) {
         let Some(next) = self.next.take() else { return };
+        self.stop_fetching();
         // Those that were to go on in it count as ended, and do.
         self.waiting.clear();
         self.ranks.values().for_each(RankHandle::kill);
@@ -450,10 +466,12 @@ impl Agent {
     /// Starts the ranks of the next generation once those of the last one are gone that do not go
     /// on in it.
     fn start_next(&mut self) {
-        if self.ranks.keys().any(|rank| !self.waiting.contains(rank)) {
+        let is_left = self.ranks.keys().any(|rank| !self.waiting.contains(rank));
+        if is_left || self.kept.is_fetching() {
             return;
         }
-        let Some(start) = self.next.take() else { return };
+        let Some(mut start) = self.next.take() else { return };
+        self.begin_keeping(&mut start);
         self.generation = start.generation;
         self.journal = Journal::default();
         self.exited.clear();
@@ -513,6 +531,9 @@ impl Agent {
         let message = match news {
             News::Message(message) => {
                 if generation == self.generation {
+                    if self.is_of_memory(rank, &message) {
+                        return;
+                    }
                     self.journal.said(rank, &message);
                     // One that is being killed for the next generation does not go on in it.
                     if message == FromRank::Released && self.next.is_none() {

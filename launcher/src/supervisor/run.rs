@@ -5,7 +5,7 @@ use super::ledger::{Ledger, Spent};
 use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
-use super::restore::{Branch, Restored};
+use super::restore::{Branch, Kept, Restored};
 use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
@@ -60,6 +60,8 @@ pub struct Plan {
     pub ever_committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// What each generation went on from.
+    pub resumes: Vec<Branch>,
     /// Steps that the run went back behind: their samples are left out.
     pub roll_backs: Vec<RollBack>,
     /// Step that the first generation must continue from.
@@ -85,7 +87,7 @@ pub struct Plan {
     pub stop_after: Option<u64>,
     /// Where checkpoints are copied to, and read from where they are missing here.
     pub remote: Option<Place>,
-    /// The folder of checkpoints in memory.
+    /// The folder of checkpoints in memory, where ranks are started here.
     pub memory: Option<PathBuf>,
     /// Steps of which the ranks write a timeline.
     pub profile: Option<Steps>,
@@ -101,6 +103,7 @@ pub struct Adopt {
 
 mod checkpoints;
 mod elsewhere;
+mod memory;
 mod roll_backs;
 mod signals;
 mod spawning;
@@ -552,7 +555,8 @@ impl Executor {
         });
         self.recorder.event(kind, fields);
         self.recorder.status.eta_s = None;
-        self.recorder.status.memory_checkpoint = None;
+        let status = &mut self.recorder.status;
+        (status.memory_checkpoint, status.memory_copied) = (None, None);
         self.recorder.status.exit_code = Some(code);
         self.recorder.status.reason = Some(reason.clone());
         self.recorder.status.state = state.to_owned();

@@ -29,6 +29,8 @@ impl Agent {
             conversation: self.conversation,
             taken: self.session.taken(),
             running: (self.generation > 0).then_some(running),
+            door: self.outside.door(),
+            bundles: self.kept.bundles.clone(),
         };
         self.outside.connect(join, self.epoch);
     }
@@ -91,6 +93,8 @@ impl Agent {
                     | FromRank::Finished { .. }
             ),
             FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
+            // It has said so as it joined.
+            FromAgent::Holds { .. } => true,
             _ => false,
         };
         self.session.other_side_is_new(|message| !is_again(message));

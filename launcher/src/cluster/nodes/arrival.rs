@@ -55,6 +55,7 @@ impl Nodes {
         if let Some(conversation) = self.conversations.get_mut(&node) {
             (conversation.connection, conversation.outbox) = (connection, Some(outbox));
         }
+        self.memories.joined(node, join.door, join.bundles);
         if let Some(running) = join.running.filter(|_| is_new) {
             match self.adopting == Some(running.generation) {
                 true => drop(self.running.insert(node, running)),

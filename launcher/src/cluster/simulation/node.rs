@@ -3,10 +3,12 @@
 
 use crate::cluster::agent::Agent;
 use crate::cluster::agent::outside::Outside;
+use crate::cluster::depot::Command;
 use crate::cluster::remote::{Commands, RemoteRank};
 use crate::supervisor::rank::RankHandle;
 use rank_protocol::Assignment;
 use rank_protocol::agent::{Join, NodeInfo};
+use rank_protocol::bundle::Door;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Instant;
@@ -63,6 +65,16 @@ impl Outside for Place {
     fn warm_up(&self, _local_rank: usize) -> Result<RankHandle, String> {
         Err("none is wanted".into())
     }
+
+    fn door(&self) -> Option<Door> {
+        None
+    }
+
+    fn memory_dir(&self) -> Option<std::path::PathBuf> {
+        None
+    }
+
+    fn order(&self, _command: Command) {}
 
     fn has_coordinator(&self) -> bool {
         self.desk.borrow().has_coordinator

@@ -117,8 +117,8 @@ impl BundleManifest {
         if let Some(name) = manifest.files.keys().find(|name| !is_its_own(name)) {
             return refused(format!("{name:?} is no file of its ranks"));
         }
-        let lacks = [names::INDEX, names::STATE].into_iter();
-        if let Some(name) = lacks.into_iter().find(|name| !manifest.files.contains_key(*name)) {
+        let is_missing = |name: &&str| !manifest.files.contains_key(*name);
+        if let Some(name) = [names::INDEX, names::STATE].into_iter().find(is_missing) {
             return refused(format!("it lacks {name}"));
         }
         Ok(manifest)
