@@ -148,9 +148,10 @@ fn describe(status: &Status) -> String {
     if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
         lines.push(("ALARM", format!("the run has {missing}")));
     }
-    let from = status
-        .resumed
-        .map(|Resumed { step, tier }| format!(", from step {step} out of {}", tier.describe()));
+    let is_on_nodes = status.ranks.iter().any(|rank| rank.node.is_some());
+    let from = status.resumed.map(|Resumed { step, tier }| {
+        format!(", from step {step} out of {}", tier.describe(is_on_nodes))
+    });
     let (generation, restarts) = (status.generation, status.restarts);
     let from = from.unwrap_or_default();
     lines.push(("generation", format!("{generation} ({restarts} restarts){from}")));

@@ -47,9 +47,10 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// In words.
-    pub fn describe(self) -> &'static str {
+    /// In words; of a run on several nodes or on this machine alone.
+    pub fn describe(self, is_on_nodes: bool) -> &'static str {
         match self {
+            Tier::Memory if is_on_nodes => "the nodes' memories",
             Tier::Memory => "this machine's memory",
             Tier::Local => "the run's folder",
             Tier::Remote => "the object store",

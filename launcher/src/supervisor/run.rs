@@ -5,7 +5,7 @@ use super::ledger::{Ledger, Spent};
 use super::pace::pace_of;
 use super::rank::{Input, News, RankHandle};
 use super::record::{RankStatus, Recorder, Status, ended};
-use super::restore::{Branch, Kept, Restored};
+use super::restore::{Branch, Restored};
 use super::state::{Action, Elastic, Event, Policy, State};
 use crate::cluster::nodes::{ClusterPlan, Happening, Nodes};
 use crate::cluster::store::keeper::Keeper;
@@ -374,8 +374,11 @@ impl Executor {
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
-            // What only `mpirun`'s tasks need.
-            FromRank::Output { .. } | FromRank::Exiting { .. } => {}
+            // What only `mpirun`'s tasks need, and what agents keep to themselves.
+            FromRank::Output { .. }
+            | FromRank::Exiting { .. }
+            | FromRank::BundleWritten { .. }
+            | FromRank::BundleKept { .. } => {}
             FromRank::Finished { .. } => self.handle(Event::Finished { rank }),
             FromRank::Released => {
                 self.handle(Event::Released { rank });

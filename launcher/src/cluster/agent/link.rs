@@ -77,6 +77,7 @@ impl Agent {
         for message in std::mem::take(&mut self.unsaid).into_values() {
             self.tell(message);
         }
+        self.tell_holds();
     }
 
     /// Another coordinator, or one that had given this node up: it knows nothing of what the ranks
@@ -93,7 +94,7 @@ impl Agent {
                     | FromRank::Finished { .. }
             ),
             FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
-            // It has said so as it joined.
+            // What counts is what it has now.
             FromAgent::Holds { .. } => true,
             _ => false,
         };

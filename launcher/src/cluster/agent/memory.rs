@@ -133,8 +133,8 @@ impl Agent {
     pub(super) fn hear_depot(&mut self, news: News) {
         match news {
             News::Holds(bundles) => {
-                self.kept.bundles.clone_from(&bundles);
-                self.tell(FromAgent::Holds { bundles });
+                self.kept.bundles = bundles;
+                self.tell_holds();
             }
             News::Copied { bundle, copied } => {
                 let asker = self.kept.asker.take_if(|(_, asked)| *asked == bundle);
@@ -154,6 +154,13 @@ impl Agent {
                 }
             }
             News::Resumed { .. } => {}
+        }
+    }
+
+    /// Tells what is here; once there is somebody again, where nobody is there.
+    pub(super) fn tell_holds(&mut self) {
+        if self.outbox.is_some() && self.outside.door().is_some() {
+            self.tell(FromAgent::Holds { bundles: self.kept.bundles.clone() });
         }
     }
 

@@ -55,7 +55,7 @@ fn stored_names(index: &Index, tensor: &str) -> [String; 3] {
 }
 
 /// The parts of each tensor that are owned.
-fn owned(held: &[Held]) -> BTreeMap<String, Vec<TensorBox>> {
+pub(super) fn owned(held: &[Held]) -> BTreeMap<String, Vec<TensorBox>> {
     let mut regions: BTreeMap<String, Vec<TensorBox>> = BTreeMap::new();
     for held in held {
         for (local, range) in held.parameters.iter().zip(&held.ranges) {

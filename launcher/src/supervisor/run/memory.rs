@@ -1,9 +1,9 @@
 //! The executor's part in checkpoints in memory: of this machine, or of the nodes.
 
-use super::{Executor, Kept};
+use super::Executor;
 use crate::cluster::nodes::Keeping;
 use crate::memory;
-use crate::supervisor::restore::{Branch, Tier, is_current, went_back};
+use crate::supervisor::restore::{Branch, Kept, Tier, is_current, went_back};
 use layout::{Mesh, Peers};
 use rank_protocol::bundle::NodePlace;
 use run_config::Parallelism;
