@@ -398,7 +398,9 @@ fn shared(peers: &Peers) -> Vec<&'static str> {
 /// Where copies of what is in memory are.
 fn copies(peers: &Peers) -> String {
     match &shared(peers)[..] {
-        [] => "copied to a node outside its ranks' groups: one node may be lost, or one group".into(),
+        [] => {
+            "copied to a node outside its ranks' groups: one node may be lost, or one group".into()
+        }
         groups => format!(
             "copied to another node: one may be lost, but no whole {} group",
             groups.join(" or ")

@@ -125,7 +125,10 @@ mod tests {
         next["resume_tier"] = "remote".into();
         check(next.clone(), Some("generation 3 went on from step 20, out of the object store"));
         next["resume_tier"] = "memory".into();
-        check(next.clone(), Some("generation 3 went on from step 20, out of this machine's memory"));
+        check(
+            next.clone(),
+            Some("generation 3 went on from step 20, out of this machine's memory"),
+        );
         next["resume_tier"] = "local".into();
         check(next.clone(), Some("generation 3 went on from step 20, out of the run's folder"));
         next["resume_step"] = Value::Null;

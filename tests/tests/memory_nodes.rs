@@ -10,13 +10,13 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Every fifth step is kept in memory, every fiftieth on disk.
+/// Every fifth step is kept in memory, and the last on disk.
 const EVERY: u64 = 5;
 const STEPS: usize = 120;
 const SETS: [&str; 4] = [
     "training.steps=120",
     "training.global_batch=16",
-    "checkpoint.every_steps=50",
+    "checkpoint.every_steps=1000",
     "cluster.threads_per_rank=1",
 ];
 
@@ -44,7 +44,7 @@ impl Run {
     /// `straight` has no agents, no memory, and no failure.
     fn start_with(sandbox: Sandbox, shape: &Shape, sets: &[&str]) -> Run {
         let ranks = format!("cluster.ranks_per_node={}", shape.nodes * shape.ranks);
-        sandbox.train("straight", &[&SETS[..], shape.sets, &[&ranks]].concat());
+        sandbox.train("straight", &[&SETS[..], shape.sets, &[ranks.as_str()]].concat());
         Self::start_alone(sandbox, shape, sets)
     }
 
@@ -52,7 +52,7 @@ impl Run {
         let nodes = format!("cluster.nodes={}", shape.nodes);
         let ranks = format!("cluster.ranks_per_node={}", shape.ranks);
         let memory = format!("checkpoint.memory.every_steps={EVERY}");
-        let own = [&*nodes, &ranks, &memory];
+        let own = [nodes.as_str(), ranks.as_str(), memory.as_str()];
         let sets = [&SETS[..], shape.sets, &own, sets].concat();
         let sets = sets.into_iter().flat_map(|set| ["--set", set]);
         let args = ["coordinator", "config.yaml", "--listen", "127.0.0.1:0"];
@@ -158,15 +158,14 @@ fn a_lost_node_is_restored_from_its_peers_memory() {
     run.agent("spare");
     let copied = run.wait_for_copies(15);
     run.lose(&["b"]);
-    run.sandbox.wait_for(|status| status["generation"] == 2 && status["ranks"][3]["step"].is_u64());
+    run.sandbox.wait_for(|status| status["generation"] == 2);
     let (why, _) = run.sandbox.expect(0, &["why", "test"]);
     assert!(why.contains(", out of the nodes' memories"), "{why}");
     run.assert_from_memory(copied);
     let sandbox = run.end();
     assert_eq!(lost(&sandbox), ["b"]);
     let committed = sandbox.events_of("checkpoint_committed");
-    let before = committed.iter().filter(|event| event["generation"] == 1);
-    assert!(before.count() <= 1, "a step in memory is no commit: {committed:?}");
+    assert_eq!(committed.len(), 1, "a step in memory is no commit: {committed:?}");
     assert_as_straight(&sandbox);
 }
 
@@ -194,7 +193,8 @@ fn at_most_one_interval_is_lost() {
 fn a_whole_parallel_group_is_restored() {
     for group in [["a", "c"], ["c", "d"]] {
         let sets = &["parallelism={pipeline: {stages: 2}, replicate: 2}"];
-        let mut run = Run::start(&Shape { nodes: 4, ranks: 1, sets }, &["restart.warm_spares=false"]);
+        let mut run =
+            Run::start(&Shape { nodes: 4, ranks: 1, sets }, &["restart.warm_spares=false"]);
         ["a", "b", "c", "d"].iter().for_each(|name| run.agent(name));
         run.sandbox.wait_for_metrics(1, 1);
         ["s", "t"].iter().for_each(|name| run.agent(name));
@@ -246,13 +246,14 @@ fn what_is_lost_with_its_copy_is_on_disk() {
     run.sandbox.wait_for_metrics(1, 1);
     ["s", "t"].iter().for_each(|name| run.agent(name));
     run.wait_for_copies(25);
+    run.sandbox.wait_for(|status| status["last_checkpoint"].as_u64() >= Some(20));
     run.lose(&["a", "b"]);
     run.sandbox.wait_for(|status| status["generation"].as_u64() >= Some(2));
     run.sandbox.wait_for_metrics(41, 2);
     let resumed = run.resumed();
-    let is_on_disk =
-        |(step, tier): &(Option<u64>, String)| tier == "local" && *step >= Some(20);
-    assert!(resumed.iter().all(is_on_disk), "{resumed:?}");
+    // Before the second loss is known, a start may have been tried.
+    let (step, tier) = resumed.last().unwrap();
+    assert!(tier == "local" && *step >= Some(20), "{resumed:?}");
     let sandbox = run.end();
     let mut lost = lost(&sandbox);
     lost.sort();
@@ -353,7 +354,8 @@ fn a_roll_back_empties_all_memories() {
 /// Agents outlive their coordinator, and so does what they keep: the next one finds it.
 #[test]
 fn a_new_coordinator_goes_on_from_the_nodes_memories() {
-    let mut run = Run::start(&TWO_BY_TWO, &["checkpoint.every_steps=10"]);
+    let often = ["checkpoint.every_steps=10", "checkpoint.memory.every_steps=1"];
+    let mut run = Run::start(&TWO_BY_TWO, &often);
     ["a", "b"].iter().for_each(|name| run.agent(name));
     run.sandbox.wait_for_metrics(1, 1);
     run.agent("spare");
@@ -364,8 +366,9 @@ fn a_new_coordinator_goes_on_from_the_nodes_memories() {
     run.sandbox.wait_for(|status| status["generation"] == 2);
     let resumed = run.resumed();
     let [(step, tier)] = &resumed[..] else { panic!("{resumed:?}") };
-    // The ranks that were left could not go on, and what is on disk may be of the same step.
-    assert!(tier == "memory" && *step >= Some(copied), "{resumed:?}");
+    // Steps that are saved on disk are not kept in memory, too.
+    let is_on_disk = step.is_some_and(|step| step.is_multiple_of(10)) && tier == "local";
+    assert!((tier == "memory" || is_on_disk) && *step >= Some(copied), "{resumed:?}");
     let sandbox = run.end();
     assert_as_straight(&sandbox);
 }
@@ -393,10 +396,10 @@ fn a_nodes_memory_is_its_owners_alone() {
     let mut run = Run::start(&TWO_BY_TWO, &[]);
     ["a", "b"].iter().for_each(|name| run.agent(name));
     run.wait_for_copies(5);
-    let folder = run.folder("a").unwrap();
-    let modes = [&*folder, &run.sandbox.run_dir().doors()].map(|path: &Path| {
+    let mode = |path: &Path| {
         std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions()) & 0o777
-    });
-    assert_eq!(modes, [0o700, 0o600]);
+    };
+    assert_eq!(mode(&run.folder("a").unwrap()), 0o700);
+    assert_eq!(mode(&run.sandbox.run_dir().doors()), 0o600);
     assert_as_straight(&run.end());
 }

@@ -13,9 +13,7 @@ pub const MAX_KNOCK_BYTES: usize = 1 << 10;
 pub const MAX_RANGES: usize = 4096;
 
 /// Which bundle.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BundleId {
     /// The generation that wrote it.
     pub generation: u64,

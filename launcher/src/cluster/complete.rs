@@ -30,10 +30,7 @@ pub fn holders(holdings: &Holdings, (generation, step): (u64, u64)) -> Option<Ve
 
 /// The (generation, step) of the newest that is whole, of those that count: of several of one step
 /// that of the newest generation.
-pub fn newest(
-    holdings: &Holdings,
-    counts: impl Fn((u64, u64)) -> bool,
-) -> Option<(u64, u64)> {
+pub fn newest(holdings: &Holdings, counts: impl Fn((u64, u64)) -> bool) -> Option<(u64, u64)> {
     let all = holdings.values().flatten().map(|id| (id.step, id.generation));
     let mut all: Vec<(u64, u64)> = all.collect();
     all.sort_unstable();

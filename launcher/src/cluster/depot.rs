@@ -125,10 +125,8 @@ impl Depot {
     pub fn start(run: &RunDir, config: &RunConfig) -> io::Result<(Depot, mpsc::Receiver<News>)> {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let id = format!("{:x}-{:x}", std::process::id(), since.unwrap_or_default().as_nanos());
-        let tier = MemoryTier::begin(
-            &config.checkpoint.memory.folder,
-            &format!("{}-{id}", config.name),
-        )?;
+        let tier =
+            MemoryTier::begin(&config.checkpoint.memory.folder, &format!("{}-{id}", config.name))?;
         let listener = listen()?;
         listener.set_nonblocking(true)?;
         let (host, port) = (String::new(), listener.local_addr()?.port());

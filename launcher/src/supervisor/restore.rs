@@ -380,8 +380,7 @@ mod tests {
         check(Some(30), &[20, 40], (Some(40), Some(Tier::Local)));
         let disk = saved(&[20, 30]);
         let kept = Some(Kept { step: 40, generation: 1 });
-        let search =
-            Search { dir: disk.path().into(), kept, only: Some(20), ..Search::default() };
+        let search = Search { dir: disk.path().into(), kept, only: Some(20), ..Search::default() };
         let restored = newest(&search).unwrap();
         assert_eq!((restored.found.unwrap().step, restored.tier), (20, Some(Tier::Local)));
     }

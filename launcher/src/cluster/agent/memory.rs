@@ -8,9 +8,7 @@ use crate::memory;
 use crate::supervisor::rank::RankHandle;
 use rank_protocol::agent::{FromAgent, Start};
 use rank_protocol::bundle::{BundleId, Door, NodePlace};
-use rank_protocol::{
-    Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank,
-};
+use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank};
 use run_config::RunConfig;
 use std::collections::BTreeSet;
 use std::path::PathBuf;

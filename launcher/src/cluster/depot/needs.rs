@@ -63,9 +63,10 @@ pub(super) fn owned(held: &[Held]) -> BTreeMap<String, Vec<TensorBox>> {
             for part in &local.parts {
                 let first = range.start + (part.row_start * width) as u64;
                 let last = first + part.num_elements() as u64;
-                let runs = held.units.iter().map(|unit| {
-                    (first.max(unit.owned.start), last.min(unit.owned.end))
-                });
+                let runs = held
+                    .units
+                    .iter()
+                    .map(|unit| (first.max(unit.owned.start), last.min(unit.owned.end)));
                 for (low, high) in runs.filter(|(low, high)| low < high) {
                     let run = (low - first) as usize..(high - first) as usize;
                     let boxes = part.rectangles(run).into_iter();
@@ -150,7 +151,8 @@ mod tests {
     fn check(parallelism: &str, percent: std::ops::RangeInclusive<usize>) {
         let config = config(parallelism);
         let index = index(&config, &["", "m/", "v/"]);
-        let of = |ranks: &[usize]| count(&needed(&index, &held(&config, (ranks, 8), None).unwrap()));
+        let of =
+            |ranks: &[usize]| count(&needed(&index, &held(&config, (ranks, 8), None).unwrap()));
         let everybody: Vec<usize> = (0..8).collect();
         assert_eq!(of(&everybody), all(&index), "{parallelism}");
         for rank in 0..8 {

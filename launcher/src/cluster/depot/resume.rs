@@ -49,7 +49,8 @@ pub(super) async fn assemble(shelf: &Shelf, wanted: &Wanted) -> Result<PathBuf, 
         let (generation, step) = (resume.generation, resume.step);
         find(shelf, BundleId { generation, step, place, places }, &resume.holders[place])
     };
-    let parts: Vec<Part> = stream::iter(0..places).map(find).buffered(AT_ONCE).try_collect().await?;
+    let parts: Vec<Part> =
+        stream::iter(0..places).map(find).buffered(AT_ONCE).try_collect().await?;
     let text = |part: &Part| (part.manifest.clone(), part.index.clone());
     let texts = parts.iter().map(text).collect();
     let state = parts.first().map(|part| part.state.clone()).unwrap_or_default();
@@ -65,7 +66,9 @@ pub(super) async fn assemble(shelf: &Shelf, wanted: &Wanted) -> Result<PathBuf, 
             filled.map_err(|error| format!("of place {place}: {error}"))
         }
     };
-    stream::iter(parts.into_iter().map(Ok::<_, String>)).try_for_each_concurrent(AT_ONCE, fill).await?;
+    stream::iter(parts.into_iter().map(Ok::<_, String>))
+        .try_for_each_concurrent(AT_ONCE, fill)
+        .await?;
     assembly.finish().map_err(|error| error.to_string())?;
     Ok(shelf.resume.clone())
 }

@@ -55,8 +55,7 @@ impl Nodes {
     /// The newest checkpoint that is whole in the memories of living nodes, of those whose (step,
     /// generation) counts.
     pub fn newest_in_memory(&self, counts: impl Fn(u64, u64) -> bool) -> Option<Kept> {
-        let found =
-            newest(&self.memories.holdings, |(generation, step)| counts(step, generation));
+        let found = newest(&self.memories.holdings, |(generation, step)| counts(step, generation));
         found.map(|(generation, step)| Kept { step, generation })
     }
 
@@ -101,9 +100,8 @@ impl Nodes {
 
     fn whereabouts(&self, Kept { step, generation }: Kept) -> Resume {
         let nodes = holders(&self.memories.holdings, (generation, step)).unwrap_or_default();
-        let doors = |nodes: Vec<NodeId>| {
-            nodes.into_iter().filter_map(|node| self.door_of(node)).collect()
-        };
+        let doors =
+            |nodes: Vec<NodeId>| nodes.into_iter().filter_map(|node| self.door_of(node)).collect();
         Resume { step, generation, holders: nodes.into_iter().map(doors).collect() }
     }
 

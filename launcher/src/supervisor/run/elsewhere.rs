@@ -327,7 +327,7 @@ impl Executor {
             }
         };
         tracing::warn!("{found}");
-        if committed.is_none() && !self.plan.may_begin {
+        if committed.is_none() && !self.plan.may_begin && self.newest_kept().is_none() {
             let reason = "the ranks are gone, and nothing was saved; `--from-start` begins again \
                           from the initial weights";
             let (code, reason) = (exit_code::FAILED, reason.to_owned());

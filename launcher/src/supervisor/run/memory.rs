@@ -46,8 +46,8 @@ impl Executor {
     /// to others.
     pub(super) fn forget_what_is_damaged(&mut self) {
         let resumed = self.recorder.status.resumed;
-        let is_damaged = self.has_failed_to_load
-            && resumed.is_some_and(|resumed| resumed.tier == Tier::Memory);
+        let is_damaged =
+            self.has_failed_to_load && resumed.is_some_and(|resumed| resumed.tier == Tier::Memory);
         if is_damaged && self.elsewhere.is_some() {
             self.forget_memory();
         }

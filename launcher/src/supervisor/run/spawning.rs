@@ -68,10 +68,7 @@ impl Executor {
         if let Some(step) = resume_step {
             tracing::info!("generation {generation} continues from step {step}");
         }
-        went_back(
-            &mut self.plan.resumes,
-            Branch { step: resume_step.unwrap_or(0), generation },
-        );
+        went_back(&mut self.plan.resumes, Branch { step: resume_step.unwrap_or(0), generation });
         let before = std::mem::take(&mut self.ranks);
         if self.elsewhere.is_some() {
             self.start_elsewhere(generation, resume_step, kept);

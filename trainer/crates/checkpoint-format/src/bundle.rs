@@ -210,7 +210,8 @@ impl Bundle {
     /// # Errors
     /// [`FormatError::Damaged`]; else as [`Folder::read`].
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let bytes = self.folder.read(name, if name == names::INDEX { MAX_INDEX } else { MAX_STATE })?;
+        let bytes =
+            self.folder.read(name, if name == names::INDEX { MAX_INDEX } else { MAX_STATE })?;
         self.manifest.check(self.path(), name, &bytes)?;
         Ok(bytes)
     }
@@ -221,9 +222,8 @@ impl Bundle {
 pub fn list(dir: &Path) -> Vec<BundleManifest> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let paths = entries.map(|entry| entry.path()).filter(|path| parsed(path).is_some());
-    let mut found: Vec<BundleManifest> = paths
-        .filter_map(|path| Bundle::open(&path).ok().map(|bundle| bundle.manifest))
-        .collect();
+    let mut found: Vec<BundleManifest> =
+        paths.filter_map(|path| Bundle::open(&path).ok().map(|bundle| bundle.manifest)).collect();
     found.sort_by_key(|manifest| (manifest.generation, manifest.step, manifest.node.place));
     found
 }
@@ -234,9 +234,9 @@ pub fn list(dir: &Path) -> Vec<BundleManifest> {
 /// [`FormatError::Io`] for the first that cannot be removed.
 pub fn retain(dir: &Path, kept: impl Fn(u64, u64) -> bool) -> Result<()> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let old = entries.map(|entry| entry.path()).filter(|path| {
-        parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step))
-    });
+    let old = entries
+        .map(|entry| entry.path())
+        .filter(|path| parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step)));
     let failed = old.filter_map(|path| {
         let removed = std::fs::remove_dir_all(&path);
         removed.map_err(|error| FormatError::io("remove", &path, error)).err()

@@ -38,11 +38,14 @@ const MAX_PART: u64 = 256 << 20;
 
 const TENSORS: Points = Points { write: failpoint::WRITE_TENSORS, fsync: failpoint::FSYNC_TENSORS };
 const PART: Points = Points { write: failpoint::WRITE_PART, fsync: failpoint::FSYNC_PART };
-pub(crate) const STATE: Points = Points { write: failpoint::WRITE_STATE, fsync: failpoint::FSYNC_STATE };
-pub(crate) const INDEX: Points = Points { write: failpoint::WRITE_INDEX, fsync: failpoint::FSYNC_INDEX };
+pub(crate) const STATE: Points =
+    Points { write: failpoint::WRITE_STATE, fsync: failpoint::FSYNC_STATE };
+pub(crate) const INDEX: Points =
+    Points { write: failpoint::WRITE_INDEX, fsync: failpoint::FSYNC_INDEX };
 pub(crate) const MANIFEST: Points =
     Points { write: failpoint::WRITE_MANIFEST, fsync: failpoint::FSYNC_MANIFEST };
-pub(crate) const COMMIT: Points = Points { write: failpoint::WRITE_COMMIT, fsync: failpoint::FSYNC_COMMIT };
+pub(crate) const COMMIT: Points =
+    Points { write: failpoint::WRITE_COMMIT, fsync: failpoint::FSYNC_COMMIT };
 
 /// A part of a tensor that this rank writes.
 #[derive(Clone, Debug)]

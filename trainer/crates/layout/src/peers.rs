@@ -172,9 +172,7 @@ impl Nodes<'_> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use run_config::{
-        Parallelism, Pipeline, PipelineSchedule, Recompute, Shard, ShardLevel,
-    };
+    use run_config::{Parallelism, Pipeline, PipelineSchedule, Recompute, Shard, ShardLevel};
 
     fn mesh([tensor, context, stages, ranks, replicate]: [usize; 5]) -> Mesh {
         let parallelism = Parallelism {

@@ -15,8 +15,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-const POINTS: Points =
-    Points { write: failpoint::WRITE_ARRIVED, fsync: failpoint::FSYNC_ARRIVED };
+const POINTS: Points = Points { write: failpoint::WRITE_ARRIVED, fsync: failpoint::FSYNC_ARRIVED };
 
 /// One that is being put together; what is not finished is removed when dropped.
 #[derive(Debug)]
@@ -41,7 +40,8 @@ impl Assembly {
         state: &[u8],
     ) -> Result<Assembly> {
         let damaged = |reason: String| FormatError::damaged(dir, reason);
-        let manifests: Vec<&BundleManifest> = bundles.iter().map(|(manifest, _)| manifest).collect();
+        let manifests: Vec<&BundleManifest> =
+            bundles.iter().map(|(manifest, _)| manifest).collect();
         check_places(&manifests).map_err(damaged)?;
         let Some(first) = manifests.first() else { return Err(damaged("no bundles".into())) };
         let (step, generation) = (first.step, first.generation);
