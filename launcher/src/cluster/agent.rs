@@ -11,7 +11,6 @@ use crate::error::UserError;
 use crate::health::{self, Depth};
 use crate::machine;
 use crate::runs;
-use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
 use connect::Whereabouts;
@@ -19,7 +18,7 @@ use memory::{Kept, keep_in_memory, next_of_depot};
 use outside::{Machine, Outside};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
-use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
+use rank_protocol::{FromRank, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use spares::Spares;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +32,7 @@ mod link;
 mod memory;
 pub(super) mod outside;
 mod spares;
+mod starting;
 mod trainer;
 
 /// Messages of all ranks that wait for the loop.
@@ -146,6 +146,8 @@ pub(super) struct Agent {
     generation: u64,
     /// A generation that waits for the ranks of the last one to be gone.
     next: Option<Box<Start>>,
+    /// What its ranks were told meanwhile.
+    untold: Vec<(usize, ToRank)>,
     end: Option<(i32, String)>,
 }
 
@@ -256,6 +258,7 @@ impl Agent {
             unsaid: BTreeMap::new(),
             generation: 0,
             next: None,
+            untold: Vec::new(),
             end: None,
         }
     }
@@ -404,6 +407,7 @@ impl Agent {
                 self.waiting.retain(goes_on);
                 let others = self.ranks.iter().filter(|(rank, _)| !self.waiting.contains(rank));
                 others.for_each(|(_, handle)| handle.kill());
+                self.untold.clear();
                 self.fetch_for(&start);
                 self.next = Some(start);
                 self.start_next();
@@ -418,6 +422,9 @@ impl Agent {
                 message: ToRank::Abort { .. } | ToRank::Release { .. },
                 ..
             } if self.is_next(generation) => self.drop_next(),
+            ToAgent::Tell { generation, rank, message } if self.is_next(generation) => {
+                self.untold.push((rank, message));
+            }
             ToAgent::Tell { generation, rank, message } => {
                 if generation == self.generation {
                     self.journal.told(rank, &message);
@@ -438,88 +445,12 @@ impl Agent {
         }
     }
 
-    fn is_next(&self, generation: u64) -> bool {
-        self.next.as_ref().is_some_and(|next| next.generation == generation)
-    }
-
-    /// A generation that has ended before its ranks were started here.
-    fn drop_next(&mut self) {
-        let Some(next) = self.next.take() else { return };
-        self.stop_fetching();
-        // Those that were to go on in it count as ended, and do.
-        self.waiting.clear();
-        self.ranks.values().for_each(RankHandle::kill);
-        for assignment in next.ranks {
-            let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
-            self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
-        }
-    }
-
     fn with(&self, generation: u64, rank: usize, body: impl FnOnce(&RankHandle)) {
         if generation == self.generation
             && let Some(handle) = self.ranks.get(&rank)
         {
             body(handle);
         }
-    }
-
-    /// Starts the ranks of the next generation once those of the last one are gone that do not go
-    /// on in it.
-    fn start_next(&mut self) {
-        let is_left = self.ranks.keys().any(|rank| !self.waiting.contains(rank));
-        if is_left || self.kept.is_fetching() {
-            return;
-        }
-        let Some(mut start) = self.next.take() else { return };
-        self.begin_keeping(&mut start);
-        self.generation = start.generation;
-        self.journal = Journal::default();
-        self.exited.clear();
-        self.last_words.clear();
-        self.unsaid.clear();
-        let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
-        let kept = std::mem::take(&mut self.waiting);
-        let (generation, count) = (start.generation, kept.len());
-        tracing::info!("generation {generation}: starting ranks {numbers:?}, {count} of them kept");
-        for assignment in start.ranks {
-            let (generation, rank) = (assignment.generation, assignment.rank);
-            if let Some(handle) = self.ranks.get(&rank) {
-                handle.assign(assignment);
-                let pid = handle.pid();
-                self.tell(FromAgent::Started { generation, rank, pid });
-                continue;
-            }
-            let started = match self.spares.give(&assignment) {
-                Some(handle) => Ok(handle),
-                None => self.outside.start(assignment),
-            };
-            match started {
-                Ok(handle) => {
-                    let pid = handle.pid();
-                    self.ranks.insert(rank, handle);
-                    self.tell(FromAgent::Started { generation, rank, pid });
-                }
-                Err(why) => self.could_not_start(rank, why),
-            }
-        }
-    }
-
-    fn could_not_start(&mut self, rank: usize, why: String) {
-        let generation = self.generation;
-        let report = FailureReport {
-            class: FailureClass::Node,
-            phase: Phase::Init,
-            step: None,
-            collective: None,
-            lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
-            roll_back: None,
-        };
-        let message = FromRank::Failure(Box::new(report));
-        self.pass_on(rank, FromAgent::Said { generation, rank, message });
-        let exit = Exit { code: Some(exit_code::NODE_UNHEALTHY), signal: None };
-        self.pass_on(rank, FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
-        // Another node may be able to.
-        self.end = Some((exit_code::NODE_UNHEALTHY, why));
     }
 
     /// Passes on what a rank did.
