@@ -52,7 +52,7 @@ pub(super) async fn assemble(shelf: &Shelf, wanted: &Wanted) -> Result<PathBuf, 
     let parts: Vec<Part> =
         stream::iter(0..places).map(find).buffered(AT_ONCE).try_collect().await?;
     let text = |part: &Part| (part.manifest.clone(), part.index.clone());
-    let texts = parts.iter().map(text).collect();
+    let texts: Vec<_> = parts.iter().map(text).collect();
     let state = parts.first().map(|part| part.state.clone()).unwrap_or_default();
     let (dir, run, wanted) = (shelf.resume.clone(), shelf.run.config(), wanted.clone());
     // A large index takes long to read, and others wait for this thread.

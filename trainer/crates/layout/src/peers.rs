@@ -65,7 +65,7 @@ impl Peers {
         for of in ways {
             let shared: Vec<Vec<Group>> =
                 of.iter().enumerate().map(|(place, peer)| nodes.shared(place, *peer)).collect();
-            let cost = shared.iter().map(Vec::len).sum();
+            let cost: usize = shared.iter().map(Vec::len).sum();
             if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                 let mut shared = shared.concat();
                 shared.sort_unstable();
@@ -142,9 +142,11 @@ impl Nodes<'_> {
         if degrees.iter().product::<usize>() != self.count() {
             return None;
         }
-        let is_moved = |way: u32, axis: usize| way >> axis & 1 == 1 && degrees[axis] > 1;
+        let is_moved = |way: u32, axis: usize| (way >> axis) & 1 == 1;
         let mut ways: Vec<u32> = (1..1 << degrees.len()).collect();
-        ways.retain(|way| (0..degrees.len()).all(|axis| way >> axis & 1 == 0 || degrees[axis] > 1));
+        ways.retain(|way| {
+            (0..degrees.len()).all(|axis| !is_moved(*way, axis) || degrees[axis] > 1)
+        });
         ways.sort_by_key(|way| std::cmp::Reverse(way.count_ones()));
         let moved = |place: usize, way: u32| {
             let (mut rest, mut stride, mut peer) = (place, 1, 0);
