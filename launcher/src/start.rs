@@ -468,11 +468,7 @@ fn go(
         num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
     });
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
-    // Where agents start the ranks, each has a folder of its own.
-    let memory = match cluster {
-        None => memory_tier(&config, &run_id)?,
-        Some(_) => None,
-    };
+    let memory = memory_tier(&config, &run_id, cluster.is_some())?;
     let plan = Plan {
         run,
         run_id: run_id.clone(),
@@ -510,11 +506,15 @@ fn go(
     Ok(code)
 }
 
-/// Where the config asks for one.
-fn memory_tier(config: &RunConfig, run_id: &str) -> Result<Option<MemoryTier>, UserError> {
+/// Where the config asks for one. Where agents start the ranks, each has its own.
+fn memory_tier(
+    config: &RunConfig,
+    run_id: &str,
+    has_agents: bool,
+) -> Result<Option<MemoryTier>, UserError> {
     let Memory { every_steps, folder } = &config.checkpoint.memory;
     let begin = || MemoryTier::begin(folder, run_id);
-    (*every_steps > 0).then(begin).transpose().map_err(|error| {
+    (*every_steps > 0 && !has_agents).then(begin).transpose().map_err(|error| {
         UserError::failed(format!("checkpoint.memory.folder: {}: {error}", folder.display()))
     })
 }

@@ -1,5 +1,5 @@
-//! What a node keeps of checkpoints in its memory: its own ranks' bundles, which they write, and the
-//! copies of another node's.
+//! What a node keeps of checkpoints in its memory: its own ranks' bundles, which they write, and
+//! the copies of another node's.
 //!
 //! A thread of its own, so that gigabytes on their way make no agent look dead. It alone takes
 //! copies in and removes anything; ranks write into its folder. What is here it tells its agent,

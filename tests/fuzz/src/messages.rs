@@ -136,8 +136,8 @@ pub fn session_seeds() -> Vec<Vec<u8>> {
     vec![from_agent.join(&b'\n'), to_agent.join(&b'\n')]
 }
 
-/// The first message of a connection, from whoever has no token yet, and the answer; and the same at
-/// the door of a node's memory, with what is asked there.
+/// The first message of a connection, from whoever has no token yet, and the answer; and the same
+/// at the door of a node's memory, with what is asked there.
 pub fn joins(bytes: &[u8]) -> bool {
     if bytes.len() > MAX_JOIN_BYTES {
         return false;

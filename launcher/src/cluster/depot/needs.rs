@@ -46,8 +46,8 @@ pub(super) fn needed(index: &Index, held: &[Held]) -> BTreeMap<String, Vec<Store
     needed
 }
 
-/// The tensors of a checkpoint that a weight and its optimizer state are read from: the master copy,
-/// where there is one.
+/// The tensors of a checkpoint that a weight and its optimizer state are read from: the master
+/// copy, where there is one.
 fn stored_names(index: &Index, tensor: &str) -> [String; 3] {
     let master = format!("{MASTER}{tensor}");
     let weight = if index.tensors.contains_key(&master) { master } else { tensor.to_owned() };

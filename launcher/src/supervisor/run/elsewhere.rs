@@ -25,7 +25,7 @@ pub struct Elsewhere {
     /// Those of the generation, by place.
     places: Vec<NodeId>,
     size: Size,
-    /// What the generation goes on from, or the next one will, where that is in the nodes' memories.
+    /// What the generation goes on from, or the next one will, where the nodes have it in memory.
     pub kept: Option<Kept>,
     /// The step from which a generation shall go on that has not all its nodes yet.
     gathering: Option<Option<u64>>,

@@ -20,8 +20,8 @@ pub struct BundleArrival {
 }
 
 impl BundleArrival {
-    /// Begins it, with the bytes of its `COMMIT` and of its manifest: in the folder `arriving`, until
-    /// it takes its name in `dir`, of the same file system.
+    /// Begins it, with the bytes of its `COMMIT` and of its manifest: in the folder `arriving`,
+    /// until it takes its name in `dir`, of the same file system.
     ///
     /// # Errors
     /// As [`BundleManifest::sealed`]; [`FormatError::NoSpace`]; [`FormatError::Io`].
