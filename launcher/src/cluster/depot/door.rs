@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Write};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -33,9 +34,9 @@ pub(super) const PIECE: usize = 256 << 10;
 
 /// Lets in whoever has the key.
 pub(super) async fn serve(listener: TcpListener, shelf: Rc<Shelf>) {
-    let room = Rc::new(Semaphore::new(MAX_GUESTS));
+    let room = Arc::new(Semaphore::new(MAX_GUESTS));
     loop {
-        let Ok(place) = Rc::clone(&room).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
         let (socket, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

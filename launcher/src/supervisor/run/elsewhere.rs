@@ -3,7 +3,7 @@
 
 use super::{Event, Executor};
 use crate::cluster::members::{NodeId, Seek};
-use crate::cluster::nodes::{Happening, Keeping, Nodes, Outcome};
+use crate::cluster::nodes::{Happening, Nodes, Outcome};
 use crate::cluster::sizes::Size;
 use crate::cluster::store::keeper::Standing;
 use crate::supervisor::cause::Cause;

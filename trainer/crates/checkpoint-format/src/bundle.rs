@@ -24,7 +24,6 @@ use crate::checksum::{self, Checksum, sha256_hex};
 use crate::disk::{self, Folder, is_plain_name};
 use crate::error::{FormatError, Result};
 use crate::failpoint;
-use crate::index::Index;
 use crate::manifest::{FileEntry, TrainState};
 use crate::names;
 use crate::read::{MAX_INDEX, MAX_STATE};
