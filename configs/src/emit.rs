@@ -68,6 +68,7 @@ impl RunConfig {
             y.key("device", word(&self.cluster.device));
             y.key("expandable_segments", self.cluster.expandable_segments);
             y.key("timeout_s", self.cluster.timeout_s);
+            y.key("check_collectives", word(&self.cluster.check_collectives));
         });
         y.section("metrics", |y| y.key("tensorboard", self.metrics.tensorboard));
         y.text

@@ -219,6 +219,7 @@ pub(crate) const KEYS: &[Key] = &[
     choice("cluster.device", &["auto", "cpu", "cuda"]),
     boolean("cluster.expandable_segments"),
     integer("cluster.timeout_s", 1, 3600),
+    choice("cluster.check_collectives", &["first_use", "all", "off"]),
     section("metrics"),
     boolean("metrics.tensorboard"),
 ];

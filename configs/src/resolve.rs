@@ -99,6 +99,7 @@ impl Resolver<'_> {
                 device: self.choice(&v, "cluster.device")?,
                 expandable_segments: self.boolean(&v, "cluster.expandable_segments")?,
                 timeout_s: self.integer(&v, "cluster.timeout_s")?,
+                check_collectives: self.choice(&v, "cluster.check_collectives")?,
             },
             metrics: Metrics { tensorboard: self.boolean(&v, "metrics.tensorboard")? },
             checked: Checked::new(),

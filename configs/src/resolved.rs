@@ -526,6 +526,20 @@ pub struct Cluster {
     pub expandable_segments: bool,
     /// Longest wait for one message of a peer, in seconds; a peer that takes longer is an error.
     pub timeout_s: u64,
+    /// Which operations between ranks are compared before they start.
+    pub check_collectives: CollectiveCheck,
+}
+
+/// Operations between ranks that are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CollectiveCheck {
+    /// The first of each kind, format and shape.
+    FirstUse,
+    /// Every one.
+    All,
+    /// None.
+    Off,
 }
 
 /// Kinds of cluster.

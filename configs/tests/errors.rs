@@ -234,6 +234,25 @@ fn tensor_parallelism_against_the_sequence() {
     assert!(chunks.contains(name) && chunks.contains("has a problem"), "{chunks}");
 }
 
+/// With one stage there is nothing to interleave, whatever the schedule.
+#[test]
+fn chunks_of_one_stage() {
+    for schedule in ["interleaved-1f1b", "zero-bubble", "1f1b"] {
+        let set = format!("parallelism.pipeline={{schedule: {schedule}, virtual_stages: 2}}");
+        for ranks in ["auto", "2"] {
+            let text = errors(GOOD, &[&set, &format!("cluster.ranks_per_node={ranks}")]);
+            for part in [
+                "the run config has a problem",
+                "parallelism.pipeline.virtual_stages: 2 model chunks on 1 stage, which holds",
+                "limit: 1 while stages is 1",
+                "hint: set parallelism.pipeline.stages to 2 or more",
+            ] {
+                assert!(text.contains(part), "{part} is not in\n{text}");
+            }
+        }
+    }
+}
+
 const INTERLEAVED: &str =
     "parallelism.pipeline={stages: 2, schedule: interleaved-1f1b, virtual_stages: 2}";
 

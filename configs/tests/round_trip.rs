@@ -131,7 +131,7 @@ prop_compose! {
         stages in proptest::collection::vec((1usize..5, 0u32..3), 1..4),
         kind in prop::sample::select(vec!["cosine", "linear", "wsd", "constant"]),
         compute in prop::sample::select(vec!["fp32", "bf16", "fp64"]),
-        ranks in prop::sample::select(vec!["auto", "1", "2", "4"]),
+        ranks in prop::sample::select(vec!["auto", "2", "4", "8"]),
         scaling in proptest::option::of(1.0f64..100.0),
         flag in any::<bool>(),
         timeout in 1u64..=3600,
@@ -163,8 +163,9 @@ prop_compose! {
             format!("data.skip_samples={left_out}"),
             format!("training.global_batch=[{}]", stages.join(", ")),
             format!("schedule.kind={kind}"), format!("precision.compute={compute}"),
-            format!("cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}}}"),
-            format!("parallelism.pipeline={{schedule: zero-bubble, virtual_stages: 2, \
+            format!("cluster={{ranks_per_node: {ranks}, timeout_s: {timeout}, \
+                     check_collectives: all}}"),
+            format!("parallelism.pipeline={{stages: 2, schedule: zero-bubble, virtual_stages: 2, \
                      contiguous_micro_batches: {contiguous}}}"),
             format!("model.rope.scaling={scaling}"),
         ]

@@ -65,7 +65,7 @@ struct CheckArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Draw the pipeline's schedule into this SVG file.
+    /// Draw the pipeline's schedule in the first step into this SVG file.
     #[arg(long, value_name = "PATH")]
     schedule_svg: Option<PathBuf>,
 }

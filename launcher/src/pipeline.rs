@@ -105,17 +105,23 @@ impl PipelinePlan {
         }
     }
 
-    /// The first step's schedule, drawn as text.
+    /// The schedule of the first step of each batch stage, drawn as text.
     pub fn drawing(&self) -> String {
-        let Some(step) = self.steps.first() else { return String::new() };
-        match &step.timeline {
-            Some(timeline) => format!(
-                "schedule of step {}; a column is the forward pass of one chunk\n{}",
-                step.first_step,
-                draw::text(timeline, WIDTH)
-            ),
-            None => format!("schedule of step {}: {}\n", step.first_step, step.too_long()),
-        }
+        let draw = |(index, step): (usize, &StepPlan)| {
+            let number = step.first_step;
+            let is_alike = |other: &&StepPlan| other.schedule == step.schedule;
+            if let Some(same) = self.steps[..index].iter().find(is_alike) {
+                return format!("schedule of step {number}: that of step {}\n", same.first_step);
+            }
+            match &step.timeline {
+                Some(timeline) => format!(
+                    "schedule of step {number}; a column is the forward pass of one chunk\n{}",
+                    draw::text(timeline, WIDTH)
+                ),
+                None => format!("schedule of step {number}: {}\n", step.too_long()),
+            }
+        };
+        self.steps.iter().enumerate().map(draw).collect()
     }
 
     /// Writes the first step's schedule as SVG to `path`.
@@ -223,6 +229,15 @@ mod tests {
     use run_config::PipelineSchedule;
 
     fn planned(preset: &str, pipeline: Pipeline, global_batch: usize) -> PipelinePlan {
+        ramp(preset, pipeline, &global_batch.to_string(), &[1])
+    }
+
+    fn ramp(
+        preset: &str,
+        pipeline: Pipeline,
+        global_batch: &str,
+        first_steps: &[u64],
+    ) -> PipelinePlan {
         let text = format!(
             "name: x\nmodel: {{preset: {preset}}}\n\
              data: {{tokenizer: t, sources: [{{name: a, path: b}}]}}\n\
@@ -232,7 +247,7 @@ mod tests {
         let mesh_ranks = 2 * pipeline.stages;
         config.parallelism.pipeline = pipeline;
         let mesh = Mesh::new(&config.parallelism, mesh_ranks).unwrap();
-        PipelinePlan::new(&config, &mesh, &[1]).unwrap().unwrap()
+        PipelinePlan::new(&config, &mesh, first_steps).unwrap().unwrap()
     }
 
     fn pipeline(schedule: PipelineSchedule, stages: usize, virtual_stages: usize) -> Pipeline {
@@ -296,6 +311,22 @@ bubble: 31.9 % of a step of 32 micro-batch(es), from step 1
         assert!(json["drawing"].as_str().unwrap().contains("stage 3  .   .   .   F0a"));
         assert_eq!(json["contiguous_micro_batches"], Value::Null);
         assert_eq!(json["steps"][0]["contiguous_micro_batches"], json!([4, 4]));
+    }
+
+    /// Each batch stage has its drawing, but for those whose schedule was drawn.
+    #[test]
+    fn batch_stages_are_drawn() {
+        let batch = "[{from_tokens: 0, global_batch: 8}, {from_tokens: 100000, global_batch: 16}, \
+                     {from_tokens: 300000, global_batch: 8, sequence_length: 4096}]";
+        let pipeline = pipeline(PipelineSchedule::OneForwardOneBackward, 2, 1);
+        let drawing = ramp("llama3-8b", pipeline, batch, &[1, 3, 5]).drawing();
+        let heads: Vec<&str> =
+            drawing.lines().filter(|line| line.starts_with("schedule")).collect();
+        let columns = "a column is the forward pass of one chunk";
+        let of = |step| format!("schedule of step {step}; {columns}");
+        assert_eq!(heads, [of(1).as_str(), &of(3), "schedule of step 5: that of step 1"]);
+        assert_eq!(drawing.matches("\nstage 1  ").count(), 2, "{drawing}");
+        assert!(drawing.contains(" F7 "), "{drawing}");
     }
 
     /// Breadth first a stage holds the activations of all micro-batches, and shows it.

@@ -44,18 +44,23 @@ impl LayoutPlan {
         })
     }
 
-    /// Both tables as text.
+    /// Both tables as text: the communication of the first step, and where that of later batch
+    /// stages differs from those before them.
     pub fn tables(&self) -> String {
         let mut out = self.parameter_table();
-        match self.steps.first() {
-            None => {}
-            Some(step) if step.sends_nothing() => {
-                out.push_str("communication: none, there is one rank\n");
+        if self.steps.iter().all(StepCommunication::sends_nothing) {
+            out.push_str("communication: none, there is one rank\n");
+            return out;
+        }
+        if let Some(first) = self.steps.first() {
+            for (stages, communication) in folded(first.stages.iter()) {
+                out.push_str(&communication_table(first.first_step, &stages, communication));
             }
-            Some(step) => {
-                for (stages, communication) in step.folded() {
-                    out.push_str(&communication_table(step.first_step, &stages, communication));
-                }
+        }
+        for pair in self.steps.windows(2) {
+            for (stages, both) in folded(pair[0].stages.iter().zip(&pair[1].stages)) {
+                let steps = (pair[0].first_step, pair[1].first_step);
+                out.push_str(&differing_table(steps, &stages, both));
             }
         }
         out
@@ -125,31 +130,61 @@ impl StepCommunication {
     fn sends_nothing(&self) -> bool {
         self.stages.iter().all(|communication| communication.calls.is_empty())
     }
+}
 
-    /// Stages that communicate alike together, by their first.
-    fn folded(&self) -> Vec<(Vec<usize>, &Communication)> {
-        let mut folded: Vec<(Vec<usize>, &Communication)> = Vec::new();
-        for (stage, communication) in self.stages.iter().enumerate() {
-            match folded.iter_mut().find(|(_, other)| *other == communication) {
-                Some((stages, _)) => stages.push(stage),
-                None => folded.push((vec![stage], communication)),
-            }
+/// Pipeline stages that are alike together, by their first.
+fn folded<T: PartialEq>(of_stages: impl Iterator<Item = T>) -> Vec<(Vec<usize>, T)> {
+    let mut folded: Vec<(Vec<usize>, T)> = Vec::new();
+    for (stage, own) in of_stages.enumerate() {
+        match folded.iter_mut().find(|(_, other)| *other == own) {
+            Some((stages, _)) => stages.push(stage),
+            None => folded.push((vec![stage], own)),
         }
-        folded
     }
+    folded
+}
+
+const HEAD: [&str; 7] = ["group", "operation", "why", "dtype", "bytes of a call", "times", "sent"];
+
+/// The calls of one rank.
+fn communication_table(first_step: u64, stages: &[usize], communication: &Communication) -> String {
+    let mut out =
+        format!("communication of step {first_step}, first rank of stage {}\n", span(stages));
+    let mut lines = vec![HEAD.map(str::to_owned)];
+    lines.extend(call_lines(communication));
+    out.push_str(&aligned(&lines));
+    out.push_str(&totals(communication));
+    out
+}
+
+/// The calls of one rank from a later step on that are not as they were.
+fn differing_table(
+    (before, from): (u64, u64),
+    stages: &[usize],
+    (old, new): (&Communication, &Communication),
+) -> String {
+    let known: Vec<[String; 7]> = call_lines(old).collect();
+    let differing: Vec<[String; 7]> =
+        call_lines(new).filter(|line| !known.contains(line)).collect();
+    let title = format!("communication of step {from}, first rank of stage {}", span(stages));
+    if differing.is_empty() {
+        return format!("{title}: that of step {before}\n");
+    }
+    let mut out = format!("{title}: where it is not that of step {before}\n");
+    let mut lines = vec![HEAD.map(str::to_owned)];
+    lines.extend(differing);
+    out.push_str(&aligned(&lines));
+    out.push_str(&totals(new));
+    out
 }
 
 /// The calls of one rank, those with the same purpose in one line.
-fn communication_table(first_step: u64, stages: &[usize], communication: &Communication) -> String {
-    let mut lines: Vec<[String; 7]> = vec![
-        ["group", "operation", "why", "dtype", "bytes of a call", "times", "sent"]
-            .map(str::to_owned),
-    ];
-    for calls in by_purpose(&communication.calls) {
+fn call_lines(communication: &Communication) -> impl Iterator<Item = [String; 7]> {
+    by_purpose(&communication.calls).into_iter().map(|calls| {
         let first = calls[0];
         let times: u64 = calls.iter().map(|call| call.times).sum();
         let sent: u64 = calls.iter().map(|call| call.sent_per_step()).sum();
-        lines.push([
+        [
             format!("{} / {}", first.group.name(), first.ranks),
             first.operation.name().to_owned(),
             first.why.to_owned(),
@@ -157,16 +192,15 @@ fn communication_table(first_step: u64, stages: &[usize], communication: &Commun
             sizes(&calls),
             times.to_string(),
             sized(sent),
-        ]);
-    }
-    let mut out =
-        format!("communication of step {first_step}, first rank of stage {}\n", span(stages));
-    out.push_str(&aligned(&lines));
+        ]
+    })
+}
+
+fn totals(communication: &Communication) -> String {
     let groups = communication.sent_by_group();
     let sums = groups.iter().map(|(group, sent)| format!("{} {}", group.name(), sized(*sent)));
     let (all, sums) = (sized(communication.sent()), sums.collect::<Vec<_>>().join(", "));
-    let _ = writeln!(out, "sent per rank and step: {all} ({sums})");
-    out
+    format!("sent per rank and step: {all} ({sums})\n")
 }
 
 fn by_purpose(calls: &[Call]) -> Vec<Vec<&Call>> {
@@ -238,6 +272,10 @@ mod tests {
     use std::path::Path;
 
     fn planned(preset: &str, ranks: usize, sets: &[&str]) -> LayoutPlan {
+        planned_from(&[1], preset, ranks, sets)
+    }
+
+    fn planned_from(first_steps: &[u64], preset: &str, ranks: usize, sets: &[&str]) -> LayoutPlan {
         let text = format!(
             "name: x\nmodel: {{preset: {preset}}}\n\
              data: {{tokenizer: t, sources: [{{name: a, path: b}}]}}\n\
@@ -246,7 +284,7 @@ mod tests {
         let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
         let config = RunConfig::from_yaml_str(&text, Path::new("/"), &sets).unwrap().config;
         let mesh = Mesh::new(&config.parallelism, ranks).unwrap();
-        LayoutPlan::new(&config, &mesh, &[1]).unwrap()
+        LayoutPlan::new(&config, &mesh, first_steps).unwrap()
     }
 
     #[track_caller]
@@ -305,6 +343,32 @@ mod tests {
             text.lines().filter(|line| line.starts_with("communication")).collect();
         let of = |stages| format!("communication of step 1, first rank of stage {stages}");
         assert_eq!(heads, [of("0"), of("1-6"), of("7")]);
+    }
+
+    /// Later batch stages are told of by what they change.
+    #[test]
+    fn batch_stages_differ_in_some_lines() {
+        let batch = "training.global_batch=[{from_tokens: 0, global_batch: 64}, \
+                     {from_tokens: 1000000, global_batch: 128}, \
+                     {from_tokens: 3000000, global_batch: 128}]";
+        let sets = ["parallelism.pipeline.stages=2", batch];
+        let text = planned_from(&[1, 3, 5], "llama3-8b", 4, &sets).tables();
+        let (first, later) = text.split_once("communication of step 3").unwrap();
+        assert!(!later.contains("sum a bucket of gradients"), "the same with any batch: {later}");
+        let stage = "communication of step 3, first rank of stage";
+        assert_holds(
+            &text,
+            &[
+                "communication of step 1, first rank of stage 0",
+                &format!("{stage} 0: where it is not that of step 1"),
+                &format!("{stage} 1: where it is not that of step 1"),
+                "communication of step 5, first rank of stage 0: that of step 3",
+            ],
+        );
+        let sends = "pipeline / 2 send activations to the next stage bf16 64.00 MiB";
+        assert_holds(first, &[&format!("{sends} 32 2.00 GiB"), "sum a bucket of gradients"]);
+        assert_holds(later, &[&format!("{sends} 64 4.00 GiB")]);
+        assert_eq!(text.matches("sent per rank and step: ").count(), 4, "{text}");
     }
 
     #[test]

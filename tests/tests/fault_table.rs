@@ -265,6 +265,8 @@ fn a_restart_during_a_save_leaves_nothing_behind() {
     let living: Vec<u32> = sandbox.processes().into_iter().map(|(pid, _)| pid).collect();
     assert!(!living.contains(&ranks[1]), "the one that was killed is gone");
     running.expect(0);
-    assert_eq!(sandbox.events_of("generation_started").len(), 2);
+    let started = sandbox.events_of("generation_started");
+    assert_eq!(started.len(), 2);
+    assert_eq!(living.contains(&ranks[0]), started[1]["kept"] == 1, "the other is of use, or gone");
     assert_as_straight(&sandbox, 40);
 }

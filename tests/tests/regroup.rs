@@ -140,6 +140,10 @@ fn least_size(pid: u32) -> Size {
     }
 }
 
+/// Between the two looks at the survivors. Threads of saves and of the loader come and go, so that
+/// counts differ by a few; one that each regroup left behind would add as many as there are.
+const REGROUPS: usize = 16;
+
 /// Memory that 16 regroups may add. What a generation needs is 50 times as much.
 const GROWTH_KIB: u64 = 8 << 10;
 
@@ -168,7 +172,7 @@ fn twenty_kills_leave_nothing_behind_in_the_survivors() {
     eprintln!("after 4 kills {early:?}\nafter 20 {last:?}");
     for (early, last) in early.iter().zip(&last) {
         assert!(last.descriptors <= early.descriptors, "{early:?}, {last:?}");
-        assert!(last.threads <= early.threads, "{early:?}, {last:?}");
+        assert!(last.threads < early.threads + REGROUPS / 2, "{early:?}, {last:?}");
         assert!(last.resident_kib < early.resident_kib + GROWTH_KIB, "{early:?}, {last:?}");
     }
     assert_eq!(kept(&sandbox)[1..], [3; 20]);

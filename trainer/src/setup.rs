@@ -9,7 +9,7 @@ use checkpoint_format::hf::HfSource;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::source::CheckpointSource;
 use checkpoint_format::{Checkpoint, FormatError, WeightSource, scan};
-use collectives::{CommError, Communicator, Group, GroupOptions, Whereabouts};
+use collectives::{Check, CommError, Communicator, Group, GroupOptions, Whereabouts};
 use kernels::{Kernels, Options};
 use layout::Mesh;
 use model::{Dense, Llama, Stage, allocate, llama};
@@ -18,7 +18,7 @@ use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::{Phase, STORAGE_TIMEOUT, env, libtorch};
-use run_config::{InitFrom, Parallelism, RunConfig};
+use run_config::{CollectiveCheck, InitFrom, Parallelism, RunConfig};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -203,8 +203,13 @@ pub fn connect(
         .map_err(|error| TrainError::Config(error.to_string()))?;
     let all: Vec<usize> = (0..place.world_size).collect();
     let timeout = Duration::from_secs(config.cluster.timeout_s);
+    let check = match config.cluster.check_collectives {
+        CollectiveCheck::FirstUse => Check::FirstUse,
+        CollectiveCheck::All => Check::All,
+        CollectiveCheck::Off => Check::Off,
+    };
     let options =
-        |name: &str| GroupOptions { timeout, ..GroupOptions::new(name, place.generation) };
+        |name: &str| GroupOptions { timeout, check, ..GroupOptions::new(name, place.generation) };
     let gpu = match device {
         Device::Cuda(index) => Some((load_nccl()?, index)),
         _ => None,

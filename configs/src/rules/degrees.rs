@@ -48,7 +48,10 @@ impl Rules<'_, '_> {
         match key {
             TENSOR => self.tensor_works(degree, &self.lengths()),
             CONTEXT => self.context_works(degree, &self.lengths()),
-            STAGES => degree * p.pipeline.virtual_stages <= self.config.model.layers,
+            STAGES => {
+                let chunks = p.pipeline.virtual_stages;
+                degree * chunks <= self.config.model.layers && (degree > 1 || chunks == 1)
+            }
             SHARD => degree == 1 || p.shard.level != ShardLevel::None,
             _ => true,
         }
@@ -174,6 +177,12 @@ impl Rules<'_, '_> {
         let p = &self.config.parallelism.pipeline;
         let layers = self.config.model.layers;
         let chunks = p.stages * p.virtual_stages;
+        if p.stages == 1 && chunks > 1 {
+            let message = format!("{chunks} model chunks on 1 stage, which holds the whole model");
+            let hint = format!("set {STAGES} to 2 or more, with interleaved-1f1b or zero-bubble");
+            self.conflict(&[VIRTUAL_STAGES, STAGES], message, "1 while stages is 1", &hint);
+            return self.shard_level();
+        }
         if chunks > layers {
             let message = format!(
                 "{layers} layers for {} stages x {} virtual stages = {chunks} chunks",
@@ -201,6 +210,10 @@ impl Rules<'_, '_> {
         if let Some(number) = p.contiguous_micro_batches {
             self.contiguous_micro_batches(number);
         }
+        self.shard_level();
+    }
+
+    fn shard_level(&mut self) {
         let shard = &self.config.parallelism.shard;
         if shard.level == ShardLevel::None && shard.ranks > 1 {
             let message = format!("{} ranks share nothing while level is none", shard.ranks);

@@ -228,7 +228,7 @@ impl Rules<'_, '_> {
                         PipelineSchedule::Interleaved | PipelineSchedule::ZeroBubble
                     ),
                 "parallelism.pipeline.schedule",
-                "has no effect while stages is 1",
+                "has no effect on the order while stages is 1",
             ),
             (
                 c.numeric.on_spike != OnSpike::Report

@@ -1,6 +1,6 @@
 //! The bytes that a rank really sends in a step are those that the plan says, group by group.
 
-use crate::harness::{BUCKET_BYTES, batch_stage, config, num_ranks, on_ranks, step};
+use crate::harness::{BUCKET_BYTES, Meeting, batch_stage, config, num_ranks, on_ranks_of, step};
 use collectives::Communicator;
 use layout::communication::{Group, Step, communication};
 use layout::{Communication, Mesh};
@@ -9,6 +9,7 @@ use run_config::RunConfig;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Bytes by group; groups that sent none are left out.
 type Sent = BTreeMap<Group, u64>;
@@ -33,8 +34,8 @@ fn bytes_sent(groups: &Groups) -> Sent {
 }
 
 /// What each rank sends in its second step: the first gathers sharded weights once more.
-fn measured(config: &RunConfig) -> Vec<Sent> {
-    on_ranks(config, |member| {
+fn measured(config: &RunConfig, meeting: &Meeting) -> Vec<Sent> {
+    on_ranks_of(meeting, config, |member| {
         step(config, member, 0);
         let before = bytes_sent(&member.worker.groups);
         step(config, member, 1);
@@ -71,12 +72,22 @@ fn differences(rank: usize, sent: &Sent, plan: &Communication) -> String {
     text
 }
 
+fn meeting() -> Meeting {
+    Meeting::new(Duration::from_secs(30))
+}
+
 #[track_caller]
 fn check(layouts: &[&[&str]]) {
+    check_at(meeting, layouts);
+}
+
+/// Checks layouts whose ranks each time find each other at a new meeting.
+#[track_caller]
+fn check_at(meeting: fn() -> Meeting, layouts: &[&[&str]]) {
     let mut wrong = String::new();
     for sets in layouts {
         let config = config(sets);
-        let (measured, planned) = (measured(&config), planned(&config));
+        let (measured, planned) = (measured(&config, &meeting()), planned(&config));
         let pairs = measured.iter().zip(&planned).enumerate();
         let text: String =
             pairs.map(|(rank, (sent, plan))| differences(rank, sent, plan)).collect();
@@ -221,4 +232,17 @@ fn combined() {
         &["parallelism={context: 2, pipeline: {stages: 2, schedule: interleaved-1f1b, \
            virtual_stages: 2}, shard: {ranks: 2, level: gradients}}"],
     ]);
+}
+
+/// Gloo's connections are given the bytes that the threads' memory is.
+#[test]
+fn over_gloo() {
+    check_at(
+        || meeting().over_gloo(),
+        &[
+            &["parallelism={tensor: 2, pipeline: {stages: 2, schedule: interleaved-1f1b, \
+               virtual_stages: 2}, shard: {ranks: 2, level: parameters}}"],
+            &["parallelism={context: 2, replicate: 2}", "precision.compute=bf16"],
+        ],
+    );
 }

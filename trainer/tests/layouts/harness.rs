@@ -1,7 +1,8 @@
 //! Trains a small model on any layout with one thread a rank, and gathers what came of it.
 
 use crate::tapped::{Tap, Tapped};
-use collectives::{CommError, Communicator, GroupOptions};
+use collectives::local::{self, MemoryStore};
+use collectives::{CommError, Communicator, Group, GroupOptions, gloo};
 use layout::Mesh;
 use model::{Dense, Inputs, llama::init::initialize, targets};
 use optim::{AdamW, clip_coefficient};
@@ -12,6 +13,7 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use torch_shim::gloo::{Store, StoreBackend};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
 /// Bytes of a bucket of gradients: small, so that there are several.
@@ -226,7 +228,7 @@ fn relative(a: f64, b: f64) -> f64 {
 
 /// A step's micro-batches of this rank, and how many targets they have. Documents of uneven
 /// lengths, some tokens without a target.
-fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
+pub fn batch(config: &RunConfig, groups: &Groups, step: usize) -> (Vec<Pass>, f64) {
     let BatchStage { global_batch, sequence_length, .. } = *batch_stage(config);
     let per_rank = global_batch / groups.mesh.data_size();
     let first = groups.mesh.data_rank(groups.rank) * per_rank;
@@ -269,15 +271,23 @@ fn mix(a: u64, b: u64) -> u64 {
 
 /// Where the threads of a group find each other.
 pub struct Meeting {
-    groups: Mutex<HashMap<String, Vec<Option<collectives::Group>>>>,
+    groups: Mutex<HashMap<String, Vec<Option<Group>>>>,
     timeout: Duration,
     tap: Option<Arc<Tap>>,
+    /// Where those find each other that are connected by Gloo.
+    store: Option<Store>,
 }
 
 impl Meeting {
     /// For groups whose longest wait is `timeout`.
     pub fn new(timeout: Duration) -> Self {
-        Self { groups: Mutex::default(), timeout, tap: None }
+        Self { groups: Mutex::default(), timeout, tap: None, store: None }
+    }
+
+    /// With connections of Gloo in every group, in place of the process's own memory.
+    pub fn over_gloo(self) -> Self {
+        let store: Arc<dyn StoreBackend> = Arc::new(MemoryStore::default());
+        Self { store: Some(Store::new(store)), ..self }
     }
 
     /// With a tap on every group.
@@ -291,17 +301,31 @@ impl Meeting {
         ranks: &[usize],
         rank: usize,
     ) -> Result<Arc<dyn Communicator>, CommError> {
-        let mut groups = self.groups.lock().unwrap();
-        if !groups.contains_key(name) {
-            let options =
-                GroupOptions { timeout: self.timeout, ..GroupOptions::new(name, 1).of(ranks) };
-            let made = collectives::local::group(ranks.len(), &options)?;
-            groups.insert(name.to_owned(), made.into_iter().map(Some).collect());
-        }
+        let options =
+            GroupOptions { timeout: self.timeout, ..GroupOptions::new(name, 1).of(ranks) };
         let at = ranks.iter().position(|&other| other == rank).unwrap();
-        let own = groups.get_mut(name).and_then(|group| group[at].take()).unwrap();
+        let own = match &self.store {
+            Some(store) => gloo::connect(store, at, ranks.len(), "127.0.0.1", &options)?,
+            None => self.take(name, ranks.len(), at, &options)?,
+        };
         let group: Arc<dyn Communicator> = Arc::new(own);
         let Some(tap) = self.tap.clone() else { return Ok(group) };
         Ok(Arc::new(Tapped { group, name: name.to_owned(), rank, tap }))
+    }
+
+    /// A member of a group of threads, of which the first to come makes all.
+    fn take(
+        &self,
+        name: &str,
+        size: usize,
+        at: usize,
+        options: &GroupOptions,
+    ) -> Result<Group, CommError> {
+        let mut groups = self.groups.lock().unwrap();
+        if !groups.contains_key(name) {
+            let made = local::group(size, options)?;
+            groups.insert(name.to_owned(), made.into_iter().map(Some).collect());
+        }
+        Ok(groups.get_mut(name).and_then(|group| group[at].take()).unwrap())
     }
 }

@@ -11,3 +11,4 @@ mod memory;
 mod overlap;
 mod reshard;
 mod tapped;
+mod validation;

@@ -323,11 +323,17 @@ fn check_peaks(stages: usize, layouts: &[&[&str]]) {
 
 #[test]
 fn peaks_of_schedules() {
-    for schedule in ["gpipe", "1f1b", "zero-bubble"] {
+    for (schedule, virtual_stages) in
+        [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("zero-bubble", 1), ("zero-bubble", 2)]
+    {
         for recompute in ["none", "selective", "full"] {
             let recompute = format!("parallelism.recompute={recompute}");
-            let pipeline =
-                |stages| format!("parallelism.pipeline={{stages: {stages}, schedule: {schedule}}}");
+            let pipeline = |stages| {
+                format!(
+                    "parallelism.pipeline={{stages: {stages}, schedule: {schedule}, \
+                     virtual_stages: {virtual_stages}}}"
+                )
+            };
             check_peaks(2, &[&[BF16, &recompute, &pipeline(2)]]);
             check_peaks(3, &[&[FP32, &recompute, &pipeline(3)]]);
         }

@@ -31,7 +31,7 @@ pub enum Check {
     /// The first use of each operation, dtype and shape.
     #[default]
     FirstUse,
-    /// Every operation: slow, for debugging.
+    /// Every operation: for debugging. It is slow, and the store keeps what was compared.
     All,
     /// None.
     Off,
@@ -198,7 +198,7 @@ impl Agreement {
     }
 }
 
-/// Compares the single messages between two ranks, at the first of each dtype and shape.
+/// Compares the single messages between two ranks, at the first of each dtype and shape, or all.
 ///
 /// Neither waits for the other: whoever comes second sees what the first said, and the first looks
 /// again later.
@@ -228,7 +228,7 @@ struct Open {
 /// What went one way.
 #[derive(Default)]
 struct Known {
-    /// Dtypes and shapes, in the order of first use.
+    /// Dtypes and shapes, in the order of first use; none where all messages are compared.
     list: Vec<String>,
     count: u64,
 }
@@ -270,11 +270,14 @@ impl MessageAgreement {
         let known = all.entry((peer, tag, is_sent)).or_default();
         let before = known.count;
         known.count += 1;
-        if known.list.contains(&what) {
-            return Ok(before);
-        }
-        let index = known.list.len();
-        known.list.push(what.clone());
+        let index = match self.check {
+            Check::All => before,
+            _ if known.list.contains(&what) => return Ok(before),
+            _ => {
+                known.list.push(what.clone());
+                known.list.len() as u64 - 1
+            }
+        };
         drop(all);
         let voice = &self.voice;
         let (from, to) = if is_sent { (voice.rank, peer) } else { (peer, voice.rank) };
@@ -342,13 +345,13 @@ mod tests {
     use torch_shim::tch::{Device, Kind};
 
     /// Two ends of messages that share a store.
-    fn ends() -> [MessageAgreement; 2] {
+    fn ends(check: Check) -> [MessageAgreement; 2] {
         let store = Store::new(Arc::new(MemoryStore::default()) as Arc<dyn StoreBackend>);
         let members = Arc::new(Members { group: "pipeline".to_string(), ranks: vec![4, 9] });
         [0, 1].map(|rank| {
             let (store, members) = (store.clone(), members.clone());
             let voice = Voice { store, members, rank, size: 2 };
-            MessageAgreement::new(voice, Check::FirstUse)
+            MessageAgreement::new(voice, check)
         })
     }
 
@@ -359,7 +362,7 @@ mod tests {
     /// Each end counts what the other's wait needs.
     #[test]
     fn messages_are_counted_at_both_ends() {
-        let [sender, taker] = ends();
+        let [sender, taker] = ends(Check::FirstUse);
         let send = |count: i64| sender.compare(1, 7, true, &tensor(count)).unwrap();
         assert_eq!([send(4), send(4), send(5)], [0, 1, 2]);
         assert_eq!(taker.compare(0, 7, false, &tensor(4)).unwrap(), 0);
@@ -377,9 +380,24 @@ mod tests {
         assert_eq!(counted(&taker, 1, false), None);
     }
 
+    /// A dtype and shape that both know is compared again where all messages are.
+    #[test]
+    fn messages_that_differ_after_their_first_use() {
+        for check in [Check::FirstUse, Check::All] {
+            let [sender, taker] = ends(check);
+            for count in [4, 5] {
+                sender.compare(1, 7, true, &tensor(count)).unwrap();
+                taker.compare(0, 7, false, &tensor(count)).unwrap();
+            }
+            sender.compare(1, 7, true, &tensor(4)).unwrap();
+            let found = taker.compare(0, 7, false, &tensor(5));
+            assert_eq!(found.is_err(), check == Check::All, "{found:?}");
+        }
+    }
+
     #[test]
     fn who_came_first_looks_again() {
-        let [sender, taker] = ends();
+        let [sender, taker] = ends(Check::FirstUse);
         sender.compare(1, 7, true, &tensor(4)).unwrap();
         let seen = taker.compare(0, 7, false, &tensor(5)).unwrap_err().to_string();
         assert!(seen.contains("rank 4 sends Float [4], rank 9 takes Float [5]"), "{seen}");

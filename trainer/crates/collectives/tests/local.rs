@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use collectives::{Communicator, Group, GroupOptions, ReduceOp, Whereabouts, conformance, local};
+use collectives::{
+    Check, Communicator, Group, GroupOptions, ReduceOp, Whereabouts, Work, conformance, local,
+};
 use torch_shim::gloo::{Store, StoreBackend};
 use torch_shim::tch::{Device, Kind, Tensor};
 
@@ -63,6 +65,41 @@ fn an_abort_ends_every_wait() {
         conformance::test_abort(&comm).unwrap();
         std::thread::sleep(Duration::from_millis(300));
     });
+}
+
+/// Operations on nothing send nothing, so that no rank misses a message of another: only their
+/// comparison can tell that the ranks disagree.
+#[test]
+fn ranks_that_disagree_are_told_as_far_as_operations_are_compared() {
+    let told = |check: Check, numbers_by_rank: [&'static [usize]; 2]| {
+        let group = local::group(2, &GroupOptions { check, ..GroupOptions::new("none", 1) });
+        let ranks = group.unwrap().into_iter().zip(numbers_by_rank);
+        let threads = ranks.map(|(comm, numbers)| {
+            std::thread::spawn(move || {
+                let nothing = || Tensor::zeros([0], (Kind::Float, Device::Cpu));
+                let issue = |number: &usize| match number {
+                    0 => comm.all_reduce(&nothing(), ReduceOp::Sum),
+                    _ => comm.all_gather(&nothing(), &nothing()),
+                };
+                numbers.iter().try_for_each(|number| issue(number).and_then(Work::wait)).err()
+            })
+        });
+        let threads: Vec<_> = threads.collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    };
+    let (at_first, at_second) = ([&[0][..], &[1]], [&[0, 1, 0][..], &[0, 1, 1]]);
+    for (check, is_told) in
+        [(Check::Off, [false, false]), (Check::FirstUse, [true, false]), (Check::All, [true, true])]
+    {
+        for (numbers, is_told) in [at_first, at_second].into_iter().zip(is_told) {
+            for error in told(check, numbers) {
+                let text = error.map_or_else(String::new, |error| error.to_string());
+                let names = ["rank 0 issues all_reduce", "rank 1 issues all_gather"];
+                let is_said = names.iter().all(|name| text.contains(name));
+                assert_eq!((is_said, text.is_empty()), (is_told, !is_told), "{check:?}: {text}");
+            }
+        }
+    }
 }
 
 #[test]

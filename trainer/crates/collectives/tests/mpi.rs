@@ -19,6 +19,8 @@ const FOLDER: &str = "CONFORMANCE_STORE";
 const CASE: &str = "CONFORMANCE_CASE";
 /// Longest wait for one message, where a test waits for it to pass.
 const TIMEOUT: Duration = Duration::from_millis(1500);
+/// The longest from a process's death to the end of all others.
+const DEATH: Duration = Duration::from_secs(1);
 
 /// What a process under `mpirun` runs; without the environment of one, nothing.
 #[test]
@@ -208,7 +210,7 @@ fn a_dead_process_ends_the_job() {
     let elapsed = ended.duration_since(died).unwrap();
     eprintln!("mpirun: {status}, {} ms after the death", elapsed.as_millis());
     assert_eq!(status.code(), Some(128 + 6), "that of the process that died");
-    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
+    assert!(elapsed < DEATH, "{elapsed:?}");
     for rank in 0..4 {
         let pid = std::fs::read_to_string(folder.0.join(format!("pid-{rank}"))).unwrap();
         // One whose parent is gone may wait for another to take note of its end.
@@ -218,7 +220,7 @@ fn a_dead_process_ends_the_job() {
         };
         // Killed they all are by now; to give its memory back may take one a moment.
         while is_there() {
-            assert!(died.elapsed().unwrap() < Duration::from_secs(2), "rank {rank} is still there");
+            assert!(died.elapsed().unwrap() < DEATH, "rank {rank} is still there");
             std::thread::sleep(Duration::from_millis(1));
         }
     }

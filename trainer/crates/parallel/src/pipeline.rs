@@ -17,7 +17,6 @@ use torch_shim::tch::{Device, Kind, Tensor};
 use torch_shim::{ShimError, autograd, profiler};
 
 use crate::error::{ParallelError, Result};
-use crate::scalars::sum;
 
 /// A chunk and a micro-batch.
 type Place = (usize, usize);
@@ -97,14 +96,14 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Does `actions` in order; `before` is told of each. Returns the sum of the losses that were
-    /// computed here, an FP64 scalar on the device, which nobody has waited for.
+    /// Does `actions` in order; `before` is told of each. Returns the losses that were computed
+    /// here, in the order of the micro-batches: scalars on the device, which nobody has waited for.
     pub(crate) fn run(
         mut self,
         actions: &[Action],
         batches: &[Batch],
         mut before: impl FnMut(Action),
-    ) -> Result<Tensor> {
+    ) -> Result<Vec<Tensor>> {
         let mut expected = self.begin_receive(actions.first())?;
         for (index, &action) in actions.iter().enumerate() {
             let received = self.received(action, expected.take())?;
@@ -122,7 +121,7 @@ impl<'a> Stage<'a> {
         for (work, _) in std::mem::take(&mut self.sent) {
             work.wait()?;
         }
-        Ok(sum(&self.losses, self.boundary.device)?)
+        Ok(self.losses)
     }
 
     /// Begins to receive what an action needs.

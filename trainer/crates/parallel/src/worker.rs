@@ -13,6 +13,7 @@ use model::{Dense, Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
 use model_spec::LocalParameter;
 use run_config::RunConfig;
 use torch_shim::ShimError;
+use torch_shim::cuda::Readback;
 use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::profiler;
@@ -137,25 +138,32 @@ impl Worker {
         let schedule = self.schedule(passes.len())?;
         let actions = schedule.actions(self.stage());
         let stage = self.at_work(schedule, &batches, (scale, true))?;
-        stage.run(&actions, &batches, |action| {
+        let losses = stage.run(&actions, &batches, |action| {
             if completes(action) && action.micro_batch() + 1 == passes.len() {
                 self.data.begin_last_pass(&self.parameters_of[action.chunk()]);
             }
-        })
+        })?;
+        Ok(sum(&losses, self.device())?)
     }
 
-    /// The sum of the losses of a micro-batch over this rank's targets, without gradients.
+    /// The loss of each micro-batch, summed over this rank's targets, without gradients; none where
+    /// they are another rank's. The stages of a pipeline work on several at the same time, and
+    /// nothing is kept of one but what is on its way to the next stage.
     ///
     /// # Errors
     /// Where libtorch or a peer fails.
-    pub fn evaluate(&self, pass: &Pass) -> Result<f64> {
-        let batches = [self.own_part(pass)?];
-        let forward = |chunk| Action::Forward { chunk, micro_batch: 0 };
-        let actions: Vec<Action> = (0..self.chunks.len()).map(forward).collect();
-        let stage = self.at_work(self.schedule(1)?, &batches, (1.0, false))?;
-        let loss = no_grad(|| stage.run(&actions, &batches, |_| ()));
-        let loss = self.counted_loss(loss.map_err(|error| self.cause(error))?)?;
-        Ok(loss.f_double_value(&[]).map_err(ShimError::from)?)
+    pub fn evaluate(&self, passes: &[Pass]) -> Result<Vec<f64>> {
+        let batches = passes.iter().map(|pass| self.own_part(pass)).collect::<Result<Vec<_>>>()?;
+        let schedule = self.schedule(passes.len())?;
+        let actions: Vec<Action> = schedule.forwards().collect();
+        let stage = self.at_work(schedule, &batches, (1.0, false))?;
+        let losses = no_grad(|| stage.run(&actions, &batches, |_| ()));
+        let losses = losses.map_err(|error| self.cause(error))?;
+        if losses.is_empty() || self.groups.coordinate(Axis::Tensor) > 0 {
+            return Ok(Vec::new());
+        }
+        let losses = Tensor::f_stack(&losses, 0).map_err(ShimError::from)?;
+        Ok(Readback::begin(&losses)?.wait()?)
     }
 
     fn stage(&self) -> usize {

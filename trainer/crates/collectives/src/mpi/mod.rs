@@ -13,7 +13,7 @@ mod group;
 mod raw;
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ use self::raw::{Direction, Private};
 use crate::error::{CommError, Result};
 use crate::group::{Group, GroupOptions};
 use crate::transport::{Pending, Transport};
+
+/// The longest wait for MPI to start, and to end: both wait for all processes of the job.
+const ALL_COME: Duration = Duration::from_secs(60);
 
 /// Bits of a tag that are the message's own: half for users, half for the collectives.
 const TAG_BITS: u32 = 17;
@@ -52,7 +55,7 @@ impl Mpi {
     /// Starts MPI: once in a process, which `mpirun` has started.
     ///
     /// # Errors
-    /// When MPI was started before, or refuses.
+    /// When MPI was started before, refuses, or the other processes do not come.
     pub fn start() -> Result<Mpi> {
         let (commands, received) = channel();
         let (started, answer) = sync_channel(1);
@@ -60,8 +63,9 @@ impl Mpi {
             .name("mpi".to_string())
             .spawn(move || engine::run(&received, &started))
             .map_err(|error| CommError::Backend(format!("no thread for MPI: {error}")))?;
-        let gone = |_| CommError::Backend("MPI did not start".to_string());
-        let (process, size, largest_tag) = answer.recv().map_err(gone)??;
+        // A thread that hangs in MPI ends with the process.
+        let (process, size, largest_tag) =
+            answer.recv_timeout(ALL_COME).map_err(|error| absent("start", error))??;
         let shared = Shared {
             commands: Mutex::new(Some(commands)),
             thread: Mutex::new(Some(thread)),
@@ -119,12 +123,15 @@ impl Mpi {
     /// A process that has failed must not call it, and exits with an error instead.
     ///
     /// # Errors
-    /// When messages are still under way.
+    /// When messages are still under way, or the other processes do not come.
     pub fn leave(self) -> Result<()> {
         let (answer, left) = sync_channel(1);
         self.shared.tell(Command::Leave(answer))?;
-        let gone = |_| CommError::Backend("the thread that speaks MPI is gone".to_string());
-        left.recv().map_err(gone)?
+        left.recv_timeout(ALL_COME).map_err(|error| {
+            // Nobody waits for a thread that hangs in MPI: it ends with the process.
+            drop(self.shared.thread.lock().unwrap_or_else(PoisonError::into_inner).take());
+            absent("end", error)
+        })?
     }
 }
 
@@ -146,6 +153,17 @@ impl Drop for Shared {
             let _ = thread.join();
         }
     }
+}
+
+/// Why MPI has not come to its start or end.
+fn absent(what: &str, error: RecvTimeoutError) -> CommError {
+    CommError::Backend(match error {
+        RecvTimeoutError::Timeout => {
+            let seconds = ALL_COME.as_secs();
+            format!("MPI did not {what} in {seconds} s: a process of the job has not come to it")
+        }
+        RecvTimeoutError::Disconnected => format!("MPI did not {what}: its thread is gone"),
+    })
 }
 
 /// How a member of a group is reached.

@@ -16,6 +16,9 @@ use crate::group::GroupOptions;
 use crate::nccl::{lock, native};
 use crate::work::Behind;
 
+/// How often the host looks where it waits.
+const PAUSE: Duration = Duration::from_micros(50);
+
 /// What is called on a lane: it only puts work on the stream.
 pub(crate) type Call<'a> = dyn Fn(&Communicator, nccl_rs::Stream) -> Result<(), NcclError> + 'a;
 
@@ -63,11 +66,20 @@ impl Place {
             ends.cause.get_or_insert_with(|| cause.to_string());
             std::mem::take(&mut ends.aborters)
         };
-        for aborter in aborters {
+        let abort = |aborter: &Aborter| {
             if let Err(error) = aborter.abort(cause) {
                 tracing::warn!("group {}: {error}", self.group);
             }
-        }
+        };
+        // All at once: each may take its whole time-out.
+        std::thread::scope(|scope| {
+            for aborter in &aborters {
+                let thread = std::thread::Builder::new().name(format!("abort-{}", self.group));
+                if thread.spawn_scoped(scope, move || abort(aborter)).is_err() {
+                    abort(aborter);
+                }
+            }
+        });
     }
 
     /// Whoever is made late must not miss the abort.
@@ -193,15 +205,31 @@ impl Lane {
                 work.begun = Some(Instant::now());
             }
             if work.begun.is_some_and(|begun| begun.elapsed() >= self.place.timeout) {
-                return Err(CommError::Backend(format!(
-                    "group {}: {} has not ended {} ms after it could begin: a rank is missing, or \
-                     stuck",
-                    self.place.group,
-                    work.what,
-                    self.place.timeout.as_millis()
-                )));
+                let why = "it could begin: a rank is missing, or stuck";
+                return Err(self.late(&work.what, why));
             }
             break;
+        }
+        Ok(())
+    }
+
+    fn late(&self, what: &str, why: &str) -> CommError {
+        let (group, limit) = (&self.place.group, self.place.timeout.as_millis());
+        CommError::Backend(format!("group {group}: {what} has not ended {limit} ms after {why}"))
+    }
+
+    /// Lets the host wait for the `end` of work that was just put on the stream: for at most the
+    /// time-out, also where what comes before it never ends.
+    pub(crate) fn wait(&self, what: &str, end: &Event) -> Result<()> {
+        let issued = Instant::now();
+        while !end.is_past()? {
+            self.watch()?;
+            self.place.failure()?;
+            if issued.elapsed() >= self.place.timeout {
+                let why = "it was issued: what the GPU was given before is stuck, or a rank";
+                return Err(self.late(what, why));
+            }
+            std::thread::sleep(PAUSE);
         }
         Ok(())
     }

@@ -169,10 +169,7 @@ impl Backend for NcclBackend {
                     nccl.all_reduce(whole, nccl_rs::ReduceOp::Sum, stream)
                 })?;
                 // The one operation that the host waits for.
-                while !behind.event.is_past()? {
-                    self.watch()?;
-                    std::thread::sleep(Duration::from_micros(50));
-                }
+                self.lane.wait(what, &behind.event)?;
                 Ok(Some(behind))
             }
         }

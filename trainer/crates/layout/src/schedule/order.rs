@@ -48,7 +48,7 @@ impl Schedule {
         actions
     }
 
-    /// The forwards of every stage without the backwards: a step of validation.
+    /// The forwards of every stage without the backwards: what validation does.
     pub fn forwards(&self) -> impl Iterator<Item = Action> + use<> {
         self.turns(false).map(|(chunk, micro_batch)| Action::Forward { chunk, micro_batch })
     }
@@ -155,6 +155,15 @@ mod tests {
         check(paper, 2, "F0 F1 B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 F7 B6 B7");
         check(paper, 3, "F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6 F7 B7");
         check(schedule(OneForwardOneBackward, [4, 2, 1]), 0, "F0 F1 B0 B1");
+    }
+
+    /// All but gpipe do the same on one stage with one chunk.
+    #[test]
+    fn one_stage() {
+        check(schedule(Gpipe, [1, 2, 1]), 0, "F0 F1 B0 B1");
+        check(schedule(OneForwardOneBackward, [1, 2, 1]), 0, "F0 B0 F1 B1");
+        check(schedule(Interleaved, [1, 2, 1]), 0, "F0 B0 F1 B1");
+        check(schedule(ZeroBubble, [1, 2, 1]), 0, "F0 B0 W0 F1 B1 W1");
     }
 
     /// Figure 4 of arXiv 2104.04473, lower half: its last stage, and its first.
