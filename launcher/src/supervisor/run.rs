@@ -15,6 +15,7 @@ use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
 use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
+use memory::Doubt;
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, Steps, ToRank, exit_code};
 use run_config::RunConfig;
@@ -125,6 +126,8 @@ struct Executor {
     failures: u64,
     /// Whether the last generation failed while it read a checkpoint.
     has_failed_to_load: bool,
+    /// What that says of the one in the nodes' memories.
+    doubt: Doubt,
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
@@ -227,6 +230,7 @@ impl Executor {
             searches,
             failures,
             has_failed_to_load: false,
+            doubt: Doubt::default(),
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
@@ -475,6 +479,7 @@ impl Executor {
                 self.is_growing = false;
                 self.failures += u64::from(cause.class.is_of_the_machines());
                 self.has_failed_to_load = cause.phase == Phase::Load;
+                self.doubt.failed(&cause);
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);

@@ -66,6 +66,8 @@ impl Executor {
             "checkpoint_kept" => {
                 status.memory_alarm = None;
                 status.memory_checkpoint = fields.get("step").and_then(Value::as_u64);
+                // The copies of the step before are forgotten with it.
+                status.memory_copied = None;
                 if fields.get("is_copied") == Some(&Value::Bool(true)) {
                     status.memory_copy_alarm = None;
                     status.memory_copied = status.memory_checkpoint;
