@@ -72,7 +72,8 @@ impl Saving {
                 Ok(ill[0] == 0.0)
             };
             let mut hand_over = || groups.alive().is_ok() && copy(&client, step, place);
-            let kept = snapshot.write_bundle(node, &mut meet, &mut hand_over)?;
+            let run = &client.assignment().run_id;
+            let kept = snapshot.write_bundle(run, node, &mut meet, &mut hand_over)?;
             let (bytes, seconds) = (kept.bytes, kept.seconds);
             tracing::debug!(bytes, seconds, "step {step} is kept, copied: {}", kept.is_copied);
             // Without an agent there is nobody to tell, and the control thread ends it all.

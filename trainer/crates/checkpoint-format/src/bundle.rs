@@ -75,6 +75,8 @@ impl NodeRanks {
 pub struct BundleManifest {
     /// [`BUNDLE_VERSION`].
     pub version: u32,
+    /// Identity of the run: steps and generations of another mean nothing.
+    pub run: String,
     /// The step.
     pub step: u64,
     /// The generation of the run that wrote it.
@@ -227,22 +229,13 @@ pub fn list(dir: &Path) -> Vec<BundleManifest> {
     found
 }
 
-/// Removes the bundles whose (generation, step) is not `kept`.
-///
-/// # Errors
-/// [`FormatError::Io`] for the first that cannot be removed.
-pub fn retain(dir: &Path, kept: impl Fn(u64, u64) -> bool) -> Result<()> {
+/// The folders of the bundles whose (generation, step) is not `kept`.
+pub fn unwanted(dir: &Path, kept: impl Fn(u64, u64) -> bool) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let old = entries
-        .map(|entry| entry.path())
-        .filter(|path| parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step)));
-    let failed = old.filter_map(|path| {
-        let removed = std::fs::remove_dir_all(&path);
-        removed.map_err(|error| FormatError::io("remove", &path, error)).err()
-    });
-    // All are tried.
-    let failed: Vec<FormatError> = failed.collect();
-    failed.into_iter().next().map_or(Ok(()), Err)
+    let is_unwanted = |path: &PathBuf| {
+        parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step))
+    };
+    entries.map(|entry| entry.path()).filter(is_unwanted).collect()
 }
 
 fn parsed(path: &Path) -> Option<(u64, u64, usize)> {
@@ -257,11 +250,11 @@ impl Save {
     }
 
     /// The first rank of a node, when all of its ranks have written: merges their parts and gives
-    /// the bundle its name. Its bytes.
+    /// the bundle, which is of this run, its name. Its bytes.
     ///
     /// # Errors
     /// As [`Save::commit`]; nothing is committed then.
-    pub fn commit_bundle(&self, node: &NodeRanks, state: &TrainState) -> Result<u64> {
+    pub fn commit_bundle(&self, run: &str, node: &NodeRanks, state: &TrainState) -> Result<u64> {
         let temporary = self.temporary();
         let (mut files, index) = self.merge(node.ranks())?;
         let small = [
@@ -274,6 +267,7 @@ impl Save {
         }
         let manifest = BundleManifest {
             version: BUNDLE_VERSION,
+            run: run.to_owned(),
             step: self.step,
             generation: self.generation,
             node: *node,
@@ -307,8 +301,8 @@ mod tests {
         let entry = FileEntry { size: 1, checksum: Checksum::of(b"x") };
         let names = [names::INDEX, names::STATE, "rank-00002-000.safetensors"];
         let files = names.into_iter().chain(file).map(|name| (name.to_owned(), entry)).collect();
-        let manifest =
-            BundleManifest { version: BUNDLE_VERSION, step: 5, generation: 3, node, files };
+        let (version, run) = (BUNDLE_VERSION, "run-1".to_owned());
+        let manifest = BundleManifest { version, run, step: 5, generation: 3, node, files };
         let bytes = serde_json::to_vec(&manifest).unwrap();
         let commit = format!("{}\n", sha256_hex(&bytes));
         let sealed = BundleManifest::sealed(Path::new("x"), commit.as_bytes(), &bytes);

@@ -6,7 +6,7 @@ mod common;
 
 use checkpoint_format::bundle::{
     Assembly, Bundle, BundleArrival, BundleManifest, BundleReport, JointBundle, NodeRanks, list,
-    retain,
+    unwanted,
 };
 use checkpoint_format::checksum::Checksum;
 use checkpoint_format::index::Index;
@@ -59,6 +59,7 @@ impl Nodes {
                     let dir = self.dir(rank / RANKS_PER_NODE);
                     scope.spawn(move || {
                         let joint = JointBundle {
+                            run: "run-1",
                             save: Save::new(&dir, step, generation),
                             rank,
                             node: node_of(rank),
@@ -250,7 +251,8 @@ fn bundles_of_several_saves_make_no_checkpoint() {
     }
     assert!(check(&[]).contains("in place 0 is"));
     // The newest alone is kept.
-    retain(&nodes.dir(0), |generation, step| (generation, step) == (4, 8)).unwrap();
+    let old = unwanted(&nodes.dir(0), |generation, step| (generation, step) == (4, 8));
+    old.iter().for_each(|path| std::fs::remove_dir_all(path).unwrap());
     let kept: Vec<String> = list(&nodes.dir(0)).iter().map(BundleManifest::folder).collect();
     assert_eq!(kept, ["step-0000008.g0004.p00000"]);
 }

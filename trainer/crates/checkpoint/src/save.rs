@@ -147,19 +147,21 @@ impl Snapshot {
         Ok(report?)
     }
 
-    /// Writes it into the memory of this rank's node, which has these ranks, where each node keeps
-    /// its own ranks' part.
+    /// Writes it into the memory of this rank's node, which has these ranks of the run, where each
+    /// node keeps its own ranks' part.
     ///
     /// # Errors
     /// As [`save`].
     pub fn write_bundle(
         self,
+        run: &str,
         node: NodeRanks,
         meet: &mut Meeting<'_>,
         hand_over: &mut HandOver<'_>,
     ) -> Result<BundleReport> {
         let (pieces, result) = pieces(&self.shares, self.failed);
         let joint = JointBundle {
+            run,
             save: self.save,
             rank: self.rank,
             node,

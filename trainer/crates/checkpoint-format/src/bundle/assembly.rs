@@ -135,6 +135,7 @@ fn check_places(manifests: &[&BundleManifest]) -> std::result::Result<(), String
         let BundleManifest { step, generation, node, .. } = manifest;
         let first = manifests[0];
         let is_of_one_save = (*step, *generation) == (first.step, first.generation)
+            && manifest.run == first.run
             && (node.places, node.world_size) == (manifests.len(), first.node.world_size);
         if !is_of_one_save || (node.place, node.first) != (place, next) {
             return Err(format!(

@@ -29,6 +29,8 @@ pub type HandOver<'a> = dyn FnMut() -> bool + 'a;
 /// What one rank brings to it.
 #[derive(Debug)]
 pub struct JointBundle<'a> {
+    /// Identity of the run.
+    pub run: &'a str,
     /// Which checkpoint, in this node's folder.
     pub save: Save,
     /// This rank.
@@ -87,7 +89,7 @@ impl JointBundle<'_> {
         let written = self.save.write_rank(self.rank, &self.pieces);
         self.agree(written, meet)?;
         let committed = match is_first {
-            true => self.save.commit_bundle(node, self.state),
+            true => self.save.commit_bundle(self.run, node, self.state),
             false => Ok(0),
         };
         self.agree(committed, meet)
