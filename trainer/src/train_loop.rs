@@ -51,7 +51,10 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         faults::at_step(rank)?;
         let results = match train_step(rank) {
             Err(error) if error.roll_back().is_some() => {
-                // What is being written is the newest checkpoint before the trouble.
+                // What is being written is the newest checkpoint before the trouble. It may take
+                // longer than a step may; and of what is kept in memory nobody needs a copy.
+                rank.client.phase(Phase::Save)?;
+                rank.client.give_up_copy();
                 finish_save(rank, false)?;
                 finish_keep(rank)?;
                 return Err(error);
