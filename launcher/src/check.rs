@@ -1,5 +1,6 @@
 //! `phalanx check`: validates a config and prints the resolved plan, as a table or as JSON.
 
+use crate::cluster::complete::MAX_NODES;
 use crate::error::UserError;
 use crate::pipeline::PipelinePlan;
 use crate::plan::LayoutPlan;
@@ -100,6 +101,7 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
         .map_err(|error| conflict("parallelism", error.to_string()))?;
     let per_node = config.cluster.ranks_per_node.unwrap_or(1);
     let peers = Peers::new(&mesh, per_node).filter(|_| config.checkpoint.memory.every_steps > 0);
+    notes.extend(too_many_nodes(&config));
     let longest = stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(1);
     let flops = |convention| flops_per_token(&config.model, longest, convention);
     Ok(Plan {
@@ -388,6 +390,17 @@ impl Plan {
         };
         row("validation", validation);
     }
+}
+
+/// More nodes than can keep checkpoints for each other.
+fn too_many_nodes(config: &RunConfig) -> Option<Note> {
+    let (nodes, every) = (config.cluster.nodes, config.checkpoint.memory.every_steps);
+    (every > 0 && nodes > MAX_NODES).then(|| Note {
+        level: NoteLevel::Warning,
+        place: Place::Default,
+        key: "checkpoint.memory.every_steps".to_owned(),
+        message: format!("nothing is kept in memory: of {nodes} nodes, more than {MAX_NODES}"),
+    })
 }
 
 /// Groups with which a node may be lost and the one that keeps its copy.

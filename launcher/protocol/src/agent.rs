@@ -4,7 +4,7 @@
 //! both send [`Numbered`](crate::session::Numbered) messages: [`FromAgent`] and [`ToAgent`]. Every
 //! message about a rank carries its generation, and one of another generation is dropped.
 
-use crate::bundle::{BundleId, Door, MemoryPlan};
+use crate::bundle::{Door, Holding, MemoryPlan};
 use crate::exit::Exit;
 use crate::message::{Assignment, FromRank, ToRank};
 use crate::store::StoreRequest;
@@ -34,8 +34,8 @@ pub struct Join {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub door: Option<Door>,
     /// What it has of them, its own and others'.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub bundles: Vec<BundleId>,
+    #[serde(default, skip_serializing_if = "Holding::is_empty")]
+    pub bundles: Holding,
 }
 
 /// A node, as its agent describes it.
@@ -184,10 +184,7 @@ pub enum FromAgent {
         requests: Vec<StoreRequest>,
     },
     /// What is in this node's memory of checkpoints, from now on.
-    Holds {
-        /// All of it.
-        bundles: Vec<BundleId>,
-    },
+    Holds(Holding),
     /// This node was asked to stop: the run must.
     StopRequested {
         /// Name of the signal.

@@ -25,6 +25,23 @@ pub struct BundleId {
     pub places: usize,
 }
 
+/// What a node has in its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holding {
+    /// Identity of the run that all of it is of: an agent may outlive one and join the next of its
+    /// name. Empty before it has heard of one.
+    pub run: String,
+    /// All that is there.
+    pub bundles: Vec<BundleId>,
+}
+
+impl Holding {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.bundles.is_empty()
+    }
+}
+
 /// A node's place among those of a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodePlace {
@@ -47,7 +64,7 @@ pub enum Copied {
         /// Why.
         reason: String,
     },
-    /// It was not tried: the last one has just failed.
+    /// It was not tried, because the last one has just failed, or is not waited for any more.
     NotTried,
 }
 

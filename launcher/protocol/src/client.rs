@@ -22,7 +22,7 @@ use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for the next place: nodes may be waited for, and a checkpoint be fetched. The end of
 /// the agent ends it too.
 const NEXT_PLACE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
-/// Longest wait for the copy of a bundle; an agent gives up sooner where nothing moves.
+/// Longest wait for the copy of a bundle; an agent gives up sooner.
 const COPY_TIMEOUT: Duration = Duration::from_secs(600);
 /// The `target` of the log lines that are written here.
 pub const LOG_TARGET: &str = "rank_protocol";
@@ -255,8 +255,9 @@ impl RankClient {
         // Whoever ends the generation from here on ends the wait.
         self.alive()?;
         self.send(&FromRank::BundleWritten { step, place })?;
-        let lost = |error: std::sync::mpsc::RecvTimeoutError| Copied::Failed {
-            reason: format!("no word of it: {error}"),
+        let lost = |error| match error {
+            RecvTimeoutError::Timeout => Copied::Failed { reason: "no word of it".to_owned() },
+            RecvTimeoutError::Disconnected => Copied::NotTried,
         };
         let copied = receiver.recv_timeout(COPY_TIMEOUT).unwrap_or_else(lost);
         self.alive()?;

@@ -6,6 +6,7 @@
 use super::depot::{Command, News as DepotNews};
 use super::journal::Journal;
 use super::nodes::host_name;
+use super::server::raise_limit;
 use super::wire;
 use crate::error::UserError;
 use crate::health::{self, Depth};
@@ -157,6 +158,7 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let run = find(&args.run)?;
     let config = RunConfig::load(&run.config(), &[])?.config;
     let trainer = Trainer::find(&config)?;
+    raise_limit();
     let whereabouts = Whereabouts::new(args.coordinator.clone(), &config)?;
     let (depot, depot_news) = match keep_in_memory(&run, &config)? {
         Some((depot, news)) => (Some(depot), Some(news)),
@@ -408,8 +410,7 @@ impl Agent {
                 let others = self.ranks.iter().filter(|(rank, _)| !self.waiting.contains(rank));
                 others.for_each(|(_, handle)| handle.kill());
                 self.untold.clear();
-                self.fetch_for(&start);
-                self.next = Some(start);
+                self.fetch_for(start);
                 self.start_next();
             }
             ToAgent::Terminate { generation, .. } | ToAgent::Kill { generation, .. }
@@ -440,7 +441,7 @@ impl Agent {
                 }
                 self.with(generation, rank, RankHandle::kill);
             }
-            ToAgent::Forget { but } => self.outside.order(Command::Forget { but }),
+            ToAgent::Forget { but } => self.order(Command::Forget { but }),
             ToAgent::Over { code, reason } => self.end = Some((code, reason)),
         }
     }
@@ -506,6 +507,12 @@ impl Agent {
             }
             _ => {}
         }
+        self.tell(message);
+    }
+
+    /// Tells what became of a rank that was not started; another coordinator hears it again.
+    fn say_last(&mut self, rank: usize, message: FromAgent) {
+        self.last_words.entry(rank).or_default().push(message.clone());
         self.tell(message);
     }
 

@@ -5,6 +5,10 @@ use super::members::NodeId;
 use rank_protocol::bundle::BundleId;
 use std::collections::BTreeMap;
 
+/// The most nodes that keep checkpoints for each other: each must be told where all are, in one
+/// message, and asks each for what its ranks read.
+pub const MAX_NODES: usize = 1024;
+
 /// What living nodes have.
 pub type Holdings = BTreeMap<NodeId, Vec<BundleId>>;
 
@@ -13,8 +17,10 @@ pub type Holdings = BTreeMap<NodeId, Vec<BundleId>>;
 pub fn holders(holdings: &Holdings, (generation, step): (u64, u64)) -> Option<Vec<Vec<NodeId>>> {
     let mut places: Vec<Vec<NodeId>> = Vec::new();
     for (node, bundles) in holdings {
-        let its = bundles.iter().filter(|id| (id.generation, id.step) == (generation, step));
-        for id in its {
+        let is_of_it = |id: &&BundleId| (id.generation, id.step) == (generation, step);
+        // Nobody is believed to have had more places than there can be.
+        let is_possible = |id: &&BundleId| id.place < id.places && id.places <= MAX_NODES;
+        for id in bundles.iter().filter(is_of_it).filter(is_possible) {
             if places.is_empty() {
                 places = vec![Vec::new(); id.places];
             }
@@ -84,6 +90,16 @@ mod tests {
         assert_eq!(newest(&mixed, all), Some((2, 20)));
         assert_eq!(newest(&mixed, |(generation, _)| generation == 1), None);
         assert_eq!(newest(&mixed, |(_, step)| step < 20), None);
+    }
+
+    #[test]
+    fn what_cannot_be_is_passed_over() {
+        for places in [0, 1, MAX_NODES + 1, usize::MAX] {
+            let wrong = BundleId { generation: 1, step: 5, place: 1, places };
+            assert_eq!(holders(&[(7, vec![wrong])].into(), (1, 5)), None);
+            let all = vec![wrong, id(1, 5, 0), id(1, 5, 1), id(1, 5, 2)];
+            assert_eq!(newest(&[(7, all)].into(), |_| true), Some((1, 5)));
+        }
     }
 
     proptest! {

@@ -12,23 +12,26 @@ mod link;
 mod needs;
 mod resume;
 
-use super::secrets::new_token;
+use super::secrets::{self, new_token};
 use crate::memory::MemoryTier;
 use checkpoint_format::bundle::{self, Bundle, BundleManifest};
-use checkpoint_format::{failpoint, names};
-use link::Link;
+use checkpoint_format::{failpoint, names, retention};
+use link::{Link, Trusts};
 use rank_protocol::RunDir;
-use rank_protocol::bundle::{BundleId, Copied, Door, Resume};
+use rank_protocol::bundle::{BundleId, Copied, Door, Holding, Resume};
 use run_config::RunConfig;
+use rustls::ServerConfig;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, spawn_local};
+use tokio::task::{AbortHandle, spawn_blocking, spawn_local};
+use tokio::time::timeout;
 
 /// Commands that wait; one that finds no room is dropped, and said.
 const NUM_COMMANDS: usize = 256;
@@ -39,6 +42,15 @@ const NUM_NEWS: usize = 1024;
 const MAX_BUNDLES: usize = 8;
 /// After a copy that failed, none is tried to the same node for so long.
 const RETRY: Duration = Duration::from_secs(10);
+/// And not for so many times as long as it took: a link that is slow holds training up for a small
+/// part of its time.
+const PAUSES: u32 = 8;
+/// Bytes a second that a link must carry; a slower one counts as failed, though something moves.
+const LEAST_RATE: u64 = 64 << 20;
+/// Time for a copy beside that of its bytes.
+const COPY_BASE: Duration = Duration::from_secs(10);
+/// Longest time for a copy, shorter than ranks wait for one.
+const LONGEST_COPY: Duration = Duration::from_secs(540);
 
 /// What the agent wants done.
 #[derive(Debug)]
@@ -63,6 +75,16 @@ pub enum Command {
         /// (generation, step).
         but: Option<(u64, u64)>,
     },
+    /// From now on all that comes is of this run, and what is of another goes.
+    BelongTo {
+        /// Its identity.
+        run: String,
+    },
+    /// The ranks of generations before this one are gone: what they have not finished goes.
+    Sweep {
+        /// The generation.
+        before: u64,
+    },
     /// Put a checkpoint together, which is told by [`News::Resumed`].
     Resume(Box<Wanted>),
     /// The ranks have read it.
@@ -72,6 +94,8 @@ pub enum Command {
 /// A checkpoint that ranks go on from.
 #[derive(Clone, Debug)]
 pub struct Wanted {
+    /// Identity of the run.
+    pub run: String,
     /// The generation that does.
     pub generation: u64,
     /// What, and where it is.
@@ -88,7 +112,7 @@ pub struct Wanted {
 #[derive(Debug)]
 pub enum News {
     /// What is here, from now on.
-    Holds(Vec<BundleId>),
+    Holds(Holding),
     /// What became of a copy.
     Copied {
         /// Of which bundle.
@@ -102,8 +126,18 @@ pub enum News {
         /// The generation.
         generation: u64,
         /// The folder.
-        result: Result<PathBuf, String>,
+        result: Result<PathBuf, NotResumed>,
     },
+}
+
+/// Why there is no checkpoint to go on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotResumed {
+    /// Whether what there is is damaged. Otherwise another try may do better: a link was lost, or
+    /// somebody was silent.
+    pub is_damaged: bool,
+    /// Why, in words.
+    pub why: String,
 }
 
 /// The agent's handle. When it is dropped, all that is kept goes.
@@ -138,17 +172,7 @@ impl Depot {
         let (run, key, folder) = (run.clone(), door.key.clone(), tier.folder().to_path_buf());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let work = move || {
-            let shelf = Rc::new(Shelf {
-                run,
-                key,
-                bundles: folder.join("bundles"),
-                arriving: folder.join("arriving"),
-                resume: folder.join("resume"),
-                holds: RefCell::default(),
-                on_their_way: RefCell::default(),
-                failed: RefCell::default(),
-                news,
-            });
+            let shelf = Rc::new(Shelf::new(run, key, &folder, news));
             let work = async {
                 match tokio::net::TcpListener::from_std(listener) {
                     Ok(listener) => drop(spawn_local(door::serve(listener, Rc::clone(&shelf)))),
@@ -169,16 +193,16 @@ impl Depot {
     }
 
     /// The folder into which this node's ranks write their bundles.
-    pub fn bundles(&self) -> &std::path::Path {
+    pub fn bundles(&self) -> &Path {
         &self.bundles
     }
 
-    /// Has something done.
-    pub fn order(&self, command: Command) {
-        let sent = self.commands.as_ref().map(|commands| commands.try_send(command));
-        if let Some(Err(error)) = sent {
-            tracing::error!("what is kept in memory is not cared for: {error}");
-        }
+    /// Has something done. Where it cannot be, what somebody waits for is returned at once.
+    pub fn order(&self, command: Command) -> Option<News> {
+        let Err(error) = self.commands.as_ref()?.try_send(command) else { return None };
+        let why = format!("what is kept in memory is not cared for: {error}");
+        tracing::error!("{why}");
+        refused(error.into_inner(), why)
     }
 }
 
@@ -192,6 +216,20 @@ impl Drop for Depot {
     }
 }
 
+/// What becomes of a command that nobody takes.
+fn refused(command: Command, why: String) -> Option<News> {
+    match command {
+        Command::Copy { bundle, .. } => {
+            Some(News::Copied { bundle, copied: Copied::Failed { reason: why } })
+        }
+        Command::Resume(wanted) => {
+            let result = Err(NotResumed { is_damaged: false, why });
+            Some(News::Resumed { generation: wanted.generation, result })
+        }
+        _ => None,
+    }
+}
+
 /// On all addresses of this machine, of both kinds where there are both.
 fn listen() -> io::Result<TcpListener> {
     TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0))
@@ -201,19 +239,39 @@ fn listen() -> io::Result<TcpListener> {
 /// What is here, for all tasks of the thread.
 struct Shelf {
     run: RunDir,
+    /// Identity of the run that all of it is of; empty before one is told.
+    run_id: RefCell<String>,
+    /// The doors' certificate, once it was read.
+    tls: RefCell<Option<Tls>>,
     /// What opens the door.
     key: String,
     /// The folder of bundles, into which ranks write theirs too.
     bundles: PathBuf,
     /// Copies on their way to it.
     arriving: PathBuf,
-    /// The folder of checkpoints of which one is put together.
+    /// The folder in which each generation has a folder of checkpoints, of which one is put
+    /// together there.
     resume: PathBuf,
+    /// What is being removed.
+    leaving: PathBuf,
+    num_left: Cell<u64>,
     holds: RefCell<BTreeSet<BundleId>>,
     on_their_way: RefCell<BTreeSet<BundleId>>,
-    /// Where the last copy failed to go to, and when.
+    /// Where the last copy failed to go to, and until when none is tried there.
     failed: RefCell<Option<(Door, Instant)>>,
     news: mpsc::Sender<News>,
+}
+
+/// What doors show, and what is trusted at others'.
+#[derive(Clone)]
+struct Tls {
+    server: Arc<ServerConfig>,
+    client: Trusts,
+}
+
+/// The longest that a copy of so many bytes may take.
+fn time_for(bytes: u64) -> Duration {
+    (COPY_BASE + Duration::from_secs(bytes / LEAST_RATE)).min(LONGEST_COPY)
 }
 
 /// The identity of a bundle.
@@ -223,6 +281,58 @@ fn id_of(manifest: &BundleManifest) -> BundleId {
 }
 
 impl Shelf {
+    fn new(run: RunDir, key: String, folder: &Path, news: mpsc::Sender<News>) -> Self {
+        Self {
+            run,
+            run_id: RefCell::default(),
+            tls: RefCell::default(),
+            key,
+            bundles: folder.join("bundles"),
+            arriving: folder.join("arriving"),
+            resume: folder.join("resume"),
+            leaving: folder.join("leaving"),
+            num_left: Cell::default(),
+            holds: RefCell::default(),
+            on_their_way: RefCell::default(),
+            failed: RefCell::default(),
+            news,
+        }
+    }
+
+    /// The run is this one. Another of its name has other doors, too.
+    fn belong_to(&self, run: String) {
+        if *self.run_id.borrow() == run {
+            return;
+        }
+        self.retain(|_, _| false);
+        self.forget_resume();
+        (*self.tls.borrow_mut(), *self.failed.borrow_mut()) = (None, None);
+        *self.run_id.borrow_mut() = run;
+    }
+
+    /// An error where a bundle is of another run.
+    fn check_run(&self, manifest: &BundleManifest) -> io::Result<()> {
+        let run = self.run_id.borrow();
+        match manifest.run == *run {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("it is of run {}, not {run}", manifest.run))),
+        }
+    }
+
+    /// Read once: a file for each connection would be for strangers to ask for.
+    fn tls(&self) -> io::Result<Tls> {
+        if let Some(tls) = &*self.tls.borrow() {
+            return Ok(tls.clone());
+        }
+        let tls = Tls { server: secrets::door(&self.run)?, client: secrets::doors(&self.run)? };
+        *self.tls.borrow_mut() = Some(tls.clone());
+        Ok(tls)
+    }
+
+    async fn open(&self, door: &Door) -> io::Result<Link> {
+        Link::open(self.tls()?.client, door).await
+    }
+
     fn path(&self, id: BundleId) -> PathBuf {
         self.bundles.join(names::bundle_folder(id.step, id.generation, id.place))
     }
@@ -245,14 +355,43 @@ impl Shelf {
             // Nobody counts on what is about to go.
             self.tell_holds();
         }
-        if let Err(error) = bundle::retain(&self.bundles, is_wanted) {
-            tracing::warn!("what is not needed stays in memory: {error}");
+        for path in bundle::unwanted(&self.bundles, is_wanted) {
+            self.remove(&path);
         }
     }
 
+    /// Removes a folder: at once for whoever looks for it, and its bytes, which may take seconds,
+    /// on another thread.
+    fn remove(&self, path: &Path) {
+        let number = self.num_left.get();
+        self.num_left.set(number + 1);
+        let aside = self.leaving.join(number.to_string());
+        let made = std::fs::create_dir_all(&self.leaving);
+        match made.and_then(|()| std::fs::rename(path, &aside)) {
+            Ok(()) => drop(spawn_blocking(move || {
+                if let Err(error) = std::fs::remove_dir_all(&aside) {
+                    tracing::warn!("what is not needed stays in memory: {error}");
+                }
+            })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!("what is not needed stays in memory: {error}"),
+        }
+    }
+
+    /// Removes what ranks of earlier generations have not finished.
+    fn sweep(&self, before: u64) {
+        let dir = self.bundles.clone();
+        drop(spawn_blocking(move || {
+            let swept = retention::remove_temporaries(&dir, before.saturating_sub(1));
+            if let Err(error) = swept {
+                tracing::warn!("what is not finished stays in memory: {error}");
+            }
+        }));
+    }
+
     fn tell_holds(&self) {
-        let holds = self.holds.borrow().iter().copied().collect();
-        self.tell(News::Holds(holds));
+        let bundles = self.holds.borrow().iter().copied().collect();
+        self.tell(News::Holds(Holding { run: self.run_id.borrow().clone(), bundles }));
     }
 
     fn tell(&self, news: News) {
@@ -276,7 +415,7 @@ impl Shelf {
     /// Whether a copy to this door has just failed.
     fn has_just_failed(&self, door: &Door) -> bool {
         let failed = self.failed.borrow();
-        failed.as_ref().is_some_and(|(other, at)| other == door && at.elapsed() < RETRY)
+        failed.as_ref().is_some_and(|(other, until)| other == door && Instant::now() < *until)
     }
 
     /// Has another node take a copy of a bundle in.
@@ -285,26 +424,33 @@ impl Shelf {
         if self.has_just_failed(&door) {
             return Copied::NotTried;
         }
-        let sent = async {
-            failpoint::hit(failpoint::COPY_BUNDLE)?;
-            let bundle = Bundle::open(&self.path(id)).map_err(io::Error::other)?;
-            Link::open(&self.run, &door).await?.send(&bundle).await
-        };
-        match sent.await {
+        let began = Instant::now();
+        match self.send(id, &door).await {
             Ok(()) => Copied::Done,
             Err(error) => {
                 let reason = format!("to {door:?}: {error}");
                 tracing::warn!("step {} is not copied {reason}", id.step);
-                *self.failed.borrow_mut() = Some((door, Instant::now()));
+                let pause = RETRY.max(began.elapsed() * PAUSES);
+                *self.failed.borrow_mut() = Some((door, Instant::now() + pause));
                 Copied::Failed { reason }
             }
         }
     }
 
+    async fn send(&self, id: BundleId, door: &Door) -> io::Result<()> {
+        failpoint::hit(failpoint::COPY_BUNDLE)?;
+        let bundle = Bundle::open(&self.path(id)).map_err(io::Error::other)?;
+        let limit = time_for(bundle.manifest().bytes());
+        let sent = async { self.open(door).await?.send(&bundle).await };
+        timeout(limit, sent).await.unwrap_or_else(|_| {
+            let (bytes, seconds) = (bundle.manifest().bytes(), limit.as_secs());
+            let what = format!("the link is too slow: {bytes} bytes took more than {seconds} s");
+            Err(io::Error::new(io::ErrorKind::TimedOut, what))
+        })
+    }
+
     fn forget_resume(&self) {
-        if let Err(error) = crate::memory::forget(&self.resume) {
-            tracing::warn!("what was read stays in memory: {error}");
-        }
+        self.remove(&self.resume);
     }
 }
 
@@ -350,6 +496,15 @@ async fn serve(mut commands: mpsc::Receiver<Command>, shelf: &Rc<Shelf>) {
                     shelf.tell(News::Copied { bundle, copied });
                 });
             }
+            Command::BelongTo { run } => {
+                // What is under way is of that run, or of one that is over.
+                if *shelf.run_id.borrow() != run {
+                    copying.end();
+                    resuming.end();
+                }
+                shelf.belong_to(run);
+            }
+            Command::Sweep { before } => shelf.sweep(before),
             Command::Keep { generation, step } => {
                 shelf.retain(|other, kept| (other, kept) >= (generation, step));
             }

@@ -410,8 +410,8 @@ impl Nodes {
                 }
                 return Some(stored).filter(|_| generation == self.ranks.generation);
             }
-            FromAgent::Holds { bundles } => {
-                self.memories.holds(node, bundles);
+            FromAgent::Holds(holding) => {
+                self.memories.holds(node, holding);
                 return None;
             }
             FromAgent::StopRequested { signal } => {

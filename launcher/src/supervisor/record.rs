@@ -85,7 +85,7 @@ pub struct Status {
     /// Step of the newest checkpoint in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_checkpoint: Option<u64>,
-    /// Step of the newest one there of which other nodes have copies.
+    /// The same, where other nodes have copies of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_copied: Option<u64>,
     /// Why copies fail, while they do.

@@ -157,6 +157,7 @@ pub fn supervise(
         let (nodes, happened) = match &plan.cluster {
             Some(cluster) => {
                 let (mut nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                nodes.set_run(&plan.run_id);
                 if let Some(keeper) = &mut plan.keeper {
                     nodes.set_epoch(keeper.standing().epoch);
                     keeper.announce(nodes.address().clone());

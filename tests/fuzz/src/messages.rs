@@ -152,7 +152,7 @@ pub fn join_seeds() -> Vec<Vec<u8>> {
     let node = NodeInfo { name: "a".into(), index: Some(1), ..NodeInfo::default() };
     let running = Running { generation: 3, ranks: vec![(0, 17)], exited: vec![1] };
     let token = "0123456789abcdef".repeat(4);
-    let (running, door, bundles) = (Some(running), None, Vec::new());
+    let (running, door, bundles) = (Some(running), None, Default::default());
     let join = Join { token, node, conversation: 5, taken: 7, running, door, bundles };
     let welcome = Answer::Welcome { conversation: 6, taken: 0, epoch: 1 };
     vec![body(&join), body(&welcome), body(&Answer::Refused { reason: "no".into() })]

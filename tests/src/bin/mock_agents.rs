@@ -92,7 +92,7 @@ async fn join(plan: &Plan, node: usize) -> Result<Connected, Box<dyn Error>> {
         taken: 0,
         running: None,
         door: None,
-        bundles: Vec::new(),
+        bundles: Default::default(),
     };
     let attempt = attempt(plan.run.clone(), Whereabouts::Folder, 0, join).await?;
     drop(permit);

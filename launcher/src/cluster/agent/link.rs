@@ -30,7 +30,7 @@ impl Agent {
             taken: self.session.taken(),
             running: (self.generation > 0).then_some(running),
             door: self.outside.door(),
-            bundles: self.kept.bundles.clone(),
+            bundles: self.kept.holding.clone(),
         };
         self.outside.connect(join, self.epoch);
     }

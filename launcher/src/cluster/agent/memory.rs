@@ -2,12 +2,12 @@
 //! cares for it, and the coordinator.
 
 use super::Agent;
-use crate::cluster::depot::{Command, Depot, News, Wanted};
+use crate::cluster::depot::{Command, Depot, News, NotResumed, Wanted};
 use crate::error::UserError;
 use crate::memory;
 use crate::supervisor::rank::RankHandle;
 use rank_protocol::agent::{FromAgent, Start};
-use rank_protocol::bundle::{BundleId, Door, NodePlace};
+use rank_protocol::bundle::{BundleId, Door, Holding, NodePlace};
 use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank};
 use run_config::RunConfig;
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 #[derive(Default)]
 pub(super) struct Kept {
     /// What is here.
-    pub(super) bundles: Vec<BundleId>,
+    pub(super) holding: Holding,
     /// Where its ranks' bundles are copied to.
     peer: Option<Door>,
     /// The rank that waits for a copy.
@@ -62,25 +62,38 @@ pub(super) async fn next_of_depot(news: &mut Option<mpsc::Receiver<News>>) -> Op
 }
 
 impl Agent {
-    /// Has the depot put together what the ranks of a generation go on from.
-    pub(super) fn fetch_for(&mut self, start: &Start) {
-        let memory = start.memory.as_ref();
+    /// A generation is to begin: has the depot put together what its ranks go on from.
+    pub(super) fn fetch_for(&mut self, start: Box<Start>) {
         (self.kept.fetching, self.kept.fetched) = (None, None);
-        let (Some(resume), Some(first)) =
-            (memory.and_then(|memory| memory.resume.clone()), start.ranks.first())
-        else {
-            return;
-        };
-        let (generation, step) = (start.generation, resume.step);
+        // Those of an earlier generation read nothing any more.
+        self.kept.readers.clear();
+        let memory = start.memory.as_ref().zip(start.ranks.first());
+        let resume = memory.and_then(|(memory, first)| {
+            self.order(Command::BelongTo { run: first.run_id.clone() });
+            Some((memory.resume.clone()?, first.clone()))
+        });
+        let ranks = start.ranks.iter().map(|assignment| assignment.rank).collect();
+        let generation = start.generation;
+        self.next = Some(start);
+        let Some((resume, first)) = resume else { return };
+        let step = resume.step;
         tracing::info!("generation {generation}: fetching step {step} out of the nodes' memories");
         self.kept.fetching = Some(generation);
-        self.outside.order(Command::Resume(Box::new(Wanted {
+        self.order(Command::Resume(Box::new(Wanted {
+            run: first.run_id,
             generation,
             resume,
-            ranks: start.ranks.iter().map(|assignment| assignment.rank).collect(),
+            ranks,
             world_size: first.world_size,
             replicas: first.replicas,
         })));
+    }
+
+    /// Has the depot do something. Where it takes no order, that is told at once, and nobody waits.
+    pub(super) fn order(&mut self, command: Command) {
+        if let Some(news) = self.outside.order(command) {
+            self.hear_depot(news);
+        }
     }
 
     /// It is of no use any more.
@@ -91,6 +104,8 @@ impl Agent {
     /// A generation begins: its ranks find what is in memory here.
     pub(super) fn begin_keeping(&mut self, start: &mut Start) {
         let Some(memory) = &start.memory else { return };
+        // Those that wrote before are gone.
+        self.order(Command::Sweep { before: start.generation });
         self.kept.peer = memory.peer.clone();
         self.kept.asker = None;
         let fetched = self.kept.fetched.take();
@@ -110,16 +125,16 @@ impl Agent {
             FromRank::BundleWritten { step, place: NodePlace { place, places } } => {
                 let bundle = BundleId { generation, step, place, places };
                 self.kept.asker = Some((rank, bundle));
-                self.outside.order(Command::Copy { bundle, peer: self.kept.peer.clone() });
+                self.order(Command::Copy { bundle, peer: self.kept.peer.clone() });
                 true
             }
             FromRank::BundleKept { step } => {
-                self.outside.order(Command::Keep { generation, step });
+                self.order(Command::Keep { generation, step });
                 true
             }
             FromRank::Phase(Phase::Train) => {
                 if self.kept.readers.remove(&rank) && self.kept.readers.is_empty() {
-                    self.outside.order(Command::HasResumed);
+                    self.order(Command::HasResumed);
                 }
                 false
             }
@@ -130,8 +145,8 @@ impl Agent {
     /// The depot has news.
     pub(super) fn hear_depot(&mut self, news: News) {
         match news {
-            News::Holds(bundles) => {
-                self.kept.bundles = bundles;
+            News::Holds(holding) => {
+                self.kept.holding = holding;
                 self.tell_holds();
             }
             News::Copied { bundle, copied } => {
@@ -158,19 +173,22 @@ impl Agent {
     /// Tells what is here; once there is somebody again, where nobody is there.
     pub(super) fn tell_holds(&mut self) {
         if self.outbox.is_some() && self.outside.door().is_some() {
-            self.tell(FromAgent::Holds { bundles: self.kept.bundles.clone() });
+            self.tell(FromAgent::Holds(self.kept.holding.clone()));
         }
     }
 
-    /// Nothing is wrong with this node: the run goes on from an older checkpoint.
-    fn could_not_fetch(&mut self, why: String) {
+    /// Nothing is wrong with this node: the run tries once more, or goes on from an older
+    /// checkpoint.
+    fn could_not_fetch(&mut self, NotResumed { is_damaged, why }: NotResumed) {
         tracing::error!("the ranks have nothing to go on from: {why}");
+        // Only what is damaged is forgotten: a link that is lost, or a node, says nothing of it.
+        let class = if is_damaged { FailureClass::Storage } else { FailureClass::Transient };
         let Some(next) = self.next.take() else { return };
         self.waiting.clear();
         self.ranks.values().for_each(RankHandle::kill);
         for Assignment { rank, generation, resume_step, .. } in next.ranks {
             let report = FailureReport {
-                class: FailureClass::Storage,
+                class,
                 phase: Phase::Load,
                 step: resume_step,
                 collective: None,
@@ -178,9 +196,9 @@ impl Agent {
                 roll_back: None,
             };
             let message = FromRank::Failure(Box::new(report));
-            self.tell(FromAgent::Said { generation, rank, message });
+            self.say_last(rank, FromAgent::Said { generation, rank, message });
             let (exit, last_lines) = (Default::default(), Vec::new());
-            self.tell(FromAgent::Exited { generation, rank, exit, last_lines });
+            self.say_last(rank, FromAgent::Exited { generation, rank, exit, last_lines });
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::connect::{self, Attempt, Connected, Whereabouts};
 use super::trainer::Trainer;
 use super::{Happening, Talk};
-use crate::cluster::depot::{Command, Depot};
+use crate::cluster::depot::{Command, Depot, News};
 use crate::cluster::wire;
 use crate::runs;
 use crate::supervisor::rank::{Input, RankHandle};
@@ -53,8 +53,8 @@ pub trait Outside {
     /// The folder there into which its ranks write.
     fn memory_dir(&self) -> Option<PathBuf>;
 
-    /// Has whoever cares for it do something.
-    fn order(&self, command: Command);
+    /// Has whoever cares for it do something; where that is not taken in, what it comes to.
+    fn order(&self, command: Command) -> Option<News>;
 
     /// Whether a coordinator works on the run.
     fn has_coordinator(&self) -> bool;
@@ -134,10 +134,8 @@ impl Outside for Machine {
         self.depot.as_ref().map(|depot| depot.bundles().to_path_buf())
     }
 
-    fn order(&self, command: Command) {
-        if let Some(depot) = &self.depot {
-            depot.order(command);
-        }
+    fn order(&self, command: Command) -> Option<News> {
+        self.depot.as_ref()?.order(command)
     }
 
     fn has_coordinator(&self) -> bool {

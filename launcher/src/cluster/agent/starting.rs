@@ -22,7 +22,10 @@ impl Agent {
         self.ranks.values().for_each(RankHandle::kill);
         for assignment in next.ranks {
             let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
-            self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
+            self.say_last(
+                rank,
+                FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() },
+            );
         }
     }
 

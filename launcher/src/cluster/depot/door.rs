@@ -2,24 +2,27 @@
 //! do: bring a whole bundle, whose files have their checksums, and read bundles that are here.
 
 use super::{Shelf, id_of};
-use crate::cluster::secrets::{self, is_token};
+use crate::cluster::secrets::is_token;
 use crate::cluster::wire;
 use checkpoint_format::bundle::{Bundle, BundleArrival, BundleManifest};
 use checkpoint_format::checksum::Checksum;
 use rank_protocol::bundle::{Ask, BundleId, Knock, MAX_KNOCK_BYTES, MAX_RANGES, Reply};
 use rank_protocol::frame::MAX_FRAME_BYTES;
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 /// Longest time from a connection to a good first message.
 const DOOR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,14 +32,47 @@ const SILENCE: Duration = Duration::from_secs(60);
 pub(super) const STILL: Duration = Duration::from_secs(5);
 /// Guests at once; others wait.
 const MAX_GUESTS: usize = 256;
+/// Visitors that may be at the door at once, who have not shown its key.
+pub(super) const MAX_AT_THE_DOOR: usize = 256;
+/// Time between two warnings of visitors.
+const QUIET: Duration = Duration::from_secs(10);
 /// Bytes that are read and written at a time.
 pub(super) const PIECE: usize = 256 << 10;
 
-/// Lets in whoever has the key.
+/// Who is at the door, and behind it.
+struct Visitors {
+    room: Arc<Semaphore>,
+    at_the_door: Cell<usize>,
+    quiet_until: Cell<Option<Instant>>,
+    num_unsaid: Cell<u64>,
+}
+
+impl Visitors {
+    /// Tells of what a visitor does wrong; not of every one, who may come as often as they like.
+    fn complain(&self, from: SocketAddr, what: &dyn std::fmt::Display) {
+        let now = Instant::now();
+        if self.quiet_until.get().is_some_and(|until| now < until) {
+            self.num_unsaid.set(self.num_unsaid.get() + 1);
+            tracing::debug!("{from} at the door of this node's memory: {what}");
+            return;
+        }
+        self.quiet_until.set(Some(now + QUIET));
+        let unsaid = self.num_unsaid.take();
+        tracing::warn!(
+            "{from} at the door of this node's memory: {what} ({unsaid} like it before)"
+        );
+    }
+}
+
+/// Lets in whoever has the key. Whoever has not shown it takes no guest's place.
 pub(super) async fn serve(listener: TcpListener, shelf: Rc<Shelf>) {
-    let room = Arc::new(Semaphore::new(MAX_GUESTS));
+    let visitors = Rc::new(Visitors {
+        room: Arc::new(Semaphore::new(MAX_GUESTS)),
+        at_the_door: Cell::new(0),
+        quiet_until: Cell::new(None),
+        num_unsaid: Cell::new(0),
+    });
     loop {
-        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
         let (socket, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -45,12 +81,22 @@ pub(super) async fn serve(listener: TcpListener, shelf: Rc<Shelf>) {
                 continue;
             }
         };
-        let shelf = Rc::clone(&shelf);
+        if visitors.at_the_door.get() >= MAX_AT_THE_DOOR {
+            visitors.complain(from, &"turned away: too many show no key");
+            continue;
+        }
+        visitors.at_the_door.set(visitors.at_the_door.get() + 1);
+        let (shelf, visitors) = (Rc::clone(&shelf), Rc::clone(&visitors));
         spawn_local(async move {
-            if let Err(error) = visit(socket, &shelf).await {
-                tracing::warn!("{from} at the door of this node's memory: {error}");
+            let entered = timeout(DOOR_TIMEOUT, enter(socket, &shelf, &visitors.room)).await;
+            visitors.at_the_door.set(visitors.at_the_door.get() - 1);
+            let stayed = match entered.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
+                Ok((stream, _place)) => stay(stream, &shelf).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = stayed {
+                visitors.complain(from, &error);
             }
-            drop(place);
         });
     }
 }
@@ -60,22 +106,27 @@ pub(super) async fn in_time<T>(moves: impl Future<Output = Result<T>>) -> Result
     timeout(STILL, moves).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
 }
 
-async fn visit(socket: TcpStream, shelf: &Rc<Shelf>) -> Result<()> {
+/// A visitor shows the key, and has a guest's place once there is one.
+async fn enter(
+    socket: TcpStream,
+    shelf: &Shelf,
+    room: &Arc<Semaphore>,
+) -> Result<(TlsStream<TcpStream>, OwnedSemaphorePermit)> {
     let _ = socket.set_nodelay(true);
-    let enter = async {
-        let acceptor = TlsAcceptor::from(secrets::door(&shelf.run)?);
-        let mut stream = acceptor.accept(socket).await?;
-        let knock: Knock = wire::read(&mut stream, MAX_KNOCK_BYTES).await?;
-        Result::Ok((stream, knock))
-    };
-    let (mut stream, knock) =
-        timeout(DOOR_TIMEOUT, enter).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))?;
+    let mut stream = TlsAcceptor::from(shelf.tls()?.server).accept(socket).await?;
+    let knock: Knock = wire::read(&mut stream, MAX_KNOCK_BYTES).await?;
     if !is_token(&knock.key, &shelf.key) {
         let reason = "the key is not that of this door".to_owned();
         let _ = wire::write(&mut stream, &Reply::Refused { reason: reason.clone() }).await;
         return Err(Error::new(ErrorKind::PermissionDenied, reason));
     }
+    let place = Arc::clone(room).acquire_owned().await.map_err(Error::other)?;
     wire::write(&mut stream, &Reply::Go).await?;
+    Ok((stream, place))
+}
+
+/// A guest asks, until it has what it wants.
+async fn stay(mut stream: TlsStream<TcpStream>, shelf: &Rc<Shelf>) -> Result<()> {
     loop {
         let asked = timeout(SILENCE, wire::read::<Ask>(&mut stream, MAX_FRAME_BYTES)).await;
         match asked {
@@ -96,14 +147,14 @@ async fn answer(
     let answered = match ask {
         Ask::Take { commit, manifest } => take(stream, (&commit, &manifest), shelf).await,
         Ask::Seal(id) => match seal(shelf, id) {
-            Ok(reply) => return wire::write(stream, &reply).await,
+            Ok(reply) => return in_time(wire::write(stream, &reply)).await,
             Err(error) => Err(error),
         },
         Ask::Give { bundle, file, ranges } => give(stream, shelf, bundle, &file, &ranges).await,
     };
     if let Err(error) = &answered {
         let reason = error.to_string();
-        let _ = wire::write(stream, &Reply::Refused { reason }).await;
+        let _ = in_time(wire::write(stream, &Reply::Refused { reason })).await;
     }
     answered
 }
@@ -132,15 +183,16 @@ async fn take(
     let (commit, manifest) = (commit.as_bytes(), manifest.as_bytes());
     let checked =
         BundleManifest::sealed(&shelf.arriving, commit, manifest).map_err(Error::other)?;
+    shelf.check_run(&checked)?;
     let id = id_of(&checked);
     if shelf.has(id) {
-        return wire::write(stream, &Reply::Taken).await;
+        return in_time(wire::write(stream, &Reply::Taken)).await;
     }
     // Before a folder is made for it: one of its name may be somebody else's.
     let _expected = shelf.expect(id).map_err(Error::other)?;
     let mut arrival = BundleArrival::begin(&shelf.arriving, &shelf.bundles, commit, manifest)
         .map_err(Error::other)?;
-    wire::write(stream, &Reply::Go).await?;
+    in_time(wire::write(stream, &Reply::Go)).await?;
     let files: Vec<(String, u64)> =
         arrival.manifest().files.iter().map(|(name, file)| (name.clone(), file.size)).collect();
     for (name, size) in files {
@@ -150,7 +202,7 @@ async fn take(
     }
     arrival.finish().map_err(Error::other)?;
     shelf.add(id);
-    wire::write(stream, &Reply::Taken).await
+    in_time(wire::write(stream, &Reply::Taken)).await
 }
 
 /// Writes what comes into a file, and returns its checksum.
@@ -192,7 +244,7 @@ async fn give(
         return Err(Error::new(ErrorKind::InvalidInput, what));
     }
     let bytes = ranges.iter().fold(0u64, |sum, [start, end]| sum.saturating_add(end - start));
-    wire::write(stream, &Reply::Bytes(bytes)).await?;
+    in_time(wire::write(stream, &Reply::Bytes(bytes))).await?;
     for [start, end] in ranges {
         send(stream, &file, *start, *end).await?;
     }

@@ -1,16 +1,21 @@
 //! A connection to another agent's door.
 
 use super::door::{PIECE, in_time, send};
-use crate::cluster::{secrets, wire};
+use crate::cluster::wire;
 use checkpoint_format::bundle::Bundle;
-use rank_protocol::RunDir;
 use rank_protocol::bundle::{Ask, BundleId, Door, Knock, Reply};
 use rank_protocol::frame::MAX_FRAME_BYTES;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use std::io::{Error, ErrorKind, Result};
+use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+
+/// What is trusted at a door, and the name to ask for.
+pub(super) type Trusts = (Arc<ClientConfig>, ServerName<'static>);
 
 /// One that is open.
 pub(super) struct Link {
@@ -22,9 +27,8 @@ impl Link {
     ///
     /// # Errors
     /// Where it cannot be reached in time, or does not open.
-    pub(super) async fn open(run: &RunDir, door: &Door) -> Result<Link> {
+    pub(super) async fn open((tls, name): Trusts, door: &Door) -> Result<Link> {
         let opened = async {
-            let (tls, name) = secrets::doors(run)?;
             let socket = TcpStream::connect((door.host.as_str(), door.port)).await?;
             let _ = socket.set_nodelay(true);
             let stream = TlsConnector::from(tls).connect(name, socket).await?;
@@ -53,7 +57,7 @@ impl Link {
         let (commit, manifest) = bundle.seal().map_err(Error::other)?;
         let text = |bytes| String::from_utf8(bytes).map_err(Error::other);
         let ask = Ask::Take { commit: text(commit)?, manifest: text(manifest)? };
-        wire::write(&mut self.stream, &ask).await?;
+        in_time(wire::write(&mut self.stream, &ask)).await?;
         match self.reply().await? {
             Reply::Go => {}
             // It has it.
@@ -83,7 +87,7 @@ impl Link {
     /// # Errors
     /// Why they do not come.
     pub(super) async fn seal(&mut self, id: BundleId) -> Result<(String, String)> {
-        wire::write(&mut self.stream, &Ask::Seal(id)).await?;
+        in_time(wire::write(&mut self.stream, &Ask::Seal(id))).await?;
         match self.reply().await? {
             Reply::Seal { commit, manifest } => Ok((commit, manifest)),
             other => Err(unexpected(&other)),
@@ -102,7 +106,7 @@ impl Link {
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let ask = Ask::Give { bundle, file: file.to_owned(), ranges };
-        wire::write(&mut self.stream, &ask).await?;
+        in_time(wire::write(&mut self.stream, &ask)).await?;
         match self.reply().await? {
             Reply::Bytes(bytes) if bytes == expected => {}
             other => return Err(unexpected(&other)),

@@ -16,6 +16,7 @@ use tokio::task::LocalSet;
 use tokio_rustls::TlsConnector;
 
 const PLACES: usize = 2;
+const RUN: &str = "run-1";
 
 /// A run, and what nodes have of it in memory.
 struct Run(tempfile::TempDir);
@@ -53,17 +54,8 @@ impl Run {
         let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let (port, key) = (listener.local_addr().unwrap().port(), new_token().unwrap());
         let (news, told) = mpsc::channel(100);
-        let shelf = Rc::new(Shelf {
-            run: self.dir(),
-            key: key.clone(),
-            bundles: folder.join("bundles"),
-            arriving: folder.join("arriving"),
-            resume: folder.join("resume"),
-            holds: RefCell::default(),
-            on_their_way: RefCell::default(),
-            failed: RefCell::default(),
-            news,
-        });
+        let shelf = Rc::new(Shelf::new(self.dir(), key.clone(), &folder, news));
+        shelf.belong_to(RUN.into());
         drop(spawn_local(door::serve(listener, Rc::clone(&shelf))));
         Node { shelf, door: Door { host: "127.0.0.1".into(), port, key }, news: told }
     }
@@ -113,7 +105,7 @@ impl Node {
             save.write_rank(rank, &pieces).unwrap();
         }
         let state = TrainState { generation: 1, ..TrainState::at(step) };
-        save.commit_bundle(&node, &state).unwrap();
+        save.commit_bundle(RUN, &node, &state).unwrap();
         let id = BundleId { generation: 1, step, place, places: PLACES };
         self.shelf.add(id);
         id
@@ -148,7 +140,8 @@ fn a_copy_is_the_same_and_is_told() {
         let id = a.write(&run, 5, 0);
         assert_eq!(a.shelf.copy(id, Some(b.door.clone())).await, Copied::Done);
         assert_eq!(files(&a.shelf.path(id)), files(&b.shelf.path(id)));
-        assert!(matches!(b.news.recv().await, Some(News::Holds(bundles)) if bundles == [id]));
+        let Some(News::Holds(told)) = b.news.recv().await else { panic!("nothing is told") };
+        assert_eq!(told, Holding { run: RUN.into(), bundles: vec![id] });
         // Once more is no mistake, and nothing is left on its way.
         assert_eq!(a.shelf.copy(id, Some(b.door.clone())).await, Copied::Done);
         assert_eq!(files(&b.shelf.arriving), []);
@@ -248,10 +241,7 @@ fn damage_on_the_way_is_found() {
         let run = Run::new("{tensor: 2}");
         let (a, b) = (run.node("a").await, run.node("b").await);
         let id = a.write(&run, 5, 0);
-        let path = a.shelf.path(id).join("rank-00001-000.safetensors");
-        let mut bytes = std::fs::read(&path).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
-        std::fs::write(&path, bytes).unwrap();
+        damage(&a, id);
         let copied = a.shelf.copy(id, Some(b.door.clone())).await;
         let Copied::Failed { reason } = copied else { panic!("{copied:?}") };
         assert!(reason.contains("checksum"), "{reason}");
@@ -261,6 +251,7 @@ fn damage_on_the_way_is_found() {
 
 fn wanted(ranks: &[usize], holders: Vec<Vec<Door>>) -> Wanted {
     Wanted {
+        run: RUN.into(),
         generation: 2,
         resume: Resume { step: 5, generation: 1, holders },
         ranks: ranks.to_vec(),
@@ -329,7 +320,110 @@ fn what_nobody_has_is_told() {
         a.write(&run, 5, 0);
         let wanted = wanted(&[0], vec![vec![a.door.clone()], vec![a.door.clone()]]);
         let error = resume::assemble(&b.shelf, &wanted).await.unwrap_err();
+        assert!(!error.is_damaged, "it may be there at the next try");
+        let error = error.why;
         assert!(error.contains("place 1 is nowhere"), "{error}");
         assert!(error.contains("step 5 of place 1 is not here"), "{error}");
+    });
+}
+
+/// A byte of a tensor file is another one than was written.
+fn damage(node: &Node, id: BundleId) {
+    let path = node.shelf.path(id).join("rank-00001-000.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn a_holder_whose_bundle_is_damaged_is_passed_over() {
+    with_local(async {
+        let run = Run::new("{replicate: 4}");
+        let (a, b, spare) = (run.node("a").await, run.node("b").await, run.node("spare").await);
+        let first = a.write(&run, 5, 0);
+        b.write(&run, 5, 1);
+        assert_eq!(a.shelf.copy(first, Some(b.door.clone())).await, Copied::Done);
+        damage(&a, first);
+        let both = vec![a.door.clone(), b.door.clone()];
+        let found = wanted(&[0, 1], vec![both, vec![b.door.clone()]]);
+        resume::assemble(&spare.shelf, &found).await.unwrap();
+        let alone = wanted(&[0, 1], vec![vec![a.door.clone()], vec![b.door.clone()]]);
+        let error = resume::assemble(&spare.shelf, &alone).await.unwrap_err();
+        assert!(error.is_damaged && error.why.contains("another checksum"), "{error:?}");
+    });
+}
+
+#[test]
+fn what_is_of_another_run_is_not_gone_on_from_and_goes() {
+    with_local(async {
+        let run = Run::new("{replicate: 4}");
+        let (a, b) = (run.node("a").await, run.node("b").await);
+        let id = a.write(&run, 5, 0);
+        b.write(&run, 5, 1);
+        let holders = vec![vec![a.door.clone()], vec![b.door.clone()]];
+        let other = Wanted { run: "run-2".into(), ..wanted(&[0], holders) };
+        let error = resume::assemble(&b.shelf, &other).await.unwrap_err();
+        assert!(error.why.contains("of run run-1"), "{}", error.why);
+        b.shelf.belong_to("run-2".into());
+        assert_eq!((b.holds(), files(&b.shelf.bundles)), (Vec::new(), Vec::new()));
+        let Copied::Failed { reason } = a.shelf.copy(id, Some(b.door.clone())).await else {
+            panic!("the node is another run's");
+        };
+        assert!(reason.contains("it is of run run-1, not run-2"), "{reason}");
+    });
+}
+
+#[test]
+fn what_ranks_have_not_finished_goes() {
+    with_local(async {
+        let run = Run::new("{replicate: 4}");
+        let node = run.node("a").await;
+        for generation in [1, 2] {
+            Save::new(&node.shelf.bundles, 5, generation).begin(0).unwrap();
+        }
+        let left = |generation: u64| {
+            node.shelf.bundles.join(names::temporary_folder(5, generation)).exists()
+        };
+        node.shelf.sweep(2);
+        while left(1) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(left(2), "its ranks are there");
+    });
+}
+
+#[test]
+fn a_copy_has_as_long_as_a_slow_link_needs_and_no_longer() {
+    assert_eq!(time_for(0), COPY_BASE);
+    assert_eq!(time_for(LEAST_RATE * 100), COPY_BASE + Duration::from_secs(100));
+    assert_eq!(time_for(u64::MAX), LONGEST_COPY);
+}
+
+#[test]
+fn nobody_waits_for_what_is_not_taken() {
+    let bundle = BundleId { generation: 1, step: 5, place: 0, places: PLACES };
+    let copied = refused(Command::Copy { bundle, peer: None }, "full".into());
+    assert!(matches!(copied, Some(News::Copied { copied: Copied::Failed { .. }, .. })));
+    let resume = refused(Command::Resume(Box::new(wanted(&[0], Vec::new()))), "full".into());
+    assert!(matches!(resume, Some(News::Resumed { generation: 2, result: Err(_) })));
+    assert!(refused(Command::HasResumed, "full".into()).is_none());
+}
+
+/// Whoever has not shown the key keeps others waiting for no longer than they stand there.
+#[test]
+fn few_may_stand_at_the_door() {
+    with_local(async {
+        let run = Run::new("{tensor: 2}");
+        let (a, b) = (run.node("a").await, run.node("b").await);
+        let _guest = guest(&run, &a.door).await;
+        let mut silent = Vec::new();
+        for _ in 0..door::MAX_AT_THE_DOOR {
+            silent.push(TcpStream::connect(("127.0.0.1", a.door.port)).await.unwrap());
+        }
+        assert!(b.shelf.open(&a.door).await.is_err(), "there is no room at the door");
+        drop(silent);
+        while b.shelf.open(&a.door).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     });
 }

@@ -30,6 +30,7 @@ impl Nodes {
         let plans = keeping.and_then(|keeping| self.memory_plans(nodes, keeping));
         if let Some(keeping) = keeping {
             self.forget(keeping.resume);
+            self.memories.started(generation, keeping.resume);
         }
         let mut by_node: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
         for assignment in assignments {

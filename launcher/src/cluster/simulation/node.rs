@@ -3,7 +3,7 @@
 
 use crate::cluster::agent::Agent;
 use crate::cluster::agent::outside::Outside;
-use crate::cluster::depot::Command;
+use crate::cluster::depot::{Command, News};
 use crate::cluster::remote::{Commands, RemoteRank};
 use crate::supervisor::rank::RankHandle;
 use rank_protocol::Assignment;
@@ -74,7 +74,9 @@ impl Outside for Place {
         None
     }
 
-    fn order(&self, _command: Command) {}
+    fn order(&self, _command: Command) -> Option<News> {
+        None
+    }
 
     fn has_coordinator(&self) -> bool {
         self.desk.borrow().has_coordinator

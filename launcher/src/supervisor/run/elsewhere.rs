@@ -265,6 +265,10 @@ impl Executor {
         let keeping = self.keeping();
         let keeping = keeping.as_ref();
         if let Some(Elsewhere { nodes, places, .. }) = &mut self.elsewhere {
+            if let Some(why) = keeping.and_then(|_| nodes.keeps_nothing(places)) {
+                tracing::warn!("nothing is kept in memory: {why}");
+                self.recorder.status.memory_alarm = Some(why);
+            }
             let run = &self.plan.run;
             self.ranks = nodes.start(generation, run, places, assignments, kept, keeping);
         }

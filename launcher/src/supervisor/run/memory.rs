@@ -67,8 +67,11 @@ impl Executor {
     /// up.
     pub(super) fn newest_kept(&self) -> Option<Kept> {
         let elsewhere = self.elsewhere.as_ref().filter(|_| self.is_kept_by_nodes())?;
+        let last = self.state.generation();
         elsewhere.nodes.newest_in_memory(|step, generation| {
-            is_current(step, generation, &self.plan.branches)
+            // What is said to be of a generation that never was is nobody's.
+            generation <= last
+                && is_current(step, generation, &self.plan.branches)
                 && is_current(step, generation, &self.plan.resumes)
         })
     }
