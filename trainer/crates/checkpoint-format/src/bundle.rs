@@ -232,9 +232,8 @@ pub fn list(dir: &Path) -> Vec<BundleManifest> {
 /// The folders of the bundles whose (generation, step) is not `kept`.
 pub fn unwanted(dir: &Path, kept: impl Fn(u64, u64) -> bool) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let is_unwanted = |path: &PathBuf| {
-        parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step))
-    };
+    let is_unwanted =
+        |path: &PathBuf| parsed(path).is_some_and(|(step, generation, _)| !kept(generation, step));
     entries.map(|entry| entry.path()).filter(is_unwanted).collect()
 }
 
