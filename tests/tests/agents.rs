@@ -117,6 +117,10 @@ fn a_spare_has_warm_processes() {
     let coordinator = real_coordinator(&sandbox);
     let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name));
     sandbox.wait_for_metrics(1, 1);
+    // The run stands still meanwhile, so that it does not end before the spare is ready.
+    let status = sandbox.wait_for(|status| status["ranks"][0]["pid"].as_u64() > Some(0));
+    let held = u32::try_from(status["ranks"][0]["pid"].as_u64().unwrap()).unwrap();
+    signal(held, Signal::STOP);
     let spare = agent(&sandbox, "spare");
     let warm = || -> Vec<u64> {
         let is_warm = |pid: &u32| {
@@ -136,7 +140,7 @@ fn a_spare_has_warm_processes() {
     let mut waiting: Vec<u64> = warm().into_iter().filter(|pid| !before.contains(pid)).collect();
     waiting.sort_unstable();
     second.signal(Signal::KILL);
-    // Where it took long until they waited, nothing but the end is left to do.
+    signal(held, Signal::CONT);
     let is_there = |rank: &Value| rank["pid"].as_u64() > Some(0);
     let status = sandbox.wait_for(|status| {
         let ranks = status["ranks"].as_array();
