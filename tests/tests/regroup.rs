@@ -147,6 +147,13 @@ const REGROUPS: usize = 16;
 /// Memory that 16 regroups may add. What a generation needs is 50 times as much.
 const GROWTH_KIB: u64 = 8 << 10;
 
+/// Until rank 1 is past where it failed: a third failure at one step would end the run.
+fn wait_for_a_new_step(sandbox: &Sandbox) {
+    let causes = sandbox.events_of("first_cause");
+    let failed = causes.iter().map(|cause| cause["step"].as_u64().unwrap()).max();
+    sandbox.wait_for(|status| status["ranks"][1]["step"].as_u64() >= failed);
+}
+
 #[test]
 fn twenty_kills_leave_nothing_behind_in_the_survivors() {
     let sandbox = sandbox();
@@ -157,6 +164,7 @@ fn twenty_kills_leave_nothing_behind_in_the_survivors() {
     let (mut early, mut last) = (Vec::new(), Vec::new());
     for generation in 1..=20 {
         let before = pids(&sandbox, generation);
+        wait_for_a_new_step(&sandbox);
         signal(before[1], Signal::KILL);
         assert_kept(&before, &pids(&sandbox, generation + 1), 1);
         let sizes = || survivors.iter().map(|rank| least_size(first[*rank])).collect();
@@ -187,15 +195,22 @@ fn wait_for_event(sandbox: &Sandbox, kind: &str) {
     }
 }
 
-/// Another rank dies while the others wait for the next generation, or right after.
-#[test]
-fn a_rank_killed_while_they_regroup_costs_no_bit() {
+/// A run of 40 steps that has done 7 in its first generation, and its processes; beside it is what
+/// the same run does undisturbed.
+fn midway(more: &[&str]) -> (Sandbox, Running, Vec<u32>) {
     let sandbox = sandbox();
     let sets = [&SETS[..], &["training.steps=40"]].concat();
     sandbox.train("straight", &sets);
-    let running = start(&sandbox, &sets);
+    let running = start(&sandbox, &[&sets[..], more].concat());
     let before = pids(&sandbox, 1);
     sandbox.wait_for_metrics(7, 1);
+    (sandbox, running, before)
+}
+
+/// Another rank dies while the others wait for the next generation, or right after.
+#[test]
+fn a_rank_killed_while_they_regroup_costs_no_bit() {
+    let (sandbox, running, before) = midway(&[]);
     signal(before[1], Signal::KILL);
     wait_for_event(&sandbox, "first_cause");
     signal(before[2], Signal::KILL);
@@ -212,12 +227,7 @@ fn a_rank_killed_while_they_regroup_costs_no_bit() {
 /// A survivor that stands still cannot let go: it is killed, and the others keep their processes.
 #[test]
 fn a_survivor_that_does_not_let_go_is_killed() {
-    let sandbox = sandbox();
-    let sets = [&SETS[..], &["training.steps=40"]].concat();
-    sandbox.train("straight", &sets);
-    let running = start(&sandbox, &sets);
-    let before = pids(&sandbox, 1);
-    sandbox.wait_for_metrics(7, 1);
+    let (sandbox, running, before) = midway(&[]);
     signal(before[0], Signal::STOP);
     signal(before[1], Signal::KILL);
     let after = pids(&sandbox, 2);
@@ -231,12 +241,7 @@ fn a_survivor_that_does_not_let_go_is_killed() {
 
 #[test]
 fn a_rank_that_hangs_is_ended_and_the_others_keep_their_processes() {
-    let sandbox = sandbox();
-    let sets = [&SETS[..], &["training.steps=40"]].concat();
-    sandbox.train("straight", &sets);
-    let running = start(&sandbox, &[&sets[..], &["restart.hang_timeout_s=2"]].concat());
-    let before = pids(&sandbox, 1);
-    sandbox.wait_for_metrics(7, 1);
+    let (sandbox, running, before) = midway(&["restart.hang_timeout_s=2"]);
     signal(before[3], Signal::STOP);
     assert_kept(&before, &pids(&sandbox, 2), 3);
     running.expect(0);
@@ -247,12 +252,7 @@ fn a_rank_that_hangs_is_ended_and_the_others_keep_their_processes() {
 
 #[test]
 fn without_keep_processes_all_are_started_anew() {
-    let sandbox = sandbox();
-    let sets = [&SETS[..], &["training.steps=40"]].concat();
-    sandbox.train("straight", &sets);
-    let running = start(&sandbox, &[&sets[..], &["restart.keep_processes=false"]].concat());
-    let before = pids(&sandbox, 1);
-    sandbox.wait_for_metrics(7, 1);
+    let (sandbox, running, before) = midway(&["restart.keep_processes=false"]);
     signal(before[2], Signal::KILL);
     let after = pids(&sandbox, 2);
     assert!(before.iter().all(|pid| !after.contains(pid)), "{before:?}, {after:?}");
@@ -264,12 +264,7 @@ fn without_keep_processes_all_are_started_anew() {
 /// SIGTERM to a process that waits for its next place: the run stops, with all that is saved.
 #[test]
 fn a_stop_of_a_rank_that_waits_is_heard() {
-    let sandbox = sandbox();
-    let sets = [&SETS[..], &["training.steps=40"]].concat();
-    sandbox.train("straight", &sets);
-    let running = start(&sandbox, &sets);
-    let before = pids(&sandbox, 1);
-    sandbox.wait_for_metrics(7, 1);
+    let (sandbox, running, before) = midway(&[]);
     signal(before[1], Signal::KILL);
     wait_for_event(&sandbox, "first_cause");
     signal(before[2], Signal::TERM);
