@@ -187,32 +187,39 @@ fn at_most_one_interval_is_lost() {
     assert_as_straight(&sandbox);
 }
 
-/// Two stages and two replicas, a rank on each of four nodes. All that has to do with the first
-/// stage goes at one moment, and then all of the pipeline that is left of the first replica.
+/// Two stages and two replicas, a rank on each of four nodes: two nodes go at one moment.
+fn check_group(group: [&str; 2]) {
+    let sets = &["parallelism={pipeline: {stages: 2}, replicate: 2}"];
+    let mut run = Run::start(&Shape { nodes: 4, ranks: 1, sets }, &["restart.warm_spares=false"]);
+    ["a", "b", "c", "d"].iter().for_each(|name| run.agent(name));
+    run.sandbox.wait_for_metrics(1, 1);
+    ["s", "t"].iter().for_each(|name| run.agent(name));
+    let placed = run.sandbox.events_of("nodes_placed");
+    assert_eq!(placed[0]["nodes"], serde_json::json!(["a", "b", "c", "d"]));
+    let copied = run.wait_for_copies(15);
+    run.lose(&group);
+    run.sandbox.wait_for(|status| status["generation"].as_u64() >= Some(2));
+    run.sandbox.wait_for_metrics(copied + 1, 2);
+    let resumed = run.resumed();
+    // The second loss may be found after the first has led to a start.
+    assert!(resumed.iter().all(|(step, tier)| tier == "memory" && *step >= Some(copied)));
+    let sandbox = run.end();
+    let mut lost = lost(&sandbox);
+    lost.sort();
+    assert_eq!(lost, group);
+    assert_as_straight(&sandbox);
+}
+
+/// All that has to do with the first stage.
 #[test]
-fn a_whole_parallel_group_is_restored() {
-    for group in [["a", "c"], ["c", "d"]] {
-        let sets = &["parallelism={pipeline: {stages: 2}, replicate: 2}"];
-        let mut run =
-            Run::start(&Shape { nodes: 4, ranks: 1, sets }, &["restart.warm_spares=false"]);
-        ["a", "b", "c", "d"].iter().for_each(|name| run.agent(name));
-        run.sandbox.wait_for_metrics(1, 1);
-        ["s", "t"].iter().for_each(|name| run.agent(name));
-        let placed = run.sandbox.events_of("nodes_placed");
-        assert_eq!(placed[0]["nodes"], serde_json::json!(["a", "b", "c", "d"]));
-        let copied = run.wait_for_copies(15);
-        run.lose(&group);
-        run.sandbox.wait_for(|status| status["generation"].as_u64() >= Some(2));
-        run.sandbox.wait_for_metrics(copied + 1, 2);
-        let resumed = run.resumed();
-        // The second loss may be found after the first has led to a start.
-        assert!(resumed.iter().all(|(step, tier)| tier == "memory" && *step >= Some(copied)));
-        let sandbox = run.end();
-        let mut lost = lost(&sandbox);
-        lost.sort();
-        assert_eq!(lost, group);
-        assert_as_straight(&sandbox);
-    }
+fn a_whole_stage_is_restored() {
+    check_group(["a", "c"]);
+}
+
+/// All of a pipeline.
+#[test]
+fn a_whole_replica_is_restored() {
+    check_group(["c", "d"]);
 }
 
 /// The third copy of one node does not come to its end: that step is not used, but the one before.
@@ -278,27 +285,34 @@ fn a_killed_rank_goes_on_from_memory_and_the_others_keep_their_processes() {
     assert_as_straight(&sandbox);
 }
 
-/// Ranks whose parts are cut over tensors, stages and shards read what others wrote.
+/// Ranks whose parts are cut in some way read what others wrote.
+fn check_layout(layout: &'static [&'static str]) {
+    let mut run = Run::start(&Shape { nodes: 2, ranks: 2, sets: layout }, &[]);
+    ["a", "b"].iter().for_each(|name| run.agent(name));
+    run.sandbox.wait_for_metrics(1, 1);
+    run.agent("spare");
+    let copied = run.wait_for_copies(15);
+    run.lose(&["a"]);
+    run.sandbox.wait_for(|status| status["generation"] == 2);
+    run.assert_from_memory(copied);
+    let sandbox = run.end();
+    assert_eq!(lost(&sandbox), ["a"], "{layout:?}");
+    assert_as_straight(&sandbox);
+}
+
 #[test]
-fn any_layout_is_restored() {
-    for layout in [
-        "parallelism={tensor: 2, pipeline: {stages: 2}}",
-        "parallelism={shard: {ranks: 4, level: parameters}}",
-        "parallelism={tensor: 2, shard: {ranks: 2, level: gradients}}",
-    ] {
-        let sets: &'static [&'static str] = Box::leak(Box::new([layout]));
-        let mut run = Run::start(&Shape { nodes: 2, ranks: 2, sets }, &[]);
-        ["a", "b"].iter().for_each(|name| run.agent(name));
-        run.sandbox.wait_for_metrics(1, 1);
-        run.agent("spare");
-        let copied = run.wait_for_copies(15);
-        run.lose(&["a"]);
-        run.sandbox.wait_for(|status| status["generation"] == 2);
-        run.assert_from_memory(copied);
-        let sandbox = run.end();
-        assert_eq!(lost(&sandbox), ["a"], "{layout}");
-        assert_as_straight(&sandbox);
-    }
+fn tensors_and_stages_are_restored() {
+    check_layout(&["parallelism={tensor: 2, pipeline: {stages: 2}}"]);
+}
+
+#[test]
+fn sharded_parameters_are_restored() {
+    check_layout(&["parallelism={shard: {ranks: 4, level: parameters}}"]);
+}
+
+#[test]
+fn tensors_and_sharded_gradients_are_restored() {
+    check_layout(&["parallelism={tensor: 2, shard: {ranks: 2, level: gradients}}"]);
 }
 
 /// Without a spare the run goes on with one replica, from what both nodes had kept.

@@ -306,6 +306,9 @@ impl Shelf {
         }
         self.retain(|_, _| false);
         self.forget_resume();
+        // Generations are counted from 1 in each run: with the fence of the one before, the ranks
+        // of this one could save nothing.
+        let _ = std::fs::remove_file(self.bundles.join(names::FENCE));
         (*self.tls.borrow_mut(), *self.failed.borrow_mut()) = (None, None);
         *self.run_id.borrow_mut() = run;
     }

@@ -6,6 +6,7 @@ use crate::cluster::secrets;
 use crate::cluster::wire;
 use checkpoint_format::bundle::NodeRanks;
 use checkpoint_format::checksum::sha256_hex;
+use checkpoint_format::fence::newest_generation;
 use checkpoint_format::{Checkpoint, Dtype, Piece, Save, TensorBox, TrainState};
 use rank_protocol::bundle::{Ask, Knock, Reply};
 use rank_protocol::frame::MAX_FRAME_BYTES;
@@ -118,7 +119,9 @@ impl Node {
 
 fn with_local(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    LocalSet::new().block_on(&runtime, test);
+    LocalSet::new().block_on(&runtime, async {
+        tokio::time::timeout(Duration::from_secs(60), test).await.expect("it hangs");
+    });
 }
 
 /// Names and bytes of all files of a folder.
@@ -365,7 +368,9 @@ fn what_is_of_another_run_is_not_gone_on_from_and_goes() {
         let error = resume::assemble(&b.shelf, &other).await.unwrap_err();
         assert!(error.why.contains("of run run-1"), "{}", error.why);
         b.shelf.belong_to("run-2".into());
-        assert_eq!((b.holds(), files(&b.shelf.bundles)), (Vec::new(), Vec::new()));
+        assert_eq!(b.holds(), []);
+        assert_eq!(newest_generation(&b.shelf.bundles).unwrap(), 0);
+        assert_eq!(files(&b.shelf.bundles), [(names::LOCK.to_owned(), Vec::new())]);
         let Copied::Failed { reason } = a.shelf.copy(id, Some(b.door.clone())).await else {
             panic!("the node is another run's");
         };
