@@ -372,7 +372,10 @@ mod tests {
     #[test]
     fn what_generations_went_on_from_is_known() {
         let mut history = History::default();
-        let started = |generation: u64, step: Option<u64>| json!({ "kind": "generation_started", "generation": generation, "resume_step": step });
+        let started = |generation: u64, step: Option<u64>| {
+            let kind = "generation_started";
+            json!({ "kind": kind, "generation": generation, "resume_step": step })
+        };
         for event in [started(1, None), started(2, Some(30)), started(3, Some(20))] {
             assert!(history.take(&event), "a successor must know of {event}");
         }
