@@ -30,6 +30,8 @@ mod arrival;
 mod health;
 mod memory;
 mod starting;
+#[cfg(test)]
+mod tests;
 
 pub use memory::Keeping;
 
@@ -426,7 +428,7 @@ impl Nodes {
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
-                cell.filter(|_| generation == self.ranks.generation)?.set(pid);
+                cell.filter(|_| self.runs(node, generation, rank))?.set(pid);
                 return None;
             }
             FromAgent::Said { generation, rank, message } => {
@@ -436,10 +438,8 @@ impl Nodes {
                 (generation, rank, News::Garbled(error))
             }
             FromAgent::Exited { generation, rank, exit, last_lines } => {
-                if generation == self.ranks.generation
-                    && let Some(has_exited) = self.ranks.has_exited.get_mut(rank)
-                {
-                    *has_exited = true;
+                if self.runs(node, generation, rank) {
+                    self.ranks.has_exited[rank] = true;
                 }
                 (generation, rank, News::Exited { exit, last_lines })
             }
@@ -448,11 +448,16 @@ impl Nodes {
             self.stored.push(Outcome::Rank(Input { generation, rank, news }));
             return None;
         }
-        if generation != self.ranks.generation || self.ranks.nodes.get(rank) != Some(&node) {
+        if !self.runs(node, generation, rank) {
             tracing::debug!("node {} speaks of rank {rank} of {generation}", self.name(node));
             return None;
         }
         Some(Outcome::Rank(Input { generation, rank, news }))
+    }
+
+    /// Whether this node has this rank of the generation under way.
+    fn runs(&self, node: NodeId, generation: u64, rank: usize) -> bool {
+        generation == self.ranks.generation && self.ranks.nodes.get(rank) == Some(&node)
     }
 
     fn changed(&mut self, change: Change) -> Vec<Outcome> {

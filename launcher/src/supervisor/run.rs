@@ -197,6 +197,7 @@ impl Executor {
             has_last_step: plan.stop_after.is_some(),
             keep_processes: keeps_processes(&plan.config),
             hang: Duration::from_secs(restart.hang_timeout_s),
+            max_per_hour: restart.max_per_hour,
             ..Policy::new(plan.world_size, restart.max_no_progress)
         };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));

@@ -289,7 +289,7 @@ impl Head {
     }
 
     fn blame_node(&mut self, cause: &Cause, now: Instant, log: &mut Log) {
-        if matches!(cause.class, FailureClass::Process | FailureClass::Node) {
+        if cause.is_of_its_node() {
             let outcomes = self.nodes.failed(cause.rank, &cause.summary(), false);
             self.take_outcomes(outcomes, now, log);
         }
