@@ -485,6 +485,20 @@ mod tests {
         assert!((mean - expected).abs() < 0.002, "{mean} for {expected}");
     }
 
+    /// Row 18 of the fault table, simulated: 24,000 ranks, 19.5 lost nodes a day.
+    #[test]
+    fn the_ratio_of_3000_nodes_is_at_least_97_percent() {
+        let mut scenario = scenario(3000, 0.0065, Trace::Poisson);
+        scenario.duration = Duration::from_secs(4 * 86_400);
+        scenario.spares = 40;
+        let outcome = simulate(&scenario, 1);
+        let lost = outcome.failures.values().sum::<u64>();
+        assert!((50..110).contains(&lost), "{lost} of 78 expected");
+        assert_eq!(outcome.gave_up, None);
+        let ratio = outcome.sums.ettr.unwrap_or(0.0);
+        assert!((0.97..0.99).contains(&ratio), "{ratio}");
+    }
+
     #[test]
     fn a_cluster_without_spares_waits_and_gives_up() {
         let mut scenario = scenario(4, 50.0, Trace::Poisson);
