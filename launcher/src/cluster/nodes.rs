@@ -17,7 +17,7 @@ use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, exit_c
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -56,6 +56,8 @@ pub struct ClusterPlan {
     pub sizes: Sizes,
     /// Ranks on each node.
     pub ranks_per_node: usize,
+    /// Nodes that an earlier coordinator gave no place any more.
+    pub quarantined: BTreeSet<String>,
 }
 
 /// `cluster/coordinator.json`: where agents find the coordinator.
@@ -195,7 +197,7 @@ impl Nodes {
         (conversation, now): (u64, Instant),
     ) -> Self {
         Self {
-            members: Members::new(Limits::new(plan.sizes.clone())),
+            members: Members::new(Limits::new(plan.sizes.clone()), plan.quarantined.clone()),
             conversations: BTreeMap::new(),
             plan,
             happenings,

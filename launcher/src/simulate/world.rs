@@ -15,7 +15,7 @@ use fastrand::Rng;
 use rank_protocol::agent::NodeInfo;
 use rank_protocol::{FailureClass, FailureReport, Phase, StepReport, exit_code};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::{Duration, Instant};
 
 /// What is simulated.
@@ -125,7 +125,7 @@ pub fn simulate(scenario: &Scenario, seed: u64) -> Outcome {
         queue: BinaryHeap::new(),
         num_queued: 0,
         state: State::new(policy, 0),
-        members: Members::new(Limits::new(sizes)),
+        members: Members::new(Limits::new(sizes), BTreeSet::new()),
         ledger: Ledger::new(&Sums::default(), start),
         places: Vec::new(),
         silent: Vec::new(),

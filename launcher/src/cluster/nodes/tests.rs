@@ -56,13 +56,19 @@ impl Cluster {
     fn new() -> Self {
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
         let sizes = Sizes::fixed(2, 1);
-        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node: 1 };
+        let quarantined = BTreeSet::from(["bad".to_owned()]);
+        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node: 1, quarantined };
         let address = Address { host: "test".into(), port: 0, pid: 1 };
         let now = Instant::now();
         Self { nodes: Nodes::new(plan, address, mpsc::channel(1).0, (1, now)), now }
     }
 
     fn join(&mut self, name: &str, running: Option<Running>) -> Agent {
+        self.try_to_join(name, running).unwrap()
+    }
+
+    /// Why it is not let in, where it is not.
+    fn try_to_join(&mut self, name: &str, running: Option<Running>) -> Result<Agent, String> {
         let info = NodeInfo {
             name: name.to_owned(),
             agent: name.to_owned(),
@@ -84,9 +90,11 @@ impl Cluster {
         let arrival = Happening::Arrived(Box::new(Arrival { join, from, door }));
         self.nodes.take(arrival, self.now);
         let (answer, inbox) = answer.take().unwrap();
-        assert!(matches!(answer, Answer::Welcome { .. }), "{answer:?}");
+        if let Answer::Unhealthy { reason } = answer {
+            return Err(reason);
+        }
         let node = self.nodes.members.alive_named(name).unwrap();
-        Agent { node, connection: self.nodes.num_connections, said: 0, inbox }
+        Ok(Agent { node, connection: self.nodes.num_connections, said: 0, inbox })
     }
 
     fn say(&mut self, agent: &mut Agent, message: FromAgent) -> Vec<Outcome> {
@@ -196,4 +204,12 @@ fn a_rank_that_ended_under_an_earlier_coordinator_ends_once() {
     let (_, handles, outcomes) = cluster.nodes.adopt(&expected).unwrap();
     assert_eq!((handles[0].pid(), ended(&outcomes)), (5, vec![1]));
     assert_eq!(ended(&cluster.outlive(&[&first])), []);
+}
+
+#[test]
+fn a_node_that_an_earlier_coordinator_quarantined_is_not_let_in() {
+    let mut cluster = Cluster::new();
+    let why = cluster.try_to_join("bad", None).err().unwrap();
+    assert_eq!(why, "node bad is quarantined: it has failed in this run");
+    assert!(cluster.try_to_join("good", None).is_ok());
 }

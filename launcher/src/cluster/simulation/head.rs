@@ -101,7 +101,8 @@ impl Head {
         };
         let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
         let sizes = Sizes::fixed(num_nodes, ranks_per_node);
-        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node };
+        let quarantined = BTreeSet::new();
+        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node, quarantined };
         let address = Address { host: "simulated".into(), port: 0, pid: 1 };
         // Happenings come by `happened`.
         let (happenings, received) = mpsc::channel(1);
