@@ -47,6 +47,7 @@ impl RunConfig {
         });
         y.section("restart", |y| {
             y.key("max_no_progress", self.restart.max_no_progress);
+            y.key("max_per_hour", self.restart.max_per_hour);
             y.key("hang_timeout_s", self.restart.hang_timeout_s);
             y.key("store", quote(&self.restart.store.to_string()));
             y.key("health_check", self.restart.health_check);

@@ -202,6 +202,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("checkpoint.memory.folder", Kind::Path),
     section("restart"),
     integer("restart.max_no_progress", 1, 1_000_000),
+    integer("restart.max_per_hour", 1, 1_000_000),
     integer("restart.hang_timeout_s", 1, 86_400),
     key("restart.store", Kind::Store),
     boolean("restart.health_check"),

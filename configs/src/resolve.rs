@@ -80,6 +80,7 @@ impl Resolver<'_> {
             },
             restart: Restart {
                 max_no_progress: self.count(&v, "restart.max_no_progress")?,
+                max_per_hour: self.count(&v, "restart.max_per_hour")?,
                 hang_timeout_s: self.integer(&v, "restart.hang_timeout_s")?,
                 store: self.store(&v)?,
                 health_check: self.boolean(&v, "restart.health_check")?,

@@ -484,6 +484,8 @@ pub struct Memory {
 pub struct Restart {
     /// Consecutive generations without a new committed step after which the run gives up.
     pub max_no_progress: u32,
+    /// Restarts within an hour after which the run gives up.
+    pub max_per_hour: u32,
     /// Least silence of all ranks that is a hang, in seconds.
     pub hang_timeout_s: u64,
     /// Where a coordinator keeps what its successor needs.

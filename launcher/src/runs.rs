@@ -8,6 +8,7 @@ use rank_protocol::{FailureClass, RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
@@ -214,6 +215,8 @@ pub struct History {
     pub end: Option<(i32, String)>,
     /// The nodes of the last generation by place, where agents started it.
     pub nodes: Vec<String>,
+    /// Nodes that get no place any more, until the run is resumed after an end in order.
+    pub quarantined: BTreeSet<String>,
     /// Ranks of the last generation.
     pub num_ranks: Option<usize>,
     /// The last entry of the books.
@@ -278,7 +281,9 @@ impl History {
         }
         match event.get("kind").and_then(Value::as_str) {
             Some("run_started" | "run_resumed") => {
-                self.end = None;
+                if self.end.take().is_some() {
+                    self.quarantined.clear();
+                }
                 self.steps = number("steps").unwrap_or(0);
                 self.started = text("time").unwrap_or_default();
                 let is_true = |name: &str| event.get(name).and_then(Value::as_bool) == Some(true);
@@ -300,6 +305,15 @@ impl History {
             Some("nodes_placed") => {
                 let nodes = event.get("nodes").cloned().unwrap_or_default();
                 self.nodes = serde_json::from_value(nodes).unwrap_or_default();
+            }
+            Some("node_unhealthy") => {
+                let is_quarantined = event.get("is_quarantined").and_then(Value::as_bool);
+                let node = text("node").filter(|_| is_quarantined == Some(true));
+                let Some(node) = node else { return false };
+                self.quarantined.insert(node);
+            }
+            Some("node_pardoned") => {
+                text("node").is_some_and(|node| self.quarantined.remove(&node));
             }
             Some("generation_started") => {
                 self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());
@@ -367,6 +381,24 @@ mod tests {
         }
         let expected = ConfigChange { generation: 1, keys: vec!["a".to_owned()] };
         assert_eq!(history.config_changes, [expected]);
+    }
+
+    #[test]
+    fn a_quarantine_outlives_its_coordinator_and_no_end_in_order() {
+        let mut history = History::default();
+        let unwell = |node: &str, is_quarantined: bool| {
+            let kind = "node_unhealthy";
+            json!({ "kind": kind, "node": node, "is_quarantined": is_quarantined })
+        };
+        assert!(!history.take(&unwell("a", false)) && history.take(&unwell("b", true)));
+        history.take(&json!({ "kind": "run_resumed" }));
+        assert_eq!(history.quarantined, BTreeSet::from(["b".to_owned()]));
+        assert!(history.take(&unwell("c", true)));
+        assert!(history.take(&json!({ "kind": "node_pardoned", "node": "c" })));
+        assert_eq!(history.quarantined, BTreeSet::from(["b".to_owned()]));
+        history.take(&json!({ "kind": "preempted", "exit_code": 75 }));
+        history.take(&json!({ "kind": "run_resumed" }));
+        assert_eq!(history.quarantined, BTreeSet::new());
     }
 
     #[test]

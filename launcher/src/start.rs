@@ -462,6 +462,7 @@ fn go(
         host: at.host,
         sizes: Sizes::of(&config),
         ranks_per_node: config.cluster.ranks_per_node.unwrap_or(1),
+        quarantined: history.quarantined,
     });
     let adopt = start.may_adopt.then(|| Adopt {
         nodes: history.nodes,

@@ -179,7 +179,7 @@ fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
         lines.push(("", every(interval)));
     }
     if let Some(alarm) = &status.alarm {
-        lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
+        lines.push(("ALARM", alarm.clone()));
     }
     if let Some(step) = status.memory_checkpoint {
         let copied = match status.memory_copied {

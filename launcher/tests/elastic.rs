@@ -83,7 +83,7 @@ impl World {
         let mut world = Self {
             config,
             state: State::new(policy, 0),
-            members: Members::new(Limits::new(sizes)),
+            members: Members::new(Limits::new(sizes), BTreeSet::new()),
             now: Instant::now(),
             present: vec![None; nodes],
             agents: 0,

@@ -234,6 +234,8 @@ fn a_spare_takes_the_place_of_a_node_that_is_lost() {
         std::thread::sleep(Duration::from_millis(20));
     };
     assert_eq!(lost["node"], "b");
+    sandbox.wait_for_metrics(1, 2);
+    assert!(killed.elapsed() < Duration::from_secs(80), "{:?}", killed.elapsed());
     coordinator.expect(0);
     first.expect(0);
     spare.expect(0);

@@ -201,6 +201,23 @@ fn a_stop_of_one_rank_while_it_evaluates_saves() {
     check_stop("validate", Signal::TERM, "");
 }
 
+/// One that would take hours is left.
+#[test]
+fn a_stop_of_one_rank_cuts_a_long_evaluation_short() {
+    let sandbox = sandbox();
+    let validation = "validation={every_steps: 20, steps: 1000000}";
+    let running = start(&sandbox, &["training.steps=60", "training.global_batch=16", validation]);
+    let status = sandbox.wait_for(|status| status["ranks"][1]["phase"] == "validate");
+    signal(pid(&status, 1), Signal::USR2);
+    let asked = Instant::now();
+    running.expect(75);
+    assert!(asked.elapsed() < Duration::from_secs(25), "{:?}", asked.elapsed());
+    assert_eq!(sandbox.events_of("preempted")[0]["committed"], 20);
+    let last = metrics(&sandbox, "test").pop().unwrap();
+    assert_eq!((last.step, last.validation_loss), (20, None));
+    sandbox.assert_nothing_left();
+}
+
 #[test]
 fn a_stop_of_one_rank_while_it_saves_saves() {
     // The save of step 10 waits for that of step 5.

@@ -10,9 +10,9 @@ fn sandbox() -> Sandbox {
 }
 
 /// Two nodes of two ranks.
-fn coordinator(sandbox: &Sandbox) -> Running {
+fn coordinator(sandbox: &Sandbox, sets: &[&str]) -> Running {
     let args = ["coordinator", "config.yaml", "--listen", "127.0.0.1:0"];
-    sandbox.start(&[&args[..], &["--set", "cluster.nodes=2"]].concat())
+    sandbox.start(&[&args[..], &["--set", "cluster.nodes=2"], sets].concat())
 }
 
 fn agent(sandbox: &Sandbox, name: &str, fault: &str) -> Running {
@@ -27,7 +27,7 @@ fn text<'a>(event: &'a Value, field: &str) -> &'a str {
 #[test]
 fn a_node_that_is_not_well_gets_no_place() {
     let sandbox = sandbox();
-    let coordinator = coordinator(&sandbox);
+    let coordinator = coordinator(&sandbox, &[]);
     let faults = [
         ("compute", "a product of whole numbers has wrong bits"),
         ("memory", "has wrong bits: 0x0000010000000000"),
@@ -56,7 +56,7 @@ fn a_node_that_is_not_well_gets_no_place() {
 #[test]
 fn a_node_that_was_not_well_twice_is_quarantined() {
     let sandbox = sandbox();
-    let coordinator = coordinator(&sandbox);
+    let coordinator = coordinator(&sandbox, &[]);
     for _ in 0..2 {
         agent(&sandbox, "b", "disk").expect(76);
     }
@@ -73,9 +73,23 @@ fn a_node_that_was_not_well_twice_is_quarantined() {
 
 #[test]
 fn a_node_on_which_ranks_fail_twice_gives_its_place_to_a_spare() {
-    // Rank 2 is on the second node, whichever that is, in both generations.
-    let sandbox = sandbox().env("FAKE_FAULTS", "kill:2:7:1;kill:2:12:2").env("FAKE_STEP_MS", 50);
-    let coordinator = coordinator(&sandbox);
+    check_fails_twice("kill:2:7:1;kill:2:12:2", &[], "quarantined: rank 2");
+}
+
+#[test]
+fn a_node_on_which_ranks_hang_twice_gives_its_place_to_a_spare() {
+    let limit = ["--set", "restart.hang_timeout_s=1"];
+    check_fails_twice(
+        "hang:2:7:1;hang:2:12:2",
+        &limit,
+        "quarantined: rank 2 failed at step 12 (hang)",
+    );
+}
+
+/// Rank 2 is on the second node, whichever that is, in both generations.
+fn check_fails_twice(faults: &str, sets: &[&str], expected: &str) {
+    let sandbox = sandbox().env("FAKE_FAULTS", faults).env("FAKE_STEP_MS", 50);
+    let coordinator = coordinator(&sandbox, sets);
     let [first, second] = ["a", "b"].map(|name| agent(&sandbox, name, ""));
     sandbox.wait_for_step(2);
     let spare = agent(&sandbox, "spare", "");
@@ -83,7 +97,7 @@ fn a_node_on_which_ranks_fail_twice_gives_its_place_to_a_spare() {
     first.expect(0);
     spare.expect(0);
     let (_, stderr) = second.expect(76);
-    assert!(stderr.contains("quarantined: rank 2"), "{stderr}");
+    assert!(stderr.contains(expected), "{stderr}");
     assert_eq!(sandbox.events_of("fault_injected").len(), 2, "both faults came about");
     let placed = sandbox.events_of("nodes_placed");
     let nodes: Vec<&Value> = placed.iter().map(|event| &event["nodes"]).collect();

@@ -61,11 +61,11 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
             }
             results => results?,
         };
+        let mut stop = rank.client.assignment().stop_after == Some(rank.step);
         for result in &results {
-            conclude(rank, result, metrics.as_mut())?;
+            let leaves_off = conclude(rank, result, metrics.as_mut())?;
+            stop |= result.stop || leaves_off;
         }
-        let stop_after = rank.client.assignment().stop_after;
-        let stop = results.iter().any(|result| result.stop) || stop_after == Some(rank.step);
         let at_end = rank.step == last || stop;
         if at_end || rank.cadence.is_due(rank.step) {
             save(rank, learning_rate(rank, rank.step), at_end)?;
@@ -85,21 +85,28 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
     Ok(Outcome::Finished)
 }
 
-/// What follows from a step whose numbers are known: its report, and a validation behind it.
-fn conclude(rank: &mut Rank, result: &StepResult, metrics: Option<&mut Metrics>) -> Result<()> {
+/// What follows from a step whose numbers are known: its report, and a validation behind it. Returns
+/// whether that was left off for a stop.
+fn conclude(rank: &mut Rank, result: &StepResult, metrics: Option<&mut Metrics>) -> Result<bool> {
+    let mut leaves_off = false;
     let mut report = report(rank, result)?;
     rank.cadence.stepped(result.step_time_s);
     let is_newest = result.step == rank.step;
     let is_last = result.step == rank.config.training.steps;
-    if is_newest && (is_last || is_due(result.step, rank.config.validation.every_steps)) {
+    if is_newest
+        && (is_last || is_due(result.step, rank.config.validation.every_steps))
+        && validates(rank)
+    {
         report.validation_loss = validated(rank)?;
+        leaves_off = report.validation_loss.is_none();
     }
     if let Some(metrics) = metrics {
         let written = metrics.write(&report)?;
         tell_of_metrics(rank, written)?;
     }
     rank.client.report_step(report)?;
-    count_skips(rank, result)
+    count_skips(rank, result)?;
+    Ok(leaves_off)
 }
 
 /// The timeline that is asked for, if one is.
@@ -156,15 +163,17 @@ pub(crate) fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-fn validated(rank: &mut Rank) -> Result<Option<f64>> {
+/// Whether the run has something to validate on, and wants to.
+fn validates(rank: &Rank) -> bool {
     let validation = &rank.config.validation;
     let held_out = rank.config.data.validation_fraction > 0.0;
-    if validation.every_steps == 0 || validation.steps == 0 || !held_out {
-        return Ok(None);
-    }
+    validation.every_steps > 0 && validation.steps > 0 && held_out
+}
+
+fn validated(rank: &mut Rank) -> Result<Option<f64>> {
     rank.enter(Phase::Validate)?;
     let _phase = profiler::phase("validation");
-    validate(rank).map(Some)
+    validate(rank)
 }
 
 fn report(rank: &Rank, result: &StepResult) -> Result<StepReport> {

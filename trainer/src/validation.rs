@@ -6,15 +6,21 @@ use crate::train_step::{num_targets, pass, read};
 use collectives::ReduceOp;
 use data_pipeline::{Loader, LoaderOptions, Split};
 use parallel::{Pass, all_reduce_scalars};
+use std::time::{Duration, Instant};
 use torch_shim::tch::no_grad_guard;
+
+/// An evaluation has so long to come to its end once the run is to stop: whoever asked waits, and
+/// may not wait for long.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Mean loss per target token over the first `validation.steps` batches of the held-out
 /// documents: the same batches at every call, and the same value on every rank. As in training, a
-/// batch's micro-batches go through the pipeline together.
+/// batch's micro-batches go through the pipeline together. `None`, on every rank, where the run is to
+/// stop and this would take long.
 ///
 /// # Errors
 /// Where data, libtorch or a peer fail.
-pub fn validate(rank: &Rank) -> Result<f64> {
+pub fn validate(rank: &Rank) -> Result<Option<f64>> {
     let groups = &rank.worker.groups;
     let steps = rank.config.validation.steps;
     let options = LoaderOptions {
@@ -27,8 +33,19 @@ pub fn validate(rank: &Rank) -> Result<f64> {
     let mut loader = Loader::open(&rank.config, options)?;
     let _no_grad = no_grad_guard();
     let mut sums = [0.0, 0.0];
+    let mut stops_since = None;
     for step in 1..=steps {
         rank.client.alive()?;
+        if rank.client.stop_requested() {
+            stops_since.get_or_insert_with(Instant::now);
+        }
+        let is_over = stops_since.is_some_and(|since| since.elapsed() >= PATIENCE);
+        let mut any_is = [if is_over { 1.0 } else { 0.0 }];
+        all_reduce_scalars(groups.world.as_ref(), &mut any_is, ReduceOp::Max)?;
+        if any_is[0] > 0.0 {
+            tracing::info!("the evaluation is left at its step {step}: the run is to stop");
+            return Ok(None);
+        }
         let batches = read(&mut loader, step)?;
         let passes: Vec<Pass> =
             batches.iter().map(|batch| pass(rank, batch)).collect::<Result<_>>()?;
@@ -39,5 +56,5 @@ pub fn validate(rank: &Rank) -> Result<f64> {
     all_reduce_scalars(groups.world.as_ref(), &mut sums, ReduceOp::Sum)?;
     // On a GPU a collective that failed leaves numbers that mean nothing.
     groups.alive()?;
-    Ok(sums[0] / sums[1].max(1.0))
+    Ok(Some(sums[0] / sums[1].max(1.0)))
 }

@@ -132,8 +132,8 @@ pub struct Members {
 }
 
 impl Members {
-    /// Nobody yet.
-    pub fn new(limits: Limits) -> Self {
+    /// Nobody yet; nodes of these names get no place.
+    pub fn new(limits: Limits, quarantined: BTreeSet<String>) -> Self {
         let places = vec![None; limits.sizes.whole().nodes];
         Self {
             limits,
@@ -144,7 +144,7 @@ impl Members {
             next_look: None,
             replaced: Vec::new(),
             failures: BTreeMap::new(),
-            quarantined: BTreeSet::new(),
+            quarantined,
         }
     }
 

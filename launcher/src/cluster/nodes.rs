@@ -17,7 +17,7 @@ use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, exit_c
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -30,6 +30,8 @@ mod arrival;
 mod health;
 mod memory;
 mod starting;
+#[cfg(test)]
+mod tests;
 
 pub use memory::Keeping;
 
@@ -54,6 +56,8 @@ pub struct ClusterPlan {
     pub sizes: Sizes,
     /// Ranks on each node.
     pub ranks_per_node: usize,
+    /// Nodes that an earlier coordinator gave no place any more.
+    pub quarantined: BTreeSet<String>,
 }
 
 /// `cluster/coordinator.json`: where agents find the coordinator.
@@ -193,7 +197,7 @@ impl Nodes {
         (conversation, now): (u64, Instant),
     ) -> Self {
         Self {
-            members: Members::new(Limits::new(plan.sizes.clone())),
+            members: Members::new(Limits::new(plan.sizes.clone()), plan.quarantined.clone()),
             conversations: BTreeMap::new(),
             plan,
             happenings,
@@ -426,7 +430,7 @@ impl Nodes {
             }
             FromAgent::Started { generation, rank, pid } => {
                 let cell = self.ranks.pids.get(rank);
-                cell.filter(|_| generation == self.ranks.generation)?.set(pid);
+                cell.filter(|_| self.runs(node, generation, rank))?.set(pid);
                 return None;
             }
             FromAgent::Said { generation, rank, message } => {
@@ -436,10 +440,8 @@ impl Nodes {
                 (generation, rank, News::Garbled(error))
             }
             FromAgent::Exited { generation, rank, exit, last_lines } => {
-                if generation == self.ranks.generation
-                    && let Some(has_exited) = self.ranks.has_exited.get_mut(rank)
-                {
-                    *has_exited = true;
+                if self.runs(node, generation, rank) {
+                    self.ranks.has_exited[rank] = true;
                 }
                 (generation, rank, News::Exited { exit, last_lines })
             }
@@ -448,11 +450,16 @@ impl Nodes {
             self.stored.push(Outcome::Rank(Input { generation, rank, news }));
             return None;
         }
-        if generation != self.ranks.generation || self.ranks.nodes.get(rank) != Some(&node) {
+        if !self.runs(node, generation, rank) {
             tracing::debug!("node {} speaks of rank {rank} of {generation}", self.name(node));
             return None;
         }
         Some(Outcome::Rank(Input { generation, rank, news }))
+    }
+
+    /// Whether this node has this rank of the generation under way.
+    fn runs(&self, node: NodeId, generation: u64, rank: usize) -> bool {
+        generation == self.ranks.generation && self.ranks.nodes.get(rank) == Some(&node)
     }
 
     fn changed(&mut self, change: Change) -> Vec<Outcome> {

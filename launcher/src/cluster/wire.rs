@@ -104,3 +104,31 @@ where
     });
     outbox
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rank_protocol::agent::{Join, MAX_JOIN_BYTES};
+
+    /// What reading a first message from these bytes comes to.
+    fn check_refused(length: u32, body: &[u8], kind: ErrorKind, what: &str) {
+        let bytes = [&length.to_be_bytes()[..], body].concat();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let error = runtime.block_on(read::<Join>(&mut &bytes[..], MAX_JOIN_BYTES)).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(what), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_first_message_is_refused() {
+        let over = u32::try_from(MAX_JOIN_BYTES).unwrap() + 1;
+        let limit = format!("over the limit of {MAX_JOIN_BYTES}");
+        check_refused(u32::MAX, &[], ErrorKind::InvalidData, &limit);
+        check_refused(over, &vec![b' '; MAX_JOIN_BYTES + 1], ErrorKind::InvalidData, &limit);
+        check_refused(9, b"{}", ErrorKind::UnexpectedEof, "");
+        check_refused(2, b"{}", ErrorKind::InvalidData, "token");
+        check_refused(5, b"hello", ErrorKind::InvalidData, "");
+        check_refused(4, &[0xff, 0xfe, 0, 1], ErrorKind::InvalidData, "");
+        check_refused(0, &[], ErrorKind::InvalidData, "");
+    }
+}

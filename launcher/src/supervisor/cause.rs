@@ -31,6 +31,9 @@ pub struct Cause {
     /// Set where the run shall go on from the newest checkpoint without some samples.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub roll_back: Option<RollBack>,
+    /// Whether nothing singles this rank out: it is named because one must be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_guess: bool,
 }
 
 /// Two failures with an equal signature are the same failure.
@@ -68,6 +71,7 @@ impl Cause {
                 lines: report.lines,
                 is_reported: true,
                 roll_back: report.roll_back,
+                is_guess: false,
             },
             None => Self {
                 rank,
@@ -80,6 +84,7 @@ impl Cause {
                 lines: inferred_lines(exit, last_lines),
                 is_reported: false,
                 roll_back: None,
+                is_guess: false,
             },
         }
     }
@@ -97,7 +102,15 @@ impl Cause {
             lines: vec![line],
             is_reported: false,
             roll_back: None,
+            is_guess: false,
         }
+    }
+
+    /// Whether it speaks against the node that the rank ran on: should it happen there once more,
+    /// another node had better have its place. A rank that hangs may do so of its device.
+    pub fn is_of_its_node(&self) -> bool {
+        use FailureClass::{Hang, Node, Process};
+        matches!(self.class, Process | Node | Hang) && !self.is_guess
     }
 
     /// The one of several failures of a moment that brought the others about: the earliest that is

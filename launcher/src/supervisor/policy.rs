@@ -12,6 +12,8 @@ pub struct Policy {
     pub world_size: usize,
     /// Consecutive generations with no new committed step after which the run gives up.
     pub max_no_progress: u32,
+    /// Restarts within an hour after which the run gives up, wherever it got to.
+    pub max_per_hour: u32,
     /// Consecutive generations that failed alike after which trying again is of no use.
     pub max_same_failure: u32,
     /// After failures that are consequences alone (lost links), the wait for their cause.
@@ -57,6 +59,7 @@ impl Policy {
         Self {
             world_size,
             max_no_progress: max_no_progress.max(1),
+            max_per_hour: u32::MAX,
             max_same_failure: 3,
             concurrent_faults: Duration::from_secs(1),
             same_moment: Duration::from_millis(20),

@@ -13,7 +13,7 @@ use crate::remote::Place;
 use crate::remote::upload::Uploader;
 use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
-use checkpoints::next_of_copies;
+use checkpoints::{SaveWait, next_of_copies};
 use elsewhere::{Elsewhere, Next, changed, next_of};
 use memory::Doubt;
 use rank_protocol::store::{Requester, Store};
@@ -126,6 +126,8 @@ struct Executor {
     failures: u64,
     /// Whether the last generation failed while it read a checkpoint.
     has_failed_to_load: bool,
+    /// Whether training waits for storage.
+    save_wait: SaveWait,
     /// What that says of the one in the nodes' memories.
     doubt: Doubt,
     generation_start: Instant,
@@ -197,6 +199,7 @@ impl Executor {
             has_last_step: plan.stop_after.is_some(),
             keep_processes: keeps_processes(&plan.config),
             hang: Duration::from_secs(restart.hang_timeout_s),
+            max_per_hour: restart.max_per_hour,
             ..Policy::new(plan.world_size, restart.max_no_progress)
         };
         let policy = policy.outlasting(Duration::from_secs(plan.config.cluster.timeout_s));
@@ -231,6 +234,7 @@ impl Executor {
             searches,
             failures,
             has_failed_to_load: false,
+            save_wait: SaveWait::default(),
             doubt: Doubt::default(),
             generation_start: Instant::now(),
             has_stepped: false,
@@ -319,6 +323,7 @@ impl Executor {
         self.reply(replies);
         self.wake_elsewhere(now);
         self.handle(Event::Tick);
+        self.look_at_save(now);
         if self.recorder.next_write() <= now {
             self.update_status();
         }
@@ -359,6 +364,7 @@ impl Executor {
             FromRank::Phase(phase) => {
                 if rank == 0 && self.state.is_working() {
                     self.recorder.ledger.phase(phase, Instant::now());
+                    self.waits_for_storage(phase);
                 }
                 self.handle(Event::Phase { rank, phase });
             }

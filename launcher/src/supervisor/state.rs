@@ -9,6 +9,7 @@ use super::stall::{ASKING, Progress, suspects};
 use ending::Then;
 use growth::Growth;
 use rank_protocol::{FailureReport, Phase, Position, exit_code};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 mod ending;
@@ -84,6 +85,8 @@ pub struct State {
     /// Newest step that a generation went on from, or the next one will.
     reached: Option<u64>,
     no_progress: u32,
+    /// Restarts of the last hour.
+    restarts: VecDeque<Instant>,
     /// Whether an earlier coordinator started these ranks, and may have told them to stop.
     has_adopted: bool,
     failures: Vec<Signature>,
@@ -118,6 +121,7 @@ impl State {
             committed_before: None,
             reached: None,
             no_progress: 0,
+            restarts: VecDeque::new(),
             has_adopted: false,
             failures: Vec::new(),
             stop: None,
@@ -441,7 +445,9 @@ impl State {
                 let rank = late.unwrap_or(0);
                 self.causes.extend(self.ranks.get_mut(rank).map(|late| {
                     late.is_suspect = true;
-                    Cause::hang(rank, late.phase, late.step, format!("rank {rank} {what}"))
+                    let line = format!("rank {rank} {what}");
+                    let cause = Cause::hang(rank, late.phase, late.step, line);
+                    Cause { is_guess: true, ..cause }
                 }));
                 self.end(format!("rank {rank} {what}"), now)
             }
@@ -469,7 +475,8 @@ impl State {
         let positions: Vec<Option<Position>> =
             alive.iter().map(|rank| self.ranks[*rank].position.clone()).collect();
         let mut suspects = suspects(&positions);
-        if suspects.is_empty() {
+        let is_guess = suspects.is_empty();
+        if is_guess {
             let waits = positions.iter().flatten().find_map(|position| position.waits.first());
             let line = waits.map_or("it does not move".to_owned(), |waits| {
                 format!("all ranks wait, this one in {waits}")
@@ -483,6 +490,7 @@ impl State {
             rank.is_suspect = true;
             let line = format!("rank {index} hangs: {line}");
             let cause = Cause::hang(index, rank.phase, rank.step, line);
+            let cause = Cause { is_guess, ..cause };
             actions.push(Action::RecordFailure(cause.clone()));
             self.causes.push(cause);
         }

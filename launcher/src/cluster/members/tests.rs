@@ -15,7 +15,7 @@ impl Nodes {
     }
 
     fn of(sizes: Sizes) -> Self {
-        Self { members: Members::new(Limits::new(sizes)), now: Instant::now() }
+        Self { members: Members::new(Limits::new(sizes), BTreeSet::new()), now: Instant::now() }
     }
 
     fn join(&mut self, name: &str, agent: &str) -> Joined {

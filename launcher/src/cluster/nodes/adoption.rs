@@ -33,6 +33,11 @@ impl Nodes {
                 cell.set(*pid);
             }
         }
+        for rank in running.values().flat_map(|running| &running.exited) {
+            if let Some(has_exited) = self.ranks.has_exited.get_mut(*rank) {
+                *has_exited = true;
+            }
+        }
         Some((nodes, handles, outcomes))
     }
 

@@ -20,8 +20,10 @@ impl Nodes {
             door.close(Answer::Refused { reason });
             return Vec::new();
         }
-        if let Some((reason, outcomes)) = self.unwell(&join, now) {
+        let mut outcomes = self.pardon(&name, now);
+        if let Some((reason, told)) = self.unwell(&join) {
             door.close(Answer::Unhealthy { reason });
+            outcomes.extend(told);
             return outcomes;
         }
         let (node, is_new) = match self.members.join(join.node, now) {
@@ -31,12 +33,12 @@ impl Nodes {
                 let reason = format!("another machine named {name} belongs to the run");
                 tracing::error!("node {name} ({from}) was refused: {reason}");
                 door.close(Answer::Refused { reason: format!("{reason}; hint: --name") });
-                return Vec::new();
+                return outcomes;
             }
             Joined::Replaced => {
                 let why = format!("another agent named {name} has taken this one's place");
                 door.close(Answer::Refused { reason: format!("{why}; hint: --name") });
-                return Vec::new();
+                return outcomes;
             }
         };
         let (welcome, again) = match self.resume(node, (join.conversation, join.taken)) {
@@ -45,7 +47,7 @@ impl Nodes {
                 // No refusal, which would be for good: it joins once more, and begins anew.
                 tracing::error!("node {name} ({from}) speaks nonsense: {error}");
                 self.begin_anew(node);
-                return Vec::new();
+                return outcomes;
             }
         };
         self.num_connections += 1;
@@ -67,11 +69,12 @@ impl Nodes {
         }
         if !is_new {
             tracing::info!("node {name} is connected again");
-            return Vec::new();
+            return outcomes;
         }
         tracing::info!("node {name} ({from}) has joined: {} in all", self.members.num_alive());
         let fields = json!({ "node": name, "address": self.address_of(node) });
-        vec![Outcome::Event("node_joined", fields)]
+        outcomes.push(Outcome::Event("node_joined", fields));
+        outcomes
     }
 
     /// Notes at which address an agent elsewhere reaches this machine.

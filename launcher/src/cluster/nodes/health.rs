@@ -8,13 +8,9 @@ use std::time::Instant;
 
 impl Nodes {
     /// Why a node that wants to join gets no place, and what is to be told of it.
-    pub(super) fn unwell(&mut self, join: &Join, now: Instant) -> Option<(String, Vec<Outcome>)> {
+    pub(super) fn unwell(&mut self, join: &Join) -> Option<(String, Vec<Outcome>)> {
         let name = &join.node.name;
         if self.members.is_quarantined(name) {
-            if self.members.pardon(name, now) {
-                tracing::warn!("node {name} has failed in this run; no other comes in its place");
-                return self.unwell(join, now);
-            }
             let reason = format!("node {name} is quarantined: it has failed in this run");
             return Some((reason, Vec::new()));
         }
@@ -25,6 +21,15 @@ impl Nodes {
         let is_quarantined = self.members.is_unwell(name);
         let fields = json!({ "node": name, "reason": reason, "is_quarantined": is_quarantined });
         Some((reason, vec![Outcome::Unwell(fields)]))
+    }
+
+    /// Lets a quarantined node join after all, where no other has come in its place.
+    pub(super) fn pardon(&mut self, name: &str, now: Instant) -> Vec<Outcome> {
+        if !self.members.pardon(name, now) {
+            return Vec::new();
+        }
+        tracing::warn!("node {name} has failed in this run, and no other comes in its place");
+        vec![Outcome::Event("node_pardoned", json!({ "node": name }))]
     }
 
     /// A rank failed, of its process or its node. The second time, the node gives its place to

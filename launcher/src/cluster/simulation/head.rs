@@ -101,7 +101,8 @@ impl Head {
         };
         let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
         let sizes = Sizes::fixed(num_nodes, ranks_per_node);
-        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node };
+        let quarantined = BTreeSet::new();
+        let plan = ClusterPlan { listen, host: None, sizes, ranks_per_node, quarantined };
         let address = Address { host: "simulated".into(), port: 0, pid: 1 };
         // Happenings come by `happened`.
         let (happenings, received) = mpsc::channel(1);
@@ -289,7 +290,7 @@ impl Head {
     }
 
     fn blame_node(&mut self, cause: &Cause, now: Instant, log: &mut Log) {
-        if matches!(cause.class, FailureClass::Process | FailureClass::Node) {
+        if cause.is_of_its_node() {
             let outcomes = self.nodes.failed(cause.rank, &cause.summary(), false);
             self.take_outcomes(outcomes, now, log);
         }

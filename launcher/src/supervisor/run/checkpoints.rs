@@ -9,14 +9,46 @@ use crate::remote::uploads::{News, Target};
 use crate::supervisor::policy::RankState;
 use crate::supervisor::record::Resumed;
 use crate::supervisor::restore::{self, Kept, READ_UP_TO, Reads, Restored, Search, Tier};
-use rank_protocol::exit_code;
+use rank_protocol::{Phase, exit_code};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 /// After a stop that was asked for, the longest wait for a copy: whoever asked waits too, and the
 /// next launcher begins with that copy.
 const COPY_AFTER_STOP: Duration = Duration::from_secs(20);
+
+/// Training that has waited so long for a save is told of.
+const SLOW_SAVE: Duration = Duration::from_secs(20);
+
+/// Since when training waits for a save, because the one before is still being written. Pure.
+#[derive(Debug, Default)]
+pub(super) struct SaveWait {
+    since: Option<Instant>,
+    has_told: bool,
+}
+
+impl SaveWait {
+    /// Rank 0 entered a phase. Returns whether a wait is over that was told of.
+    fn entered(&mut self, phase: Phase, now: Instant) -> bool {
+        if phase == Phase::Save {
+            self.since.get_or_insert(now);
+            return false;
+        }
+        self.since = None;
+        std::mem::take(&mut self.has_told)
+    }
+
+    /// The wait, where it is to be told of now.
+    fn late(&mut self, now: Instant) -> Option<Duration> {
+        let wait = now.saturating_duration_since(self.since?);
+        if self.has_told || wait < SLOW_SAVE {
+            return None;
+        }
+        self.has_told = true;
+        Some(wait)
+    }
+}
 
 /// The next news of the copying: `None` when it ends; never, where there is none.
 pub async fn next_of_copies(copied: &mut Option<mpsc::Receiver<News>>) -> Option<News> {
@@ -43,6 +75,24 @@ impl Executor {
         self.handle(Event::Committed { step });
     }
 
+    /// Rank 0 entered a phase.
+    pub(super) fn waits_for_storage(&mut self, phase: Phase) {
+        if self.save_wait.entered(phase, Instant::now()) {
+            tracing::info!("training waits no longer for a save");
+            self.recorder.status.alarm = None;
+        }
+    }
+
+    /// Says so where training waits for storage: nothing fails, and nothing moves.
+    pub(super) fn look_at_save(&mut self, now: Instant) {
+        let Some(wait) = self.save_wait.late(now) else { return };
+        let seconds = wait.as_secs();
+        let reason = format!("training has waited for a save for {seconds} s: storage is slow");
+        tracing::warn!("{reason}");
+        self.recorder.event("checkpoint_slow", json!({ "seconds": seconds, "reason": reason }));
+        self.recorder.status.alarm = Some(reason);
+    }
+
     /// A rank tells something for `events.jsonl`.
     pub(super) fn hear_event(&mut self, rank: usize, event: rank_protocol::Event) {
         let mut fields = event.fields;
@@ -52,11 +102,11 @@ impl Executor {
         match event.kind.as_str() {
             "checkpoint_failed" => {
                 tracing::error!("rank {rank} could not save: {reason}");
-                status.alarm = Some(reason);
+                status.alarm = Some(format!("the last checkpoint was not written: {reason}"));
             }
             "metrics_failed" => {
                 tracing::error!("training goes on without metrics: {reason}");
-                status.alarm = Some(reason);
+                status.alarm = Some(format!("the metrics are not written: {reason}"));
             }
             "metrics_recovered" => {
                 tracing::info!("the metrics are written again, and those that waited");
@@ -253,5 +303,27 @@ impl Executor {
             }
         }
         self.copies = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_that_is_waited_for_is_told_of_once() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut wait = SaveWait::default();
+        assert_eq!(wait.late(at(100)), None, "nobody waits");
+        wait.entered(Phase::Save, at(100));
+        wait.entered(Phase::Save, at(110));
+        assert_eq!(wait.late(at(119)), None);
+        assert_eq!(wait.late(at(121)), Some(Duration::from_secs(21)));
+        assert_eq!(wait.late(at(130)), None);
+        assert!(wait.entered(Phase::Train, at(140)), "it was told of");
+        wait.entered(Phase::Save, at(150));
+        assert!(!wait.entered(Phase::Validate, at(151)));
+        assert_eq!(wait.late(at(300)), None);
     }
 }

@@ -244,8 +244,9 @@ impl Executor {
     /// A node on which ranks fail again and again gives way to another; at once, where a rank found
     /// its device bad while it trained.
     pub(super) fn blame_node(&mut self, cause: &Cause) {
-        let is_its_own = matches!(cause.class, FailureClass::Process | FailureClass::Node);
-        let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| is_its_own) else { return };
+        let Some(elsewhere) = self.elsewhere.as_mut().filter(|_| cause.is_of_its_node()) else {
+            return;
+        };
         let is_its_device = cause.class == FailureClass::Node
             && cause.phase == Phase::Train
             && cause.exit.code.is_some();

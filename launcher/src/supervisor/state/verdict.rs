@@ -2,13 +2,22 @@
 
 use super::{Action, Cause, State};
 use rank_protocol::{FailureClass, RollBack, exit_code};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// The window of [`super::Policy::max_per_hour`].
+const HOUR: Duration = Duration::from_secs(3600);
 
 impl State {
     /// What follows from a generation that failed.
     pub(super) fn judge(&mut self, cause: &Cause, now: Instant) -> Vec<Action> {
         let has_progressed = self.committed > self.committed_before;
-        self.no_progress = if has_progressed { 0 } else { self.no_progress + 1 };
+        // Links that worked and were lost, with no failure behind it, are none of the run's doing;
+        // those that never worked are not for ever tried again.
+        let counts = !(cause.is_consequence() && self.has_stepped);
+        self.no_progress = match has_progressed {
+            true => 0,
+            false => self.no_progress + u32::from(counts),
+        };
         if let Some(roll_back) = cause.roll_back {
             return self.roll_back(roll_back, &cause.summary(), now);
         }
@@ -53,6 +62,15 @@ impl State {
             );
             return self.over(exit_code::FAILED, reason, now);
         }
+        let is_over = |at: &mut Instant| now.saturating_duration_since(*at) >= HOUR;
+        while self.restarts.pop_front_if(is_over).is_some() {}
+        if self.restarts.len() >= self.policy.max_per_hour as usize {
+            let count = self.restarts.len();
+            let reason =
+                format!("{what}; {count} restarts in the last hour (restart.max_per_hour)");
+            return self.over(exit_code::FAILED, reason, now);
+        }
+        self.restarts.push_back(now);
         self.next_generation(now)
     }
 

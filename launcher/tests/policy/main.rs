@@ -7,6 +7,8 @@ use rank_protocol::{FailureClass, FailureReport, Phase, Position, RollBack, exit
 use run_config::SampleRange;
 use std::time::{Duration, Instant};
 
+mod budget;
+
 /// A run under test: its state, its clock and what it was told to do.
 struct Run {
     state: State,
@@ -15,8 +17,11 @@ struct Run {
 
 impl Run {
     fn begin(world_size: usize, committed: Option<u64>) -> Self {
-        let mut run =
-            Self { state: State::new(Policy::new(world_size, 3), 0), now: Instant::now() };
+        Self::of(Policy::new(world_size, 3), committed)
+    }
+
+    fn of(policy: Policy, committed: Option<u64>) -> Self {
+        let mut run = Self { state: State::new(policy, 0), now: Instant::now() };
         assert_eq!(run.event(Event::Begin { committed }), ["find"]);
         let started = run.event(Event::Found { step: committed, is_committed: true });
         assert_eq!(started, [format!("spawn 1 from {committed:?}")]);
@@ -46,6 +51,23 @@ impl Run {
         assert_eq!(self.killed(1), ["rank 1 failed"]);
         assert!(self.after(1.0)[0].starts_with("abort"));
         self.killed(0)
+    }
+
+    /// One generation of two ranks, whose links are lost after this step, or before the first.
+    fn lose_links(&mut self, step: Option<u64>, line: &str) -> Vec<String> {
+        if let Some(step) = step {
+            self.event(Event::Step { rank: 0, step });
+        }
+        for rank in 0..2 {
+            let report = FailureReport { step, ..report(FailureClass::Transient, line) };
+            self.event(Event::Reported { rank, report });
+        }
+        self.exit(0, 1);
+        self.exit(1, 1)
+    }
+
+    fn next(&mut self, committed: Option<u64>) {
+        self.event(Event::Found { step: committed, is_committed: true });
     }
 }
 
@@ -170,6 +192,18 @@ fn a_rank_that_never_joined_is_named_and_ended() {
 }
 
 #[test]
+fn a_hang_speaks_against_the_node_of_a_rank_that_is_singled_out() {
+    let waits = ["operation 7 of group data"];
+    for (of_first, expected) in [(&[][..], true), (&waits[..], false)] {
+        let mut run = stalled();
+        run.event(here(1, 2, &waits));
+        let actions = run.state.handle(here(0, 2, of_first), run.now);
+        let Some(Action::RecordFailure(cause)) = actions.first() else { panic!("{actions:?}") };
+        assert_eq!((cause.rank, cause.is_of_its_node()), (0, expected));
+    }
+}
+
+#[test]
 fn a_rank_that_does_not_answer_is_named_and_ended() {
     let mut run = stalled();
     assert!(run.event(here(0, 2, &["operation 7 of group data"])).is_empty());
@@ -229,54 +263,6 @@ fn the_cause_of_lost_links_is_waited_for() {
     assert_eq!(run.killed(1), ["rank 1 failed"]);
     let ended = run.after(0.02);
     assert!(ended[0].starts_with("abort: rank 1 failed"), "{ended:?}");
-}
-
-#[test]
-fn the_same_failure_three_times_is_not_tried_again() {
-    let mut run = Run::begin(2, None);
-    assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
-    run.event(Event::Found { step: None, is_committed: true });
-    assert_eq!(run.crash_at(6), ["first cause: rank 1", "find"]);
-    run.event(Event::Found { step: None, is_committed: true });
-    assert_eq!(run.crash_at(6), ["first cause: rank 1", "finish 93"]);
-}
-
-#[test]
-fn no_progress_in_three_generations_gives_up() {
-    let mut run = Run::begin(2, None);
-    for step in 6..8 {
-        assert_eq!(run.crash_at(step), ["first cause: rank 1", "find"]);
-        run.event(Event::Found { step: None, is_committed: true });
-    }
-    assert_eq!(run.crash_at(8), ["first cause: rank 1", "finish 1"]);
-}
-
-#[test]
-fn progress_resets_the_count() {
-    let mut run = Run::begin(2, None);
-    for generation in 1..20 {
-        run.event(Event::Committed { step: generation * 10 });
-        assert_eq!(run.crash_at(generation * 10 + 3), ["first cause: rank 1", "find"]);
-        run.event(Event::Found { step: Some(generation * 10), is_committed: true });
-    }
-}
-
-#[test]
-fn what_is_kept_in_memory_is_progress_and_no_commit() {
-    let mut run = Run::begin(2, Some(5));
-    for generation in 1..20 {
-        assert_eq!(run.crash_at(generation * 10 + 8), ["first cause: rank 1", "find"]);
-        let step = generation * 10;
-        let started = run.event(Event::Found { step: Some(step), is_committed: false });
-        assert_eq!(started, [format!("spawn {} from {:?}", generation + 1, Some(step))]);
-        assert_eq!(run.state.committed(), Some(5));
-    }
-    // The memory is lost: what was committed is there, and that is no progress.
-    for _ in 0..2 {
-        assert_eq!(run.crash_at(220), ["first cause: rank 1", "find"]);
-        run.event(Event::Found { step: Some(5), is_committed: true });
-    }
-    assert_eq!(run.crash_at(230), ["first cause: rank 1", "finish 1"]);
 }
 
 /// A rank that reports this class, or exits with this code, ends the run with `expected`.
