@@ -313,7 +313,8 @@ impl History {
                 self.quarantined.insert(node);
             }
             Some("node_pardoned") => {
-                text("node").is_some_and(|node| self.quarantined.remove(&node));
+                let Some(node) = text("node") else { return false };
+                self.quarantined.remove(&node);
             }
             Some("generation_started") => {
                 self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());

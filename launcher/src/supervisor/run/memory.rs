@@ -121,7 +121,6 @@ mod tests {
             collective: None,
             lines: Vec::new(),
             roll_back: None,
-            is_guess: false,
         });
         let killed = Exit { code: None, signal: Some(9) };
         Cause::new(0, killed, report, phase, None, Vec::new())
