@@ -383,7 +383,10 @@ mod tests {
     #[test]
     fn a_quarantine_outlives_its_coordinator_and_no_end_in_order() {
         let mut history = History::default();
-        let unwell = |node: &str, is_quarantined: bool| json!({ "kind": "node_unhealthy", "node": node, "is_quarantined": is_quarantined });
+        let unwell = |node: &str, is_quarantined: bool| {
+            let kind = "node_unhealthy";
+            json!({ "kind": kind, "node": node, "is_quarantined": is_quarantined })
+        };
         assert!(!history.take(&unwell("a", false)) && history.take(&unwell("b", true)));
         history.take(&json!({ "kind": "run_resumed" }));
         assert_eq!(history.quarantined, BTreeSet::from(["b".to_owned()]));
@@ -395,7 +398,10 @@ mod tests {
     #[test]
     fn what_generations_went_on_from_is_known() {
         let mut history = History::default();
-        let started = |generation: u64, step: Option<u64>| json!({ "kind": "generation_started", "generation": generation, "resume_step": step });
+        let started = |generation: u64, step: Option<u64>| {
+            let kind = "generation_started";
+            json!({ "kind": kind, "generation": generation, "resume_step": step })
+        };
         for event in [started(1, None), started(2, Some(30)), started(3, Some(20))] {
             assert!(history.take(&event), "a successor must know of {event}");
         }

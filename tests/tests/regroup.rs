@@ -195,8 +195,8 @@ fn wait_for_event(sandbox: &Sandbox, kind: &str) {
     }
 }
 
-/// A run of 40 steps that has done and saved some in its first generation, and its processes; beside
-/// it is what the same run does undisturbed.
+/// A run of 40 steps that has done and saved some in its first generation, and its processes.
+/// Beside it is what the same run does undisturbed.
 fn midway(more: &[&str]) -> (Sandbox, Running, Vec<u32>) {
     let sandbox = sandbox();
     let sets = [&SETS[..], &["training.steps=40"]].concat();

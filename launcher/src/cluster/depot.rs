@@ -404,7 +404,7 @@ impl Shelf {
     }
 
     /// Notes that a bundle arrives, until what is returned is dropped.
-    fn expect(self: &Rc<Self>, id: BundleId) -> Result<Expected, String> {
+    fn expecting(self: &Rc<Self>, id: BundleId) -> Result<Expected, String> {
         let num_bundles = self.holds.borrow().len() + self.on_their_way.borrow().len();
         if num_bundles >= MAX_BUNDLES {
             return Err(format!("there are {num_bundles} bundles here"));

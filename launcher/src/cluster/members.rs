@@ -27,6 +27,8 @@ pub struct Limits {
     pub preference: Duration,
     /// How long spares wait, before the first generation, for nodes that come before them.
     pub late: Duration,
+    /// How long a run that lacks nodes waits for others before it takes a quarantined one.
+    pub last_resort: Duration,
 }
 
 impl Limits {
@@ -39,11 +41,12 @@ impl Limits {
             join: Duration::from_secs(600),
             preference: Duration::from_secs(1),
             late: Duration::from_secs(5),
+            last_resort: Duration::from_secs(30),
         }
     }
 }
 
-/// Failures of one node after which it gets no place any more.
+/// Failures of one node after which it gets no place while there are others.
 const MAX_FAILURES: u32 = 2;
 
 /// A member, by the order of joining; never used again.
@@ -124,7 +127,7 @@ pub struct Members {
     replaced: Vec<NodeId>,
     /// How often nodes have failed, by name.
     failures: BTreeMap<String, u32>,
-    /// Names of nodes that get no place any more.
+    /// Names of nodes that get no place while there are others.
     quarantined: BTreeSet<String>,
 }
 
@@ -197,9 +200,18 @@ impl Members {
         Joined::New(self.members.len() - 1)
     }
 
-    /// Whether a node gets no place any more.
+    /// Whether a node gets no place while there are others.
     pub fn is_quarantined(&self, name: &str) -> bool {
         self.quarantined.contains(name)
+    }
+
+    /// Lets a quarantined node join after all, where a generation has waited in vain for others: a
+    /// node that may fail again is better than no run. Returns whether it may.
+    pub fn pardon(&mut self, name: &str, now: Instant) -> bool {
+        let has_waited = self.search.is_some_and(|search| {
+            now.saturating_duration_since(search.since) >= self.limits.last_resort
+        });
+        has_waited && self.num_alive() < self.places.len() && self.quarantined.remove(name)
     }
 
     /// A node was looked at and is not well. Returns whether it is quarantined.

@@ -189,7 +189,7 @@ async fn take(
         return in_time(wire::write(stream, &Reply::Taken)).await;
     }
     // Before a folder is made for it: one of its name may be somebody else's.
-    let _expected = shelf.expect(id).map_err(Error::other)?;
+    let _expected = shelf.expecting(id).map_err(Error::other)?;
     let mut arrival = BundleArrival::begin(&shelf.arriving, &shelf.bundles, commit, manifest)
         .map_err(Error::other)?;
     in_time(wire::write(stream, &Reply::Go)).await?;

@@ -200,6 +200,32 @@ fn a_node_that_was_found_unwell_twice_is_quarantined() {
 }
 
 #[test]
+fn a_quarantined_node_is_better_than_none() {
+    let mut nodes = Nodes::new(2);
+    for name in ["a", "b", "spare"] {
+        nodes.join(name, name);
+    }
+    assert_eq!(nodes.seek(), Seek::Found(vec![0, 1]));
+    assert!(nodes.members.failed(1, true));
+    assert!(!nodes.members.pardon("b", nodes.now), "nobody is sought");
+    nodes.after(40.0, &[0]);
+    assert_eq!(nodes.seek(), Seek::Waiting);
+    nodes.after(29.9, &[0]);
+    assert!(!nodes.members.pardon("b", nodes.now), "others may come");
+    nodes.after(0.1, &[0]);
+    assert!(nodes.members.pardon("b", nodes.now) && !nodes.members.is_quarantined("b"));
+    nodes.join("b", "2");
+    assert_eq!(nodes.found(), Seek::Found(vec![0, 3]));
+    // It is let go for the first failure where another waits.
+    nodes.join("c", "c");
+    assert!(nodes.members.failed(3, false));
+    nodes.seek();
+    assert!(!nodes.members.pardon("b", nodes.now));
+    nodes.after(30.0, &[0, 4]);
+    assert!(!nodes.members.pardon("b", nodes.now), "there are enough");
+}
+
+#[test]
 fn too_few_nodes_are_waited_for_ten_minutes() {
     let mut nodes = Nodes::new(2);
     nodes.join("a", "1");

@@ -20,7 +20,7 @@ impl Nodes {
             door.close(Answer::Refused { reason });
             return Vec::new();
         }
-        if let Some((reason, outcomes)) = self.unwell(&join) {
+        if let Some((reason, outcomes)) = self.unwell(&join, now) {
             door.close(Answer::Unhealthy { reason });
             return outcomes;
         }

@@ -4,12 +4,17 @@ use super::{Nodes, Outcome};
 use rank_protocol::agent::{Join, ToAgent};
 use rank_protocol::exit_code;
 use serde_json::json;
+use std::time::Instant;
 
 impl Nodes {
     /// Why a node that wants to join gets no place, and what is to be told of it.
-    pub(super) fn unwell(&mut self, join: &Join) -> Option<(String, Vec<Outcome>)> {
+    pub(super) fn unwell(&mut self, join: &Join, now: Instant) -> Option<(String, Vec<Outcome>)> {
         let name = &join.node.name;
         if self.members.is_quarantined(name) {
+            if self.members.pardon(name, now) {
+                tracing::warn!("node {name} has failed in this run; no other comes in its place");
+                return self.unwell(join, now);
+            }
             let reason = format!("node {name} is quarantined: it has failed in this run");
             return Some((reason, Vec::new()));
         }

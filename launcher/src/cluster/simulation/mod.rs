@@ -26,8 +26,9 @@ use world::{Outcome, World};
 /// So many seeds, from the first one on, in place of the few of every day.
 const NUM_SEEDS: &str = "PHALANX_SEEDS";
 const FIRST_SEED: &str = "PHALANX_FIRST_SEED";
-/// Lines of a trace that are shown of a seed that failed.
-const MAX_SHOWN: usize = 400;
+/// So many lines of the trace of a seed that failed, in place of [`MAX_SHOWN`].
+const SHOWN: &str = "PHALANX_TRACE_LINES";
+const MAX_SHOWN: u64 = 400;
 
 fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
@@ -48,7 +49,8 @@ fn show(seed: u64, why: &str) -> String {
         Ok(outcome) => outcome.trace,
         Err(trace) => trace.lines().map(str::to_owned).collect(),
     };
-    let skipped = trace.len().saturating_sub(MAX_SHOWN);
+    let shown = from_env(SHOWN).unwrap_or(MAX_SHOWN);
+    let skipped = trace.len().saturating_sub(usize::try_from(shown).unwrap());
     let shown = trace[skipped..].join("\n");
     format!("seed {seed}: {why}\n… {skipped} lines before\n{shown}\nseed {seed}: {why}")
 }

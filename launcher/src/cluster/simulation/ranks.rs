@@ -2,6 +2,7 @@
 //! save, and lose each other when one ends. The disk that they save to knows the fence.
 #![cfg(test)]
 
+use crate::supervisor::cause::Exit;
 use rank_protocol::store::{StoreReply, StoreRequest};
 use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, StepReport};
 use std::collections::BTreeMap;
@@ -22,6 +23,8 @@ pub struct RankProcess {
     pub assigned: u64,
     pub rank: usize,
     pub is_alive: bool,
+    /// How it ended.
+    pub exit: Option<Exit>,
     /// It holds nothing of its generation any more, and waits for the next.
     pub has_let_go: bool,
     /// When it hears the last of what it was told so far.

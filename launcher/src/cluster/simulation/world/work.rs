@@ -44,6 +44,7 @@ impl World {
             assigned: generation,
             rank,
             is_alive: true,
+            exit: None,
             has_let_go: false,
             hears_last: self.now,
             is_ready: false,
@@ -149,6 +150,18 @@ impl World {
         let is_meant = |process: &RankProcess| {
             (process.agent, process.assigned, process.rank) == (agent, generation, rank)
         };
+        if let ToAgent::Tell { message: ToRank::Assignment(assignment), .. } = &command {
+            let ended = self.processes.values_mut().filter(|process| is_meant(process));
+            for process in ended {
+                let Some(exit) = process.exit else { continue };
+                // Of an end that its agent has not heard of it hears again: it has ended in that
+                // place, too.
+                process.assigned = assignment.generation;
+                let news = News::Exited { exit, last_lines: Vec::new() };
+                let input = Box::new(Input { generation: assignment.generation, rank, news });
+                return self.after(0.0, Happens::Said { agent, input });
+            }
+        }
         for id in self.alive(is_meant) {
             let at = self.now + Duration::from_secs_f64(0.01 * self.random.f64());
             let Some(process) = self.processes.get_mut(&id) else { continue };
@@ -336,7 +349,7 @@ impl World {
         let Some(process) = self.processes.get_mut(&id).filter(|rank| rank.is_alive) else {
             return;
         };
-        process.is_alive = false;
+        (process.is_alive, process.exit) = (false, Some(exit));
         let RankProcess { agent, generation, assigned, rank, .. } = *process;
         let news = News::Exited { exit, last_lines: Vec::new() };
         let input = Box::new(Input { generation: assigned, rank, news });
