@@ -85,8 +85,8 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
     Ok(Outcome::Finished)
 }
 
-/// What follows from a step whose numbers are known: its report, and a validation behind it. Returns
-/// whether that was left off for a stop.
+/// What follows from a step whose numbers are known: its report, and a validation behind it.
+/// Returns whether that was left off for a stop.
 fn conclude(rank: &mut Rank, result: &StepResult, metrics: Option<&mut Metrics>) -> Result<bool> {
     let mut leaves_off = false;
     let mut report = report(rank, result)?;

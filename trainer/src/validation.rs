@@ -15,8 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Mean loss per target token over the first `validation.steps` batches of the held-out
 /// documents: the same batches at every call, and the same value on every rank. As in training, a
-/// batch's micro-batches go through the pipeline together. `None`, on every rank, where the run is to
-/// stop and this would take long.
+/// batch's micro-batches go through the pipeline together. `None`, on every rank, where the run is
+/// to stop and this would take long.
 ///
 /// # Errors
 /// Where data, libtorch or a peer fail.

@@ -126,7 +126,7 @@ mod tests {
         check_refused(u32::MAX, &[], ErrorKind::InvalidData, &limit);
         check_refused(over, &vec![b' '; MAX_JOIN_BYTES + 1], ErrorKind::InvalidData, &limit);
         check_refused(9, b"{}", ErrorKind::UnexpectedEof, "");
-        check_refused(2, b"{}", ErrorKind::InvalidData, "token");
+        check_refused(2, b"{}", ErrorKind::InvalidData, "missing field");
         check_refused(5, b"hello", ErrorKind::InvalidData, "");
         check_refused(4, &[0xff, 0xfe, 0, 1], ErrorKind::InvalidData, "");
         check_refused(0, &[], ErrorKind::InvalidData, "");
