@@ -36,7 +36,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     prepare_libtorch(threads)?;
     let trainee = trainee(&config, longest_sequence(&config))?;
     initialize(&config, &trainee.held, &trainee.params, Path::new("runs"))?;
-    let mut optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
+    let optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
+    let mut optimizer = optimizer.with_kernels(trainee.kernels.clone())?;
     let stage = config.training.batch_stages[0];
     let (batch, sequence) = (config.training.micro_batch, stage.sequence_length);
     let num_micro_batches = stage.global_batch.div_ceil(batch);

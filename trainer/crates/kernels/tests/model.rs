@@ -11,7 +11,8 @@ use kernels::Kernels;
 use model::llama::init::initialize;
 use model::{Dense, Inputs, Llama, Stage, allocate, targets};
 use model_spec::{LocalParameter, parameters};
-use run_config::{ComputeDtype, ModelConfig, Rope, RopeFrequencies};
+use optim::AdamW;
+use run_config::{ComputeDtype, ModelConfig, Optimizer, OptimizerKind, Rope, RopeFrequencies};
 use torch_shim::tch::{Device, Kind, Tensor};
 
 const POSITIONS: usize = 32;
@@ -87,6 +88,50 @@ fn fp32() {
 #[test]
 fn bf16() {
     check(ComputeDtype::Bf16);
+}
+
+/// Master weights and the weights that compute after three updates, with gradients that are the same
+/// for both. A clip coefficient of less than one, parameters that decay and such that do not.
+fn updated(compute: ComputeDtype, kernels: Option<Kernels>) -> (Tensor, Tensor) {
+    let config = config();
+    let held: Vec<_> = parameters(&config).iter().map(LocalParameter::whole).collect();
+    let set = allocate(&held, false, compute, Device::Cpu).unwrap();
+    initialize(11, &held, &set).unwrap();
+    let optimizer = Optimizer {
+        kind: OptimizerKind::Adamw,
+        learning_rate: 1e-3,
+        betas: [0.9, 0.95],
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decay_norms: false,
+    };
+    let mut optimizer = AdamW::new(&optimizer, &set).unwrap().with_kernels(kernels).unwrap();
+    for step in 0..3 {
+        torch_shim::tch::manual_seed(step);
+        for parameter in set.iter() {
+            let mut gradient = parameter.grad.shallow_clone();
+            gradient.copy_(&Tensor::randn(&parameter.shape[..], (Kind::Float, Device::Cpu)));
+        }
+        let coefficient = if step == 1 { 1.0 } else { 0.25 };
+        optimizer.step(&set, 1e-3, coefficient).unwrap();
+    }
+    (set.flat_master().copy(), set.flat_compute().copy())
+}
+
+#[test]
+fn the_optimizer_takes_the_same_steps() {
+    for compute in [ComputeDtype::Fp32, ComputeDtype::Bf16] {
+        let (plain, _) = updated(compute, None);
+        let (own, own_copy) = updated(compute, Some(emulator::kernels(None)));
+        // Each step changes a weight by about the learning rate, in some twenty roundings on each
+        // side; and rounds the weight itself, which is below 4 here.
+        let unit = 2f64.powi(-24);
+        let limit = 3.0 * 2.0 * (20.0 * 1e-3 * 4.0 + 4.0) * unit;
+        let worst = (&own - &plain).abs().max().double_value(&[]);
+        assert!(plain.abs().max().double_value(&[]) < 4.0);
+        assert!(worst > 0.0 && worst < limit, "{compute:?}: {worst:e} {limit:e}");
+        assert!(own_copy.equal(&own.to_kind(own_copy.kind())), "{compute:?}: the copy");
+    }
 }
 
 /// FP64 is the oracle: the kernels leave it alone, to the bit.

@@ -1,14 +1,17 @@
-//! AdamW (Loshchilov and Hutter 2019) with libtorch's fused kernel.
+//! AdamW (Loshchilov and Hutter 2019) with libtorch's fused kernel, or on a GPU with our own, which
+//! also applies the clip coefficient and writes the compute copy of the weights.
 //!
 //! Per element, at step t, with gradient g scaled by the clip coefficient:
 //! `w -= lr * decay * w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 //! w -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
 
 use crate::error::{OptimError, Result};
+use kernels::Kernels;
+use kernels::ops::adamw::{self, Buffers, Chunks};
 use run_config::Optimizer;
 use std::ops::Range;
 use torch_shim::params::{Parameter, ParameterSet};
-use torch_shim::tch::{Tensor, no_grad};
+use torch_shim::tch::{Kind, Tensor, no_grad};
 use torch_shim::{ShimError, memory, ops};
 
 /// AdamW and its state: two flat buffers laid out as the parameter set's master buffer is.
@@ -20,6 +23,14 @@ pub struct AdamW {
     v: Tensor,
     decayed: Vec<Range<i64>>,
     spared: Vec<Range<i64>>,
+    own: Option<Own>,
+}
+
+/// A kernel of our own in place of libtorch's, and its work.
+#[derive(Debug)]
+struct Own {
+    kernels: Kernels,
+    chunks: Chunks,
 }
 
 /// Running moments of one parameter's gradient: views, of its master's shape and kind.
@@ -46,11 +57,30 @@ impl AdamW {
             v: zeros()?,
             decayed: runs(parameters, true),
             spared: runs(parameters, false),
+            own: None,
         })
     }
 
-    /// One step at `learning_rate`, with all gradients first multiplied by `coefficient` (in
-    /// place; 1 leaves them as they are). The compute copy of the weights is refreshed too.
+    /// The same, updating with these kernels where they take the state.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn with_kernels(mut self, kernels: Option<Kernels>) -> Result<Self> {
+        let Some(kernels) = kernels.filter(|kernels| kernels.takes(&self.m)) else {
+            return Ok(self);
+        };
+        let flagged = |runs: &[Range<i64>], decays| -> Vec<(Range<i64>, bool)> {
+            runs.iter().map(|run| (run.clone(), decays)).collect()
+        };
+        let runs = [flagged(&self.decayed, true), flagged(&self.spared, false)].concat();
+        let chunks = Chunks::new(&kernels, &runs)?;
+        self.own = Some(Own { kernels, chunks });
+        Ok(self)
+    }
+
+    /// One step at `learning_rate`, with all gradients first multiplied by `coefficient`, perhaps
+    /// in place: they are worth nothing afterwards. The compute copy of the weights is refreshed
+    /// too.
     ///
     /// # Errors
     /// Where the set is not the one the state was made for, or libtorch refuses.
@@ -65,6 +95,9 @@ impl AdamW {
             return Err(OptimError::OtherSet { state, parameters: elements });
         }
         self.num_steps += 1;
+        if let Some(own) = &self.own {
+            return no_grad(|| self.update_whole(own, parameters, learning_rate, coefficient));
+        }
         no_grad(|| {
             if coefficient != 1.0 {
                 let mut gradients = parameters.flat_grad().shallow_clone();
@@ -87,17 +120,46 @@ impl AdamW {
             let piece = |run: &Range<i64>| buffer.f_narrow(0, run.start, run.end - run.start);
             runs.iter().map(|run| Ok(piece(run)?)).collect()
         };
-        let constants = ops::AdamW {
+        let constants = self.constants(learning_rate, weight_decay);
+        let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
+        let (m, v) = (cut(&self.m)?, cut(&self.v)?);
+        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants)?)
+    }
+
+    fn constants(&self, learning_rate: f64, weight_decay: f64) -> ops::AdamW {
+        ops::AdamW {
             learning_rate,
             beta1: self.config.betas[0],
             beta2: self.config.betas[1],
             eps: self.config.eps,
             weight_decay,
             step: self.num_steps,
+        }
+    }
+
+    /// All elements in one launch.
+    fn update_whole(
+        &self,
+        Own { kernels, chunks }: &Own,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        coefficient: f64,
+    ) -> Result<()> {
+        // A sharded set's weights are gathered from all ranks, by others.
+        let has_copy = parameters.has_compute_copy() && parameters.sharding().ranks == 1;
+        let buffers = Buffers {
+            master: parameters.flat_master(),
+            gradients: parameters.flat_grad(),
+            first: &self.m,
+            second: &self.v,
+            copy: has_copy.then(|| parameters.flat_compute()),
         };
-        let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
-        let (m, v) = (cut(&self.m)?, cut(&self.v)?);
-        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants)?)
+        let factor = match coefficient {
+            1.0 => None,
+            other => Some(Tensor::f_full([] as [i64; 0], other, (Kind::Float, self.m.device()))?),
+        };
+        let constants = self.constants(learning_rate, self.config.weight_decay);
+        Ok(adamw::adamw(kernels, buffers, chunks, factor.as_ref(), &constants)?)
     }
 
     /// Number of steps taken.

@@ -170,7 +170,7 @@ impl Chunks {
             sum = sum.f_add(&losses_N.f_sum(Kind::Double)?)?;
             if let Some(accumulate) = accumulate {
                 let mut place = dx.f_view([count, width])?.f_narrow(0, first, part)?;
-                let _ = place.f_copy_(&product(&logits_NV, &self.head)?)?;
+                place.f_copy_(&product(&logits_NV, &self.head)?)?;
                 accumulate(&logits_NV, &part_ND)?;
             }
             first += part;

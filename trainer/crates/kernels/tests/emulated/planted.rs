@@ -21,7 +21,7 @@ fn all_are_found(planted: &[Planted], check: Check) {
         });
         assert!(holds, "no kernel holds {old:?} any more");
         let outcome = catch_unwind(|| check(&emulator::kernels(Some((old, new)))));
-        let text = outcome.expect_err(&format!("{new:?} in place of {old:?} was not found"));
+        let Err(text) = outcome else { panic!("{new:?} in place of {old:?} was not found") };
         let text = text.downcast_ref::<String>().map_or("an assertion", String::as_str);
         // That would be no finding.
         assert!(!text.contains("host compiler"), "{new:?} in place of {old:?}: {text}");

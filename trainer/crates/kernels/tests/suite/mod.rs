@@ -90,7 +90,7 @@ pub fn close(
     let tolerance = (want.abs() * unit(storage) + exact(terms) * (roundings * wide_unit)) * times;
     let share = (&got - &want).abs() / (tolerance + UNDERFLOW);
     let worst = share.max().double_value(&[]);
-    if !(worst <= 1.0) {
+    if worst > 1.0 || worst.is_nan() {
         // A NaN counts as the largest.
         let at = share.nan_to_num(1e300, 1e300, 0.0).flatten(0, -1).argmax(0, false);
         let at = at.int64_value(&[]);
