@@ -157,9 +157,11 @@ fn set_up(
     let Connections { groups, storage, memory } = connect(client, &config, device, &backend)?;
     let attention = gpu.as_ref().map(|gpu| attention::kernels(&config, gpu)).transpose()?;
     let positions = longest_sequence(&config);
-    let dense = Dense::new(standing.kernels(device)?);
+    let kernels = standing.kernels(device)?;
+    let dense = Dense::new(kernels.clone());
     let worker = Worker::new(&config, groups, device, positions, BUCKET_BYTES, dense)?;
-    let mut optimizer = AdamW::new(&config.optimizer, &worker.params)?;
+    let optimizer = AdamW::new(&config.optimizer, &worker.params)?;
+    let mut optimizer = optimizer.with_kernels(kernels)?;
     let first_step = assignment.resume_step.unwrap_or(0) + 1;
     let roll_backs = &assignment.roll_backs;
     let loader = open_loader(&config, &worker.groups, first_step, roll_backs)?;

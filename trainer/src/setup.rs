@@ -46,6 +46,8 @@ pub struct Trainee {
     pub device: Device,
     /// The GPU, where that is one.
     pub gpu: Option<Gpu>,
+    /// That device's kernels.
+    pub kernels: Option<Kernels>,
 }
 
 /// Reads a resolved config.
@@ -136,9 +138,10 @@ pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
     let decay_norms = config.optimizer.decay_norms;
     let params = allocate(&held, decay_norms, config.precision.compute, device)?;
-    let dense = Arc::new(Dense::new(kernels(device)?));
+    let kernels = kernels(device)?;
+    let dense = Arc::new(Dense::new(kernels.clone()));
     let model = Llama::new(&config.model, stage, &params, dense, num_positions)?;
-    Ok(Trainee { model, params, held, device, gpu })
+    Ok(Trainee { model, params, held, device, gpu, kernels })
 }
 
 /// The initial weights of what is held: random, or those that `model.init_from` names.

@@ -56,6 +56,7 @@ impl Bench {
         let gpu = trainee.gpu.as_ref();
         let kernels = gpu.map(|gpu| attention::kernels(&config, gpu)).transpose()?;
         let optimizer = AdamW::new(&config.optimizer, &trainee.params)?;
+        let optimizer = optimizer.with_kernels(trainee.kernels.clone())?;
         let go = Tensor::f_zeros([1], (Kind::Float, trainee.device))?;
         Ok(Self { config, trainee, kernels, optimizer, go, reading: None, num_steps: 0 })
     }

@@ -5,13 +5,16 @@
 
 mod emulator;
 
+use std::panic::catch_unwind;
 use std::sync::Arc;
 
 use kernels::Kernels;
 use model::llama::init::initialize;
 use model::{Dense, Inputs, Llama, Stage, allocate, targets};
 use model_spec::{LocalParameter, parameters};
-use run_config::{ComputeDtype, ModelConfig, Rope, RopeFrequencies};
+use optim::AdamW;
+use run_config::{ComputeDtype, ModelConfig, Optimizer, OptimizerKind, Rope, RopeFrequencies};
+use torch_shim::params::ParameterSet;
 use torch_shim::tch::{Device, Kind, Tensor};
 
 const POSITIONS: usize = 32;
@@ -87,6 +90,117 @@ fn fp32() {
 #[test]
 fn bf16() {
     check(ComputeDtype::Bf16);
+}
+
+/// Who decides about an update.
+#[derive(Clone, Copy, PartialEq)]
+enum Decided {
+    /// The host, before it is given.
+    AtOnce,
+    /// The device; and an update by gradients that are not numbers is held back before each.
+    Late,
+}
+
+/// Master weights, weights that compute, both moments.
+fn state(set: &ParameterSet, optimizer: &AdamW) -> [Tensor; 4] {
+    [set.flat_master(), set.flat_compute(), optimizer.flat_m(), optimizer.flat_v()]
+        .map(Tensor::copy)
+}
+
+fn same_bits(one: &[Tensor; 4], other: &[Tensor; 4], what: &str) {
+    for (at, (one, other)) in one.iter().zip(other).enumerate() {
+        assert!(one.equal(other), "{what}: buffer {at}");
+    }
+}
+
+/// The state after three updates, with gradients that are the same whoever computes. Coefficients of
+/// one and of less, parameters that decay and such that do not.
+fn updated(compute: ComputeDtype, kernels: Option<Kernels>, decided: Decided) -> [Tensor; 4] {
+    let config = config();
+    let held: Vec<_> = parameters(&config).iter().map(LocalParameter::whole).collect();
+    let set = allocate(&held, false, compute, Device::Cpu).unwrap();
+    initialize(11, &held, &set).unwrap();
+    let optimizer = Optimizer {
+        kind: OptimizerKind::Adamw,
+        learning_rate: 1e-3,
+        betas: [0.9, 0.95],
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decay_norms: false,
+    };
+    let mut optimizer = AdamW::new(&optimizer, &set).unwrap().with_kernels(kernels).unwrap();
+    for step in 0..3 {
+        let coefficient = [0.3, 1.0, 1.0 / 3.0][step as usize];
+        if decided == Decided::Late {
+            let before = state(&set, &optimizer);
+            let _ = set.flat_grad().shallow_clone().fill_(f64::NAN);
+            let coefficient = (step > 0).then(|| Tensor::from(coefficient));
+            optimizer.step_unless(&set, 1e-3, coefficient.as_ref(), &Tensor::from(1f32)).unwrap();
+            optimizer.take_back();
+            same_bits(&before, &state(&set, &optimizer), "an update that was held back");
+        }
+        torch_shim::tch::manual_seed(step);
+        let _ = set.flat_grad().shallow_clone().zero_();
+        for parameter in set.iter() {
+            let mut gradient = parameter.grad.shallow_clone();
+            gradient.copy_(&Tensor::randn(&parameter.shape[..], (Kind::Float, Device::Cpu)));
+        }
+        match decided {
+            Decided::AtOnce => optimizer.step(&set, 1e-3, coefficient).unwrap(),
+            Decided::Late => {
+                let (coefficient, held) = (Tensor::from(coefficient), Tensor::from_slice(&[0f32]));
+                optimizer.step_unless(&set, 1e-3, Some(&coefficient), &held).unwrap();
+            }
+        }
+    }
+    assert_eq!(optimizer.num_steps(), 3);
+    state(&set, &optimizer)
+}
+
+/// Plain updates and those of `kernels`, decided at once and late.
+fn check_updates(compute: ComputeDtype, kernels: &Kernels) {
+    let plain = updated(compute, None, Decided::AtOnce);
+    same_bits(&plain, &updated(compute, None, Decided::Late), "plain, late");
+    let own = updated(compute, Some(kernels.clone()), Decided::AtOnce);
+    same_bits(&own, &updated(compute, Some(kernels.clone()), Decided::Late), "late");
+    // Gradients are below 5, weights below 4. Both sides round in each step: of a first moment the
+    // gradient, two products and a sum; of a second one product more; of a weight, which changes by
+    // about the learning rate (below four times of it), some twenty times this change, and itself.
+    let unit = 2f64.powi(-24);
+    let limits = [(0, 20.0 * 1e-3 * 4.0 + 4.0), (2, 4.0 * 5.0), (3, 5.0 * 25.0)];
+    for (at, limit) in limits {
+        let limit = 3.0 * 2.0 * limit * unit;
+        let worst = (&own[at] - &plain[at]).abs().max().double_value(&[]);
+        assert!(worst > 0.0 && worst < limit, "{compute:?}, buffer {at}: {worst:e} {limit:e}");
+    }
+    assert!(plain[0].abs().max().double_value(&[]) < 4.0);
+    assert!(own[1].equal(&own[0].to_kind(own[1].kind())), "{compute:?}: the copy");
+}
+
+#[test]
+fn the_optimizer_takes_the_same_steps() {
+    for compute in [ComputeDtype::Fp32, ComputeDtype::Bf16] {
+        check_updates(compute, &emulator::kernels(None));
+    }
+}
+
+#[test]
+fn an_update_that_is_wrong_is_found() {
+    for planted in [
+        ("if (!(magnitude(scale) <= (Wide)3.0e38f)) return;", ""),
+        ("g[lane] * factor, m[lane]", "g[lane], m[lane]"),
+        ("c.decay : (Wide)0;", "c.decay : c.decay;"),
+        ("if (copy) store<kVector>(copy + at, w);", "if (copy) store<kVector>(copy + at, m);"),
+    ] {
+        assert!(kernels::ops::adamw::PROGRAM.source.contains(planted.0), "{planted:?}");
+        let found = catch_unwind(|| {
+            check_updates(ComputeDtype::Bf16, &emulator::kernels(Some(planted)));
+        });
+        let text = found.expect_err("not found").downcast_ref::<String>().cloned();
+        let text = text.unwrap_or_default();
+        assert!(!text.contains("host compiler"), "{planted:?}: {text}");
+        println!("found: {planted:?}: {text}");
+    }
 }
 
 /// FP64 is the oracle: the kernels leave it alone, to the bit.

@@ -1,10 +1,13 @@
-//! AdamW (Loshchilov and Hutter 2019) with libtorch's fused kernel.
+//! AdamW (Loshchilov and Hutter 2019) with libtorch's fused kernel, or on a GPU with our own, which
+//! also applies the clip coefficient and writes the compute copy of the weights.
 //!
 //! Per element, at step t, with gradient g scaled by the clip coefficient:
 //! `w -= lr * decay * w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 //! w -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
 
 use crate::error::{OptimError, Result};
+use kernels::Kernels;
+use kernels::ops::adamw::{self, Buffers, Chunks};
 use run_config::Optimizer;
 use std::ops::Range;
 use torch_shim::ops::OnDevice;
@@ -21,6 +24,14 @@ pub struct AdamW {
     v: Tensor,
     decayed: Vec<Range<i64>>,
     spared: Vec<Range<i64>>,
+    own: Option<Own>,
+}
+
+/// A kernel of our own in place of libtorch's, and its work.
+#[derive(Debug)]
+struct Own {
+    kernels: Kernels,
+    chunks: Chunks,
 }
 
 /// Running moments of one parameter's gradient: views, of its master's shape and kind.
@@ -47,11 +58,30 @@ impl AdamW {
             v: zeros()?,
             decayed: runs(parameters, true),
             spared: runs(parameters, false),
+            own: None,
         })
     }
 
-    /// One step at `learning_rate`, with all gradients first multiplied by `coefficient` (in
-    /// place; 1 leaves them as they are). The compute copy of the weights is refreshed too.
+    /// The same, updating with these kernels where they take the state.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn with_kernels(mut self, kernels: Option<Kernels>) -> Result<Self> {
+        let Some(kernels) = kernels.filter(|kernels| kernels.takes(&self.m)) else {
+            return Ok(self);
+        };
+        let flagged = |runs: &[Range<i64>], decays| -> Vec<(Range<i64>, bool)> {
+            runs.iter().map(|run| (run.clone(), decays)).collect()
+        };
+        let runs = [flagged(&self.decayed, true), flagged(&self.spared, false)].concat();
+        let chunks = Chunks::new(&kernels, &runs)?;
+        self.own = Some(Own { kernels, chunks });
+        Ok(self)
+    }
+
+    /// One step at `learning_rate`, with all gradients first multiplied by `coefficient`, perhaps
+    /// in place: they are worth nothing afterwards. The compute copy of the weights is refreshed
+    /// too.
     ///
     /// # Errors
     /// Where the set is not the one the state was made for, or libtorch refuses.
@@ -61,15 +91,11 @@ impl AdamW {
         learning_rate: f64,
         coefficient: f64,
     ) -> Result<()> {
-        self.check(parameters)?;
-        no_grad(|| -> Result<()> {
-            if coefficient != 1.0 {
-                let mut gradients = parameters.flat_grad().shallow_clone();
-                let _ = gradients.f_mul_scalar_(coefficient)?;
-            }
-            Ok(())
-        })?;
-        self.update_all(parameters, learning_rate, OnDevice::default())
+        let device = parameters.flat_grad().device();
+        let coefficient = (coefficient != 1.0)
+            .then(|| Tensor::f_full([] as [i64; 0], coefficient, (Kind::Double, device)))
+            .transpose()?;
+        self.update_all(parameters, learning_rate, coefficient.as_ref(), None)
     }
 
     /// As [`AdamW::step`], by what the device has computed and the host has not read: what the
@@ -86,20 +112,7 @@ impl AdamW {
         coefficient: Option<&Tensor>,
         held: &Tensor,
     ) -> Result<()> {
-        self.check(parameters)?;
-        let gradients = parameters.flat_grad();
-        let is_on_gpu = matches!(gradients.device(), Device::Cuda(_));
-        let mut divisor = None;
-        if let Some(coefficient) = coefficient {
-            let coefficient = coefficient.f_to_kind(gradients.kind())?;
-            match is_on_gpu && gradients.kind() == Kind::Float {
-                // The update's own kernel does it, which reads them anyway.
-                true => divisor = Some(coefficient.f_reciprocal()?),
-                false => drop(no_grad(|| gradients.shallow_clone().f_mul_(&coefficient))?),
-            }
-        }
-        let on_device = OnDevice { divisor: divisor.as_ref(), held: Some(held) };
-        self.update_all(parameters, learning_rate, on_device)
+        self.update_all(parameters, learning_rate, coefficient, Some(held))
     }
 
     /// The last update was held back.
@@ -107,26 +120,53 @@ impl AdamW {
         self.num_steps = self.num_steps.saturating_sub(1);
     }
 
-    fn check(&self, parameters: &ParameterSet) -> Result<()> {
-        let (state, elements) = (self.m.numel(), parameters.flat_master().numel());
-        match state == elements {
-            true => Ok(()),
-            false => Err(OptimError::OtherSet { state, parameters: elements }),
-        }
-    }
-
     fn update_all(
         &mut self,
         parameters: &ParameterSet,
         learning_rate: f64,
-        on_device: OnDevice<'_>,
+        coefficient: Option<&Tensor>,
+        held: Option<&Tensor>,
     ) -> Result<()> {
+        let (state, elements) = (self.m.numel(), parameters.flat_master().numel());
+        if state != elements {
+            return Err(OptimError::OtherSet { state, parameters: elements });
+        }
         self.num_steps += 1;
-        let decay = self.config.weight_decay;
         no_grad(|| {
-            self.update(parameters, &self.decayed, (learning_rate, decay), on_device)?;
-            self.update(parameters, &self.spared, (learning_rate, 0.0), on_device)
-        })?;
+            let kind = parameters.flat_grad().kind();
+            let coefficient = coefficient.map(|number| number.f_to_kind(kind)).transpose()?;
+            match &self.own {
+                Some(own) => {
+                    let factor = factor(coefficient, held)?;
+                    self.update_whole(own, parameters, learning_rate, factor.as_ref())
+                }
+                None => self.update_plainly(parameters, learning_rate, coefficient, held),
+            }
+        })
+    }
+
+    /// With libtorch's kernel.
+    fn update_plainly(
+        &self,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        coefficient: Option<Tensor>,
+        held: Option<&Tensor>,
+    ) -> Result<()> {
+        let gradients = parameters.flat_grad();
+        let is_on_gpu = matches!(gradients.device(), Device::Cuda(_));
+        let mut divisor = None;
+        if let Some(coefficient) = coefficient {
+            match is_on_gpu && gradients.kind() == Kind::Float {
+                // The update's own kernel does it, which reads them anyway.
+                true => divisor = Some(coefficient.f_reciprocal()?),
+                false => drop(gradients.shallow_clone().f_mul_(&coefficient)?),
+            }
+        }
+        let on_device = OnDevice { divisor: divisor.as_ref(), held };
+        let decay = self.config.weight_decay;
+        self.update(parameters, &self.decayed, (learning_rate, decay), on_device)?;
+        self.update(parameters, &self.spared, (learning_rate, 0.0), on_device)?;
         Ok(parameters.refresh_compute()?)
     }
 
@@ -141,17 +181,42 @@ impl AdamW {
             let piece = |run: &Range<i64>| buffer.f_narrow(0, run.start, run.end - run.start);
             runs.iter().map(|run| Ok(piece(run)?)).collect()
         };
-        let constants = ops::AdamW {
+        let constants = self.constants(learning_rate, weight_decay);
+        let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
+        let (m, v) = (cut(&self.m)?, cut(&self.v)?);
+        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants, on_device)?)
+    }
+
+    fn constants(&self, learning_rate: f64, weight_decay: f64) -> ops::AdamW {
+        ops::AdamW {
             learning_rate,
             beta1: self.config.betas[0],
             beta2: self.config.betas[1],
             eps: self.config.eps,
             weight_decay,
             step: self.num_steps,
+        }
+    }
+
+    /// All elements in one launch.
+    fn update_whole(
+        &self,
+        Own { kernels, chunks }: &Own,
+        parameters: &ParameterSet,
+        learning_rate: f64,
+        factor: Option<&Tensor>,
+    ) -> Result<()> {
+        // A sharded set's weights are gathered from all ranks, by others.
+        let has_copy = parameters.has_compute_copy() && parameters.sharding().ranks == 1;
+        let buffers = Buffers {
+            master: parameters.flat_master(),
+            gradients: parameters.flat_grad(),
+            first: &self.m,
+            second: &self.v,
+            copy: has_copy.then(|| parameters.flat_compute()),
         };
-        let (masters, gradients) = (cut(parameters.flat_master())?, cut(parameters.flat_grad())?);
-        let (m, v) = (cut(&self.m)?, cut(&self.v)?);
-        Ok(ops::fused_adamw(&masters, &gradients, &m, &v, &constants, on_device)?)
+        let constants = self.constants(learning_rate, self.config.weight_decay);
+        Ok(adamw::adamw(kernels, buffers, chunks, factor, &constants)?)
     }
 
     /// Number of steps taken.
@@ -185,6 +250,19 @@ impl AdamW {
     pub fn flat_v(&self) -> &Tensor {
         &self.v
     }
+}
+
+/// What our kernel multiplies gradients by: `coefficient` to the bit, or NaN where `held` is 1, which
+/// tells the kernel to change nothing.
+fn factor(coefficient: Option<Tensor>, held: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let Some(held) = held else { return Ok(coefficient) };
+    let goes = held.f_view([] as [i64; 0])?.f_rsub_scalar(1.0)?;
+    // 1 / 1, or 0 / 0.
+    let gate = goes.f_div(&goes)?;
+    Ok(Some(match coefficient {
+        Some(coefficient) => coefficient.f_mul(&gate)?,
+        None => gate,
+    }))
 }
 
 /// The longest runs of what is owned whose parameters all decay, or all do not. The padding between

@@ -1,5 +1,6 @@
 //! What can go wrong in the optimizer.
 
+use kernels::KernelError;
 use thiserror::Error;
 use torch_shim::{ShimError, tch::TchError};
 
@@ -9,6 +10,9 @@ pub enum OptimError {
     /// libtorch, or the shim around it, refused: a bug here or memory that ran out.
     #[error(transparent)]
     Shim(#[from] ShimError),
+    /// A kernel of our own, or what compiles and launches it, refused.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// The optimizer was made for another parameter set.
     #[error("optimizer state is for {state} elements, the parameter set has {parameters}")]
     OtherSet {

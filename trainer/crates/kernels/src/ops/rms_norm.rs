@@ -26,7 +26,7 @@ pub static PROGRAM: Program = Program {
 /// Elements that a thread holds: as few as do, because registers limit how many blocks run at once.
 const ITEMS: [u32; 3] = [8, 16, 32];
 const MAX_THREADS: u32 = 512;
-/// The widest row.
+/// The widest row that the kernels take.
 pub const MAX_WIDTH: i64 = 512 * 32;
 /// Columns of a block that sums up the weight's gradient.
 const COLUMNS: i64 = 32;
@@ -160,7 +160,7 @@ pub fn backward(
 /// # Errors
 /// Where the tensors do not fit, or a launch fails.
 pub fn rms_norm(kernels: &Kernels, x: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {
-    if !kernels.takes(x) {
+    if !is_taken(kernels, x) {
         return Ok(fused::rms_norm(x, weight, eps)?);
     }
     let usage = Use::open(weight)?;
@@ -196,7 +196,7 @@ pub fn add_rms_norm(
     weight: &Parameter,
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
-    if !kernels.takes(x) {
+    if !is_taken(kernels, x) {
         return Ok(fused::add_rms_norm(x, residual, weight, eps)?);
     }
     let usage = Use::open(weight)?;
@@ -220,6 +220,11 @@ pub fn add_rms_norm(
     let inputs = [x, residual, &weight.compute];
     let [normed, sum] = exactly(autograd::apply_saving(&inputs, (2, 2), make, derive)?)?;
     Ok((normed, sum))
+}
+
+/// Whether the kernels take these rows: wider ones have the plain form.
+fn is_taken(kernels: &Kernels, x: &Tensor) -> bool {
+    kernels.takes(x) && x.size().last().is_some_and(|&width| width <= MAX_WIDTH)
 }
 
 /// The gradient of x, from those of the outputs that were used.

@@ -281,6 +281,13 @@ fn plain_forms(kernels: &Kernels) {
     let (got, _) = rms_norm::add_rms_norm(kernels, &x, &x, &weight, EPS).unwrap();
     same("plain add_rms_norm", &got, &fused::add_rms_norm(&x, &x, &weight, EPS).unwrap().0);
     same("plain swiglu", &swiglu::swiglu(kernels, &x).unwrap(), &fused::swiglu(&x).unwrap());
+    // Rows that are too wide for the kernels.
+    let kind = Kind::Float;
+    let (_set, weight, _) = parameter(kernels, &[16400], kind);
+    let wide = input(kernels, &[2, 16400], kind);
+    let got = rms_norm::rms_norm(kernels, &wide, &weight, EPS).unwrap();
+    same("wide rms_norm", &got, &fused::rms_norm(&wide, &weight, EPS).unwrap());
+    let kind = Kind::Double;
     let layout = Layout { heads: 1, kv_heads: 1, head_dim: 4 };
     let (qkv, table) = (input(kernels, &[1, 3, 12], kind), random(kernels, &[3, 4], kind));
     let tables = Tables { cos: &table, sin: &table };
