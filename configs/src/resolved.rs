@@ -470,7 +470,7 @@ pub struct Checkpoint {
     pub memory: Memory,
 }
 
-/// Checkpoints in memory, which outlive ranks and not their launcher.
+/// Checkpoints in memory, which outlive ranks, and not their launcher (or agent).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Steps between two of them; 0: none.

@@ -382,12 +382,6 @@ fn remotes_that_are_no_folder_of_an_object_store() {
 
 #[test]
 fn checkpoints_in_memory() {
-    let sets = ["checkpoint.memory={every_steps: 5}", "cluster.nodes=2"];
-    let text = errors(GOOD, &sets);
-    assert!(
-        text.contains("not yet supported in this version: checkpoints in the memory"),
-        "{text}"
-    );
     let text = errors(GOOD, &["checkpoint.memory.folder=s3://bucket/x"]);
     assert!(text.contains("checkpoint.memory.folder") && text.contains("is no path"), "{text}");
 }

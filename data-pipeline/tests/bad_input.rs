@@ -3,11 +3,12 @@
 
 mod common;
 
-use arrow::array::{
-    ArrayRef, BinaryArray, FixedSizeListArray, Int64Array, LargeListArray, ListArray, UInt32Array,
+use arrow_array::types::{Int32Type, Int64Type, UInt32Type};
+use arrow_array::{
+    ArrayRef, BinaryArray, FixedSizeListArray, Int64Array, LargeListArray, ListArray, RecordBatch,
+    UInt32Array,
 };
-use arrow::datatypes::{DataType, Field, Int32Type, Int64Type, UInt32Type};
-use arrow::record_batch::RecordBatch;
+use arrow_schema::{DataType, Field};
 use common::{VOCAB, config, corpus, info, options, read};
 use data_pipeline::prefetch::{LocalFiles, RetryPolicy, Storage};
 use data_pipeline::prepare::inspect;
@@ -245,6 +246,8 @@ fn lengths_that_are_not_those_of_the_lists_are_found() {
         let error = verified(Arc::new(Int64Array::from(lengths))).unwrap_err().to_string();
         assert!(error.contains(wrong), "{error}");
     }
+    let error = verified(Arc::new(UInt32Array::from(vec![3, 2]))).unwrap_err().to_string();
+    assert!(error.contains("`n_tokens` has type UInt32, not int32"), "{error}");
 }
 
 /// A store that is slow, and fails at some requests.

@@ -291,12 +291,12 @@ fn documents_of_every_kind_of_file() {
 
 #[test]
 fn reads_text_from_parquet() {
-    use arrow::array::{ArrayRef, StringArray};
+    use arrow_array::{ArrayRef, RecordBatch, StringArray};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.parquet");
     let column: ArrayRef =
         std::sync::Arc::new(StringArray::from(vec![Some("one"), None, Some("two")]));
-    let batch = arrow::record_batch::RecordBatch::try_from_iter([("body", column)]).unwrap();
+    let batch = RecordBatch::try_from_iter([("body", column)]).unwrap();
     let file = std::fs::File::create(&path).unwrap();
     let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
     writer.write(&batch).unwrap();

@@ -1,12 +1,13 @@
 //! `phalanx check`: validates a config and prints the resolved plan, as a table or as JSON.
 
+use crate::cluster::complete::MAX_NODES;
 use crate::error::UserError;
 use crate::pipeline::PipelinePlan;
 use crate::plan::LayoutPlan;
 use crate::print::err;
 use crate::room;
 use checkpoint_format::interval::{MAX_S, expected_mttf_s, lost_fraction, optimum_s};
-use layout::{Axis, Memory, Mesh, memory_per_rank};
+use layout::{Axis, Group, Memory, Mesh, Peers, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
 use rank_protocol::exit_code;
 use run_config::batch_plan::{first_steps, step_batch};
@@ -59,6 +60,8 @@ struct Plan {
     /// `None` where there is one stage.
     pipeline: Option<PipelinePlan>,
     layout: LayoutPlan,
+    /// Whose copies each node keeps in memory, where it does.
+    peers: Option<Peers>,
     parameters: u64,
     /// Tokens per sequence, and FLOP per token with full attention and with its causal half.
     flops: (usize, f64, f64),
@@ -96,6 +99,9 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
         .map_err(|error| conflict("parallelism.pipeline", error.to_string()))?;
     let layout = LayoutPlan::new(&config, &mesh, &first_steps)
         .map_err(|error| conflict("parallelism", error.to_string()))?;
+    let per_node = config.cluster.ranks_per_node.unwrap_or(1);
+    let peers = Peers::new(&mesh, per_node).filter(|_| config.checkpoint.memory.every_steps > 0);
+    notes.extend(too_many_nodes(&config));
     let longest = stages.iter().map(|stage| stage.sequence_length).max().unwrap_or(1);
     let flops = |convention| flops_per_token(&config.model, longest, convention);
     Ok(Plan {
@@ -103,6 +109,7 @@ fn plan(loaded: Loaded) -> Result<Plan, ConfigErrors> {
             .map_err(|error| conflict("parallelism", error.to_string()))?,
         pipeline,
         layout,
+        peers,
         parameters: num_parameters(&config.model),
         flops: (longest, flops(FlopConvention::FullAttention), flops(FlopConvention::CausalHalf)),
         first_steps,
@@ -206,6 +213,7 @@ impl Plan {
             "tokens": self.tokens,
             "batch_stages": stages,
             "checkpoints": self.num_checkpoints(),
+            "memory_copies_share": self.peers.as_ref().map(shared),
             "checkpoint_interval_s": self.expected_interval_s().map(|(seconds, _)| seconds),
             "notes": self.notes.iter().map(|note| json!({
                 "level": match note.level {
@@ -243,6 +251,9 @@ impl Plan {
         if c.memory.every_steps > 0 {
             let (every, folder) = (c.memory.every_steps, c.memory.folder.display());
             row("", format!("kept in memory every {every} steps, in {folder}"));
+            if let Some(peers) = &self.peers {
+                row("", copies(peers));
+            }
         }
         if let Some(remote) = &c.remote {
             row("", format!("copied to {remote}/{}", self.config.name));
@@ -381,6 +392,35 @@ impl Plan {
     }
 }
 
+/// More nodes than can keep checkpoints for each other.
+fn too_many_nodes(config: &RunConfig) -> Option<Note> {
+    let (nodes, every) = (config.cluster.nodes, config.checkpoint.memory.every_steps);
+    (every > 0 && nodes > MAX_NODES).then(|| Note {
+        level: NoteLevel::Warning,
+        place: Place::Default,
+        key: "checkpoint.memory.every_steps".to_owned(),
+        message: format!("nothing is kept in memory: of {nodes} nodes, more than {MAX_NODES}"),
+    })
+}
+
+/// Groups with which a node may be lost and the one that keeps its copy.
+fn shared(peers: &Peers) -> Vec<&'static str> {
+    peers.shared().iter().copied().map(Group::name).collect()
+}
+
+/// Where copies of what is in memory are.
+fn copies(peers: &Peers) -> String {
+    match &shared(peers)[..] {
+        [] => {
+            "copied to a node outside its ranks' groups: one node may be lost, or one group".into()
+        }
+        groups => format!(
+            "copied to another node: one may be lost, but no whole {} group",
+            groups.join(" or ")
+        ),
+    }
+}
+
 /// The problems, for programs.
 fn problems(errors: &ConfigErrors) -> Value {
     let one = |problem: &run_config::Problem| {
@@ -475,6 +515,22 @@ mod tests {
         assert_eq!(plan.json()["pipeline"]["memory_per_stage"][0], plan.memory.total());
         // 512 sequences on 2 replicas.
         assert_eq!(plan.json()["pipeline"]["steps"][0]["micro_batches"], 256);
+    }
+
+    #[test]
+    fn where_copies_in_memory_go_is_part_of_the_plan() {
+        let check = |sets: &[&str], words: &str, shared: Value| {
+            let memory = ["checkpoint.memory.every_steps=10", "cluster.nodes=4"];
+            let plan = planned(&[&memory[..], sets].concat());
+            let table = plan.table();
+            assert!(table.contains(words), "{words} is not in\n{table}");
+            assert_eq!(plan.json()["memory_copies_share"], shared);
+        };
+        let outside = "parallelism={tensor: 8, pipeline: {stages: 2}}";
+        check(&[outside], "copied to a node outside its ranks' groups", json!([]));
+        let words = "copied to another node: one may be lost, but no whole data group";
+        check(&[], words, json!(["data"]));
+        assert!(planned(&["cluster.nodes=4"]).json()["memory_copies_share"].is_null());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The memory tier: a folder in a memory file system that holds a run's newest checkpoint for as
-//! long as its launcher lives.
+//! long as its launcher lives. With several nodes each has one, which its agent holds in the
+//! launcher's place ([`crate::cluster::depot`]).
 //!
 //! Ranks write and read it as they do the folder on disk; it outlives them, so that those that
 //! start again find it. It goes with the launcher: removed by it at its end, and where it is killed
@@ -7,7 +8,6 @@
 //! removed by the next launcher here.
 
 use crate::error::UserError;
-use crate::machine::Starter;
 use crate::print::err;
 use checkpoint_format::names;
 use run_config::RunConfig;
@@ -63,6 +63,11 @@ impl MemoryTier {
                 Err(error)
             }
         }
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The folder of checkpoints.
@@ -132,18 +137,14 @@ fn is_named(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(PREFIX))
 }
 
-/// Whether ranks that `starter` starts can keep checkpoints as `config` says.
+/// Whether ranks of this machine can keep checkpoints as `config` says.
 ///
 /// # Errors
 /// Where they cannot, with what to do.
-pub fn check(config: &RunConfig, starter: Starter) -> Result<(), UserError> {
+pub fn check(config: &RunConfig) -> Result<(), UserError> {
     let memory = &config.checkpoint.memory;
     if memory.every_steps == 0 {
         return Ok(());
-    }
-    if starter != Starter::Launcher {
-        let message = "checkpoint.memory: ranks that agents start keep none in memory yet";
-        return Err(UserError::usage(message).hint("--set checkpoint.memory.every_steps=0"));
     }
     let folder = &memory.folder;
     let unusable = |why: &dyn std::fmt::Display| {

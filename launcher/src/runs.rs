@@ -3,7 +3,7 @@
 use crate::error::UserError;
 use crate::supervisor::ledger::Sums;
 use crate::supervisor::record::temporary;
-use crate::supervisor::restore::Branch;
+use crate::supervisor::restore::{Branch, went_back};
 use rank_protocol::{FailureClass, RollBack, RunDir, env, exit_code, jsonl};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -193,6 +193,9 @@ pub struct History {
     pub committed: Option<u64>,
     /// Resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// What each generation went on from: what earlier ones kept in memory beyond it is of a future
+    /// that was given up.
+    pub resumes: Vec<Branch>,
     /// Steps that the run went back behind, without their samples.
     pub roll_backs: Vec<RollBack>,
     /// Restarts after a failure.
@@ -302,6 +305,7 @@ impl History {
                 self.num_ranks = number("world_size").and_then(|n| usize::try_from(n).ok());
                 let is_restart = event.get("is_restart").and_then(Value::as_bool);
                 self.restarts += u64::from(is_restart == Some(true));
+                self.begins_at(number("resume_step").unwrap_or(0), number("generation"));
             }
             Some("first_cause") => {
                 let class = event.get("class").cloned().unwrap_or_default();
@@ -311,6 +315,7 @@ impl History {
             Some("rolled_back") => {
                 let roll_back = serde_json::from_value::<RollBack>(event.clone());
                 self.roll_backs.extend(roll_back.ok());
+                self.begins_at(0, number("generation").map(|rolled_back| rolled_back + 1));
             }
             Some("went_back") => {
                 if let (Some(step), Some(generation)) = (number("step"), number("first_generation"))
@@ -330,6 +335,13 @@ impl History {
             _ => return code.is_some(),
         }
         true
+    }
+
+    /// A generation goes on from this step, whatever earlier ones kept.
+    fn begins_at(&mut self, step: u64, generation: Option<u64>) {
+        if let Some(generation) = generation {
+            went_back(&mut self.resumes, Branch { step, generation });
+        }
     }
 }
 
@@ -355,6 +367,22 @@ mod tests {
         }
         let expected = ConfigChange { generation: 1, keys: vec!["a".to_owned()] };
         assert_eq!(history.config_changes, [expected]);
+    }
+
+    #[test]
+    fn what_generations_went_on_from_is_known() {
+        let mut history = History::default();
+        let started = |generation: u64, step: Option<u64>| {
+            let kind = "generation_started";
+            json!({ "kind": kind, "generation": generation, "resume_step": step })
+        };
+        for event in [started(1, None), started(2, Some(30)), started(3, Some(20))] {
+            assert!(history.take(&event), "a successor must know of {event}");
+        }
+        let branch = |generation: u64, step: u64| Branch { step, generation };
+        assert_eq!(history.resumes, [branch(1, 0), branch(3, 20)]);
+        history.take(&json!({ "kind": "rolled_back", "generation": 3 }));
+        assert_eq!(history.resumes, [branch(4, 0)]);
     }
 
     #[test]

@@ -413,7 +413,9 @@ fn prepare(resolved: &Resolved, starter: Starter) -> Result<Prepared, UserError>
         let room = mesh.and_then(|mesh| room::notes(config, &mesh).ok().flatten());
         room.iter().for_each(|note| err!("{note}"));
     }
-    memory::check(config, starter)?;
+    if starter.is_here() {
+        memory::check(config)?;
+    }
     data_pipeline::preflight(config).map_err(|error| UserError {
         code: crate::data::exit_code_of(&error),
         message: error.to_string(),
@@ -466,7 +468,7 @@ fn go(
         num_ranks: history.num_ranks.unwrap_or(resolved.world_size),
     });
     let companion = node.map(|node| first_node(&run, &config, node)).transpose()?;
-    let memory = memory_tier(&config, &run_id)?;
+    let memory = memory_tier(&config, &run_id, cluster.is_some())?;
     let plan = Plan {
         run,
         run_id: run_id.clone(),
@@ -478,6 +480,7 @@ fn go(
         committed: start.committed,
         ever_committed: history.committed.filter(|_| branches.is_empty() && !start.may_begin),
         branches,
+        resumes: history.resumes,
         roll_backs: history.roll_backs,
         first_step: start.first_step,
         restarts: history.restarts,
@@ -503,11 +506,15 @@ fn go(
     Ok(code)
 }
 
-/// Where the config asks for one.
-fn memory_tier(config: &RunConfig, run_id: &str) -> Result<Option<MemoryTier>, UserError> {
+/// Where the config asks for one. Where agents start the ranks, each has its own.
+fn memory_tier(
+    config: &RunConfig,
+    run_id: &str,
+    has_agents: bool,
+) -> Result<Option<MemoryTier>, UserError> {
     let Memory { every_steps, folder } = &config.checkpoint.memory;
     let begin = || MemoryTier::begin(folder, run_id);
-    (*every_steps > 0).then(begin).transpose().map_err(|error| {
+    (*every_steps > 0 && !has_agents).then(begin).transpose().map_err(|error| {
         UserError::failed(format!("checkpoint.memory.folder: {}: {error}", folder.display()))
     })
 }

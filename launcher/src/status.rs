@@ -63,7 +63,7 @@ pub fn read(run: &RunDir) -> Result<Status, UserError> {
     if status.exit_code.is_none() && holder(run).is_none() {
         status.state = "lost".into();
         status.reason = Some("its launcher is gone without a word; `phalanx resume` it".into());
-        (status.eta_s, status.memory_checkpoint) = (None, None);
+        (status.eta_s, status.memory_checkpoint, status.memory_copied) = (None, None, None);
         status.ranks.clear();
     }
     Ok(status)
@@ -148,9 +148,10 @@ fn describe(status: &Status) -> String {
     if let Some(missing) = status.layout.as_ref().and_then(Layout::missing) {
         lines.push(("ALARM", format!("the run has {missing}")));
     }
-    let from = status
-        .resumed
-        .map(|Resumed { step, tier }| format!(", from step {step} out of {}", tier.describe()));
+    let is_on_nodes = status.ranks.iter().any(|rank| rank.node.is_some());
+    let from = status.resumed.map(|Resumed { step, tier }| {
+        format!(", from step {step} out of {}", tier.describe(is_on_nodes))
+    });
     let (generation, restarts) = (status.generation, status.restarts);
     let from = from.unwrap_or_default();
     lines.push(("generation", format!("{generation} ({restarts} restarts){from}")));
@@ -181,7 +182,14 @@ fn checkpoints(status: &Status) -> Vec<(&'static str, String)> {
         lines.push(("ALARM", format!("the last checkpoint was not written: {alarm}")));
     }
     if let Some(step) = status.memory_checkpoint {
-        lines.push(("in memory", format!("step {step}")));
+        let copied = match status.memory_copied {
+            Some(copied) => format!("; copied to other nodes: step {copied}"),
+            None => String::new(),
+        };
+        lines.push(("in memory", format!("step {step}{copied}")));
+    }
+    if let Some(alarm) = &status.memory_copy_alarm {
+        lines.push(("ALARM", format!("what is in memory is not copied to other nodes: {alarm}")));
     }
     if let Some(alarm) = &status.memory_alarm {
         lines.push(("ALARM", format!("no checkpoint is kept in memory: {alarm}")));

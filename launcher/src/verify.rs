@@ -157,6 +157,7 @@ fn replay_steps(
         committed: Some(replay.from.step),
         ever_committed: None,
         branches: Vec::new(),
+        resumes: Vec::new(),
         roll_backs: runs::history(run)?.roll_backs,
         first_step: Some(replay.from.step),
         restarts: 0,

@@ -76,7 +76,9 @@ fn went_on(events: &[Value], cause: &Value) -> Option<String> {
         return Some(format!("generation {generation} began again from the start"));
     };
     let tier = serde_json::from_value::<Tier>(next["resume_tier"].clone());
-    let tier = tier.map_or(String::new(), |tier| format!(", out of {}", tier.describe()));
+    let is_on_nodes = events.iter().any(|event| event["kind"] == "nodes_placed");
+    let tier = tier.map(|tier| format!(", out of {}", tier.describe(is_on_nodes)));
+    let tier = tier.unwrap_or_default();
     Some(format!("generation {generation} went on from step {step}{tier}"))
 }
 
@@ -122,6 +124,11 @@ mod tests {
         check(next.clone(), Some("generation 3 went on from step 20"));
         next["resume_tier"] = "remote".into();
         check(next.clone(), Some("generation 3 went on from step 20, out of the object store"));
+        next["resume_tier"] = "memory".into();
+        check(
+            next.clone(),
+            Some("generation 3 went on from step 20, out of this machine's memory"),
+        );
         next["resume_tier"] = "local".into();
         check(next.clone(), Some("generation 3 went on from step 20, out of the run's folder"));
         next["resume_step"] = Value::Null;

@@ -2,9 +2,8 @@
 //! and nothing lost.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use arrow::array::{ArrayRef, Int32Array, ListArray};
-use arrow::datatypes::Int32Type;
-use arrow::record_batch::RecordBatch;
+use arrow_array::types::Int32Type;
+use arrow_array::{ArrayRef, Int32Array, ListArray, RecordBatch};
 use end_to_end::sandbox::Sandbox;
 use parquet::arrow::ArrowWriter;
 use run_config::RunConfig;

@@ -195,6 +195,4 @@ fn what_cannot_hold_checkpoints_is_refused() {
         assert!(!sandbox.run_dir().root().exists(), "its name stays free");
     };
     check("run", "checkpoint.memory.folder=/nowhere", "/nowhere: it is no folder");
-    check("run", "cluster.nodes=2", "not yet supported in this version: checkpoints in the memory");
-    check("coordinator", "seed=1", "ranks that agents start keep none in memory yet");
 }

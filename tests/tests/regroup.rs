@@ -195,8 +195,8 @@ fn wait_for_event(sandbox: &Sandbox, kind: &str) {
     }
 }
 
-/// A run of 40 steps that has done 7 in its first generation, and its processes; beside it is what
-/// the same run does undisturbed.
+/// A run of 40 steps that has done and saved some in its first generation, and its processes.
+/// Beside it is what the same run does undisturbed.
 fn midway(more: &[&str]) -> (Sandbox, Running, Vec<u32>) {
     let sandbox = sandbox();
     let sets = [&SETS[..], &["training.steps=40"]].concat();
@@ -204,6 +204,8 @@ fn midway(more: &[&str]) -> (Sandbox, Running, Vec<u32>) {
     let running = start(&sandbox, &[&sets[..], more].concat());
     let before = pids(&sandbox, 1);
     sandbox.wait_for_metrics(7, 1);
+    // Saves are beside training: what comes then finds something saved.
+    wait_for_event(&sandbox, "checkpoint_committed");
     (sandbox, running, before)
 }
 

@@ -181,7 +181,8 @@ fn set_up(
     let cadence = Cadence::new(&config, assignment, first_step - 1);
     let every_steps = config.checkpoint.memory.every_steps;
     let memory = assignment.memory_dir.clone().zip(memory);
-    let memory = memory.map(|(dir, group)| Memory { dir, group, every_steps, saving: None });
+    let node = assignment.node;
+    let memory = memory.map(|(dir, group)| Memory { dir, node, group, every_steps, saving: None });
     let speedometer = gpu
         .as_ref()
         .map(|gpu| Speedometer::new(&config, worker.groups.mesh.size(), &gpu.card.name));

@@ -16,6 +16,7 @@ use model::AttentionKernels;
 use optim::AdamW;
 use parallel::{Groups, Worker};
 use rank_protocol::RollBack;
+use rank_protocol::bundle::NodePlace;
 use rank_protocol::client::RankClient;
 use rank_protocol::message::{Event, Phase};
 use rank_protocol::run_dir::RunDir;
@@ -76,6 +77,8 @@ pub struct Rank {
 pub struct Memory {
     /// Their folder.
     pub dir: PathBuf,
+    /// Set where each node has a folder of its own, for its own ranks.
+    pub node: Option<NodePlace>,
     /// All ranks, to wait for each other's: not those that a disk is waited for with.
     pub group: Arc<dyn Communicator>,
     /// Steps between two.
@@ -180,6 +183,7 @@ impl Rank {
         self.storage.abort();
         let kept = self.memory.as_mut().and_then(|memory| {
             memory.group.abort();
+            self.client.give_up_copy();
             memory.saving.take()
         });
         for saving in [self.saving.take(), kept].into_iter().flatten() {
@@ -236,15 +240,24 @@ impl Rank {
         let snapshot = self.snapshot(&memory.dir, (1, 0), learning_rate, false)?;
         let (group, groups) = (memory.group.clone(), self.worker.groups.clone());
         let (step, client) = (self.step, self.client.clone());
+        if let Some(place) = memory.node {
+            let saving = Saving::start_bundle(snapshot, step, place, group, groups, client)?;
+            self.keeping(saving);
+            return Ok(());
+        }
         let tell = move || {
             let fields = [("step".to_owned(), step.into())].into_iter().collect();
             let _ = client.event(Event { kind: "checkpoint_kept".into(), fields });
         };
         let saving = Saving::start(snapshot, step, group, groups, tell)?;
+        self.keeping(saving);
+        Ok(())
+    }
+
+    fn keeping(&mut self, saving: Saving) {
         if let Some(memory) = &mut self.memory {
             memory.saving = Some(saving);
         }
-        Ok(())
     }
 
     fn snapshot(

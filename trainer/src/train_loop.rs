@@ -51,7 +51,10 @@ pub fn train(rank: &mut Rank) -> Result<Outcome> {
         faults::at_step(rank)?;
         let results = match train_step(rank) {
             Err(error) if error.roll_back().is_some() => {
-                // What is being written is the newest checkpoint before the trouble.
+                // What is being written is the newest checkpoint before the trouble. It may take
+                // longer than a step may; and of what is kept in memory nobody needs a copy.
+                rank.client.phase(Phase::Save)?;
+                rank.client.give_up_copy();
                 finish_save(rank, false)?;
                 finish_keep(rank)?;
                 return Err(error);
@@ -236,7 +239,7 @@ fn save(rank: &mut Rank, learning_rate: f64, is_last: bool) -> Result<()> {
 }
 
 /// Keeps the state in memory, while training goes on; one still being written is waited for, which
-/// no disk makes long.
+/// no disk makes long, or being copied to another node: no more than two are ever there.
 fn keep(rank: &mut Rank, learning_rate: f64) -> Result<()> {
     rank.enter(Phase::Save)?;
     let _phase = profiler::phase("keep in memory");

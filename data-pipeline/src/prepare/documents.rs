@@ -9,8 +9,9 @@
 //! are left out.
 
 use crate::error::{DataError, Result};
-use arrow::array::{Array, AsArray};
-use arrow::datatypes::DataType;
+use arrow_array::Array;
+use arrow_array::cast::AsArray;
+use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};

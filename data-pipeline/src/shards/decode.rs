@@ -4,8 +4,10 @@ use super::footer::{FileRange, Footer, damaged};
 use super::{ANY_VOCABULARY, IDS_COLUMN_NAMES, LENGTHS_COLUMN, fast};
 use crate::error::{DataError, Result};
 use crate::recycled::Recycled;
-use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait};
-use arrow::datatypes::{DataType, Int32Type, Int64Type, UInt16Type, UInt32Type, UInt64Type};
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int32Type, Int64Type, UInt16Type, UInt32Type, UInt64Type};
+use arrow_array::{Array, ArrayRef, OffsetSizeTrait};
+use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
@@ -136,11 +138,17 @@ impl DecodeRequest<'_> {
         };
         let mut noted = Vec::new();
         self.read_column(whole, lengths, |column| {
-            let numbers = arrow::compute::cast(column, &DataType::Int64).map_err(|_| {
-                let found = column.data_type();
-                self.damaged(format!("`{LENGTHS_COLUMN}` has type {found}, not int32"))
-            })?;
-            noted.extend(numbers.as_primitive::<Int64Type>().iter());
+            let whole = |length: Option<i32>| length.map(i64::from);
+            match column.data_type() {
+                DataType::Int32 => {
+                    noted.extend(column.as_primitive::<Int32Type>().iter().map(whole));
+                }
+                DataType::Int64 => noted.extend(column.as_primitive::<Int64Type>().iter()),
+                found => {
+                    let detail = format!("`{LENGTHS_COLUMN}` has type {found}, not int32");
+                    return Err(self.damaged(detail));
+                }
+            }
             Ok(())
         })?;
         let lists = self.decode_foreign(whole, root, Recycled::default())?.lengths;
@@ -262,7 +270,7 @@ impl DecodeRequest<'_> {
 
     fn append_lists<O: OffsetSizeTrait>(
         &self,
-        lists: &arrow::array::GenericListArray<O>,
+        lists: &arrow_array::GenericListArray<O>,
         decoded: &mut DecodedGroup,
     ) -> Result<()> {
         (0..lists.len()).try_for_each(|row| {

@@ -3,7 +3,7 @@
 
 use super::footer::{FileRange, ShardInfo};
 use super::{IDS_COLUMN, LENGTHS_COLUMN};
-use arrow::datatypes::ToByteSlice;
+use arrow_buffer::ToByteSlice;
 use parquet::basic::{Encoding, Type};
 use parquet::column::page::{Page, PageReader};
 use parquet::errors::{ParquetError, Result};

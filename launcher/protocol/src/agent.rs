@@ -4,6 +4,7 @@
 //! both send [`Numbered`](crate::session::Numbered) messages: [`FromAgent`] and [`ToAgent`]. Every
 //! message about a rank carries its generation, and one of another generation is dropped.
 
+use crate::bundle::{Door, Holding, MemoryPlan};
 use crate::exit::Exit;
 use crate::message::{Assignment, FromRank, ToRank};
 use crate::store::StoreRequest;
@@ -29,6 +30,12 @@ pub struct Join {
     /// The ranks that run here, where any do.
     #[serde(default)]
     pub running: Option<Running>,
+    /// Where this agent takes in copies of other nodes' checkpoints, where it keeps any in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub door: Option<Door>,
+    /// What it has of them, its own and others'.
+    #[serde(default, skip_serializing_if = "Holding::is_empty")]
+    pub bundles: Holding,
 }
 
 /// A node, as its agent describes it.
@@ -133,6 +140,11 @@ pub enum ToAgent {
         /// Rank.
         rank: usize,
     },
+    /// Forget what is in memory of checkpoints, but for this one, of a step and a generation.
+    Forget {
+        /// (generation, step).
+        but: Option<(u64, u64)>,
+    },
     /// The run is over: kill what is left and end with this code.
     Over {
         /// Exit code.
@@ -154,6 +166,9 @@ pub struct Start {
     /// Ranks that go on in the processes that they had, where these have let go and still run.
     #[serde(default)]
     pub kept: Vec<usize>,
+    /// Set where checkpoints are kept in the nodes' memories.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryPlan>,
 }
 
 /// From an agent to the coordinator.
@@ -168,6 +183,8 @@ pub enum FromAgent {
         /// In this order.
         requests: Vec<StoreRequest>,
     },
+    /// What is in this node's memory of checkpoints, from now on.
+    Holds(Holding),
     /// This node was asked to stop: the run must.
     StopRequested {
         /// Name of the signal.

@@ -11,6 +11,7 @@
 //! drops what belongs to the generation, says so with [`RankClient::let_go`], and gets its next
 //! place. A client is one generation's; what is said with one of an earlier generation is dropped.
 
+use crate::bundle::{Copied, NodePlace};
 use crate::env;
 use crate::exit_code;
 use crate::frame::{self, FrameError};
@@ -21,7 +22,7 @@ use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -39,6 +40,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for the next place: nodes may be waited for, and a checkpoint be fetched. The end
 /// of the agent ends it too.
 const NEXT_PLACE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// Longest wait for the copy of a bundle; an agent gives up sooner.
+const COPY_TIMEOUT: Duration = Duration::from_secs(600);
 /// The `target` of the log lines that are written here.
 pub const LOG_TARGET: &str = "rank_protocol";
 /// The field of such a line that says which generation the lines after it are of.
@@ -241,6 +244,39 @@ impl RankClient {
         self.send(&FromRank::CheckpointCommitted { step })
     }
 
+    /// Has the agent copy what this node's ranks have just kept of a step in its memory, and waits
+    /// for what becomes of it.
+    ///
+    /// # Errors
+    /// Where the generation is over, or the agent gone.
+    pub fn copy_bundle(&self, step: u64, place: NodePlace) -> Result<Copied, ClientError> {
+        let (sender, receiver) = sync_channel(1);
+        *lock(&self.place.copying) = Some((step, sender));
+        // Whoever ends the generation from here on ends the wait.
+        self.alive()?;
+        self.send(&FromRank::BundleWritten { step, place })?;
+        let lost = |error| match error {
+            RecvTimeoutError::Timeout => Copied::Failed { reason: "no word of it".to_owned() },
+            RecvTimeoutError::Disconnected => Copied::NotTried,
+        };
+        let copied = receiver.recv_timeout(COPY_TIMEOUT).unwrap_or_else(lost);
+        self.alive()?;
+        Ok(copied)
+    }
+
+    /// Ends a wait for a copy, if there is one.
+    pub fn give_up_copy(&self) {
+        lock(&self.place.copying).take();
+    }
+
+    /// Says that all nodes have done with copying what is kept of a step.
+    ///
+    /// # Errors
+    /// Where the agent is gone.
+    pub fn bundle_kept(&self, step: u64) -> Result<(), ClientError> {
+        self.send(&FromRank::BundleKept { step })
+    }
+
     /// Reports why the rank is about to exit with an error. Lines are cut to what a frame holds.
     pub fn failure(&self, mut report: FailureReport) -> Result<(), ClientError> {
         report.lines.truncate(100);
@@ -338,6 +374,7 @@ mod tests {
             stop_after: None,
             roll_backs: Vec::new(),
             memory_dir: None,
+            node: None,
             resume_dir: None,
             failures: 0,
             observed_s: 0,

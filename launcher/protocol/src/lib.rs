@@ -6,7 +6,8 @@
 //! The rendezvous [`store`] lives in the agent, so that it outlives every rank.
 //!
 //! With several nodes there is an agent on each, and a coordinator that they report to, over TLS:
-//! [`agent`] holds what these two say, [`session`] how nothing of it is lost when a connection is.
+//! [`agent`] holds what these two say, [`session`] how nothing of it is lost when a connection is,
+//! [`bundle`] what agents have to do with each other's memories.
 //!
 //! The rank's side is the blocking [`client::RankClient`]; the agent's side is the launcher's
 //! supervisor. [`env`] and [`exit_code`] are the only registries of their kind; [`run_dir`] and
@@ -14,6 +15,7 @@
 //! must know about theirs, [`gpus`] and [`libtorch`] what they must agree on about a machine.
 
 pub mod agent;
+pub mod bundle;
 pub mod client;
 pub mod env;
 pub mod exit;

@@ -1,5 +1,6 @@
 //! The messages between an agent and a rank.
 
+use crate::bundle::{Copied, NodePlace};
 use crate::store::{StoreReply, StoreRequest};
 use run_config::SampleRange;
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,13 @@ pub enum ToRank {
         id: u64,
         /// What came of it.
         reply: StoreReply,
+    },
+    /// The answer to a [`FromRank::BundleWritten`].
+    BundleCopied {
+        /// Its step.
+        step: u64,
+        /// What became of the copy.
+        copied: Copied,
     },
 }
 
@@ -112,6 +120,19 @@ pub enum FromRank {
         /// What is asked.
         request: StoreRequest,
     },
+    /// The ranks of this node have their part of a checkpoint in its memory, and so have those of
+    /// all nodes: it is to be copied. The first rank of a node says so to its agent alone.
+    BundleWritten {
+        /// Its step.
+        step: u64,
+        /// The node's place.
+        place: NodePlace,
+    },
+    /// All nodes have done with copying it: what is older is not needed any more. As above.
+    BundleKept {
+        /// Its step.
+        step: u64,
+    },
 }
 
 /// A rank's place in its generation.
@@ -150,6 +171,9 @@ pub struct Assignment {
     /// The folder of checkpoints in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_dir: Option<PathBuf>,
+    /// Set where that is each node's own: it holds what the ranks of this one wrote alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodePlace>,
     /// The folder of checkpoints that holds the one to continue from; `None`: the run's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume_dir: Option<PathBuf>,

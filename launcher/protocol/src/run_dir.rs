@@ -64,6 +64,12 @@ impl RunDir {
         self.cluster().join("certificate.pem")
     }
 
+    /// The certificate and the key of the doors at which agents reach each other's memories; only
+    /// the owner can read it.
+    pub fn doors(&self) -> PathBuf {
+        self.cluster().join("doors.pem")
+    }
+
     /// The run's identity: who finds another here than a store in etcd names has another folder
     /// before it.
     pub fn identity(&self) -> PathBuf {

@@ -3,21 +3,23 @@
 //!
 //! The loss of the coordinator ends no rank: the agent keeps what they say and connects again.
 
+use super::depot::{Command, News as DepotNews};
 use super::journal::Journal;
 use super::nodes::host_name;
+use super::server::raise_limit;
 use super::wire;
 use crate::error::UserError;
 use crate::health::{self, Depth};
 use crate::machine;
 use crate::runs;
-use crate::supervisor::cause::Exit;
 use crate::supervisor::rank::{Input, News, RankHandle};
 use crate::view::View;
 use connect::Whereabouts;
+use memory::{Kept, keep_in_memory, next_of_depot};
 use outside::{Machine, Outside};
 use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, NodeInfo, Start, ToAgent};
 use rank_protocol::session::{Numbered, Session};
-use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, ToRank, exit_code};
+use rank_protocol::{FromRank, RunDir, ToRank, exit_code};
 use run_config::RunConfig;
 use spares::Spares;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,8 +30,10 @@ use trainer::Trainer;
 
 pub mod connect;
 mod link;
+mod memory;
 pub(super) mod outside;
 mod spares;
+mod starting;
 mod trainer;
 
 /// Messages of all ranks that wait for the loop.
@@ -135,12 +139,16 @@ pub(super) struct Agent {
     /// Ranks that have let go of the generation, and whose processes wait for the next.
     waiting: BTreeSet<usize>,
     spares: Spares,
+    /// What is kept of checkpoints in memory here.
+    kept: Kept,
     journal: Journal,
     /// The newest step and phase of each rank, while there is nobody to tell.
     unsaid: BTreeMap<(usize, bool), FromAgent>,
     generation: u64,
     /// A generation that waits for the ranks of the last one to be gone.
     next: Option<Box<Start>>,
+    /// What its ranks were told meanwhile.
+    untold: Vec<(usize, ToRank)>,
     end: Option<(i32, String)>,
 }
 
@@ -150,7 +158,12 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
     let run = find(&args.run)?;
     let config = RunConfig::load(&run.config(), &[])?.config;
     let trainer = Trainer::find(&config)?;
+    raise_limit();
     let whereabouts = Whereabouts::new(args.coordinator.clone(), &config)?;
+    let (depot, depot_news) = match keep_in_memory(&run, &config)? {
+        Some((depot, news)) => (Some(depot), Some(news)),
+        None => (None, None),
+    };
     let health = config.restart.health_check.then(|| health::check(run.root(), Depth::Full));
     for note in health.iter().flat_map(|health| &health.notes) {
         tracing::info!("{note}");
@@ -166,9 +179,10 @@ pub fn run(args: AgentArgs) -> Result<i32, UserError> {
         let info = NodeInfo { health, ..describe(&args) };
         let after = args.after;
         let warms_up = config.restart.warm_spares;
-        let machine = Machine { run, whereabouts, after, trainer, warms_up, inputs, happenings };
+        let machine =
+            Machine { run, whereabouts, after, trainer, depot, warms_up, inputs, happenings };
         let mut agent = Agent::new(Box::new(machine), info, Instant::now());
-        agent.run(received, happened).await
+        agent.run(received, happened, depot_news).await
     });
     view.end();
     code.map_err(|error| UserError::failed(format!("the agent failed: {error}")))
@@ -241,10 +255,12 @@ impl Agent {
             exited: Vec::new(),
             waiting: BTreeSet::new(),
             spares: Spares::new(now),
+            kept: Kept::default(),
             journal: Journal::default(),
             unsaid: BTreeMap::new(),
             generation: 0,
             next: None,
+            untold: Vec::new(),
             end: None,
         }
     }
@@ -272,6 +288,7 @@ impl Agent {
         &mut self,
         mut inputs: mpsc::Receiver<Input>,
         mut happened: mpsc::Receiver<Happening>,
+        mut depot: Option<mpsc::Receiver<DepotNews>>,
     ) -> std::io::Result<i32> {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
@@ -283,6 +300,7 @@ impl Agent {
             let by = tokio::select! {
                 Some(input) = inputs.recv() => { self.at(now()).take(input); None }
                 Some(happening) = happened.recv() => { self.at(now()).happened(happening); None }
+                Some(news) = next_of_depot(&mut depot) => { self.at(now()).hear_depot(news); None }
                 _ = interrupt.recv() => Some("SIGINT"),
                 _ = terminate.recv() => Some("SIGTERM"),
                 // A scheduler's warning; however often it comes, the run has time to save.
@@ -391,7 +409,8 @@ impl Agent {
                 self.waiting.retain(goes_on);
                 let others = self.ranks.iter().filter(|(rank, _)| !self.waiting.contains(rank));
                 others.for_each(|(_, handle)| handle.kill());
-                self.next = Some(start);
+                self.untold.clear();
+                self.fetch_for(start);
                 self.start_next();
             }
             ToAgent::Terminate { generation, .. } | ToAgent::Kill { generation, .. }
@@ -404,6 +423,9 @@ impl Agent {
                 message: ToRank::Abort { .. } | ToRank::Release { .. },
                 ..
             } if self.is_next(generation) => self.drop_next(),
+            ToAgent::Tell { generation, rank, message } if self.is_next(generation) => {
+                self.untold.push((rank, message));
+            }
             ToAgent::Tell { generation, rank, message } => {
                 if generation == self.generation {
                     self.journal.told(rank, &message);
@@ -419,23 +441,8 @@ impl Agent {
                 }
                 self.with(generation, rank, RankHandle::kill);
             }
+            ToAgent::Forget { but } => self.order(Command::Forget { but }),
             ToAgent::Over { code, reason } => self.end = Some((code, reason)),
-        }
-    }
-
-    fn is_next(&self, generation: u64) -> bool {
-        self.next.as_ref().is_some_and(|next| next.generation == generation)
-    }
-
-    /// A generation that has ended before its ranks were started here.
-    fn drop_next(&mut self) {
-        let Some(next) = self.next.take() else { return };
-        // Those that were to go on in it count as ended, and do.
-        self.waiting.clear();
-        self.ranks.values().for_each(RankHandle::kill);
-        for assignment in next.ranks {
-            let (generation, rank, exit) = (next.generation, assignment.rank, Exit::default());
-            self.tell(FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
         }
     }
 
@@ -447,63 +454,6 @@ impl Agent {
         }
     }
 
-    /// Starts the ranks of the next generation once those of the last one are gone that do not go
-    /// on in it.
-    fn start_next(&mut self) {
-        if self.ranks.keys().any(|rank| !self.waiting.contains(rank)) {
-            return;
-        }
-        let Some(start) = self.next.take() else { return };
-        self.generation = start.generation;
-        self.journal = Journal::default();
-        self.exited.clear();
-        self.last_words.clear();
-        self.unsaid.clear();
-        let numbers: Vec<usize> = start.ranks.iter().map(|assignment| assignment.rank).collect();
-        let kept = std::mem::take(&mut self.waiting);
-        let (generation, count) = (start.generation, kept.len());
-        tracing::info!("generation {generation}: starting ranks {numbers:?}, {count} of them kept");
-        for assignment in start.ranks {
-            let (generation, rank) = (assignment.generation, assignment.rank);
-            if let Some(handle) = self.ranks.get(&rank) {
-                handle.assign(assignment);
-                let pid = handle.pid();
-                self.tell(FromAgent::Started { generation, rank, pid });
-                continue;
-            }
-            let started = match self.spares.give(&assignment) {
-                Some(handle) => Ok(handle),
-                None => self.outside.start(assignment),
-            };
-            match started {
-                Ok(handle) => {
-                    let pid = handle.pid();
-                    self.ranks.insert(rank, handle);
-                    self.tell(FromAgent::Started { generation, rank, pid });
-                }
-                Err(why) => self.could_not_start(rank, why),
-            }
-        }
-    }
-
-    fn could_not_start(&mut self, rank: usize, why: String) {
-        let generation = self.generation;
-        let report = FailureReport {
-            class: FailureClass::Node,
-            phase: Phase::Init,
-            step: None,
-            collective: None,
-            lines: vec![format!("node {} cannot start it: {why}", self.info.name)],
-            roll_back: None,
-        };
-        let message = FromRank::Failure(Box::new(report));
-        self.pass_on(rank, FromAgent::Said { generation, rank, message });
-        let exit = Exit { code: Some(exit_code::NODE_UNHEALTHY), signal: None };
-        self.pass_on(rank, FromAgent::Exited { generation, rank, exit, last_lines: Vec::new() });
-        // Another node may be able to.
-        self.end = Some((exit_code::NODE_UNHEALTHY, why));
-    }
-
     /// Passes on what a rank did.
     pub(super) fn take(&mut self, input: Input) {
         if input.generation == 0 {
@@ -513,6 +463,9 @@ impl Agent {
         let message = match news {
             News::Message(message) => {
                 if generation == self.generation {
+                    if self.is_of_memory(rank, &message) {
+                        return;
+                    }
                     self.journal.said(rank, &message);
                     // One that is being killed for the next generation does not go on in it.
                     if message == FromRank::Released && self.next.is_none() {
@@ -556,6 +509,12 @@ impl Agent {
             }
             _ => {}
         }
+        self.tell(message);
+    }
+
+    /// Tells what became of a rank that was not started; another coordinator hears it again.
+    fn say_last(&mut self, rank: usize, message: FromAgent) {
+        self.last_words.entry(rank).or_default().push(message.clone());
         self.tell(message);
     }
 

@@ -7,10 +7,13 @@
 //! keeps a [`journal`] for a coordinator that begins anew; [`wire`] frames what both say; [`store`]
 //! is where a coordinator on another machine finds what it needs to take over. [`sizes`] says with
 //! how many fewer nodes a run can go on. [`role`] tells a node of `phalanx run` its part, and
-//! [`companion`] is the agent of the first.
+//! [`companion`] is the agent of the first. [`depot`] keeps checkpoints in a node's memory, its own
+//! ranks' and another's; [`complete`] says which are whole.
 
 pub mod agent;
 pub mod companion;
+pub mod complete;
+pub mod depot;
 pub mod journal;
 pub mod members;
 pub mod nodes;

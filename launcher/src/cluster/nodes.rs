@@ -2,17 +2,18 @@
 //! run. Every change passes through the supervisor's loop.
 
 use super::members::{Change, Limits, Members, NodeId, Seek};
-use super::remote::{Commands, RemoteRank};
+use super::remote::Commands;
 use super::secrets;
 use super::server::{Arrival, serve};
 use super::sizes::{Size, Sizes};
 use super::wire;
 use crate::supervisor::cause::Exit;
-use crate::supervisor::rank::{Input, News, RankHandle};
-use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Running, Start, ToAgent};
+use crate::supervisor::rank::{Input, News};
+use memory::Memories;
+use rank_protocol::agent::{ALIVE_EVERY_MS, FromAgent, Running, ToAgent};
 use rank_protocol::session::{Numbered, Session};
 use rank_protocol::store::StoreRequest;
-use rank_protocol::{Assignment, FailureClass, FailureReport, FromRank, Phase, RunDir, exit_code};
+use rank_protocol::{FailureClass, FailureReport, FromRank, Phase, RunDir, exit_code};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::cell::Cell;
@@ -24,10 +25,13 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 
+mod adoption;
 mod arrival;
 mod health;
+mod memory;
+mod starting;
 
-mod adoption;
+pub use memory::Keeping;
 
 /// A sign of life that is given so much too late shows that this process was not running.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -128,6 +132,8 @@ pub struct Nodes {
     happenings: mpsc::Sender<Happening>,
     commands: Rc<Commands>,
     ranks: Ranks,
+    /// What is kept of checkpoints in the nodes' memories.
+    memories: Memories,
     /// This machine's address, as agents on others reach it.
     reached_at: Option<IpAddr>,
     /// The generation of an earlier coordinator that shall go on, and who runs what of it.
@@ -193,6 +199,7 @@ impl Nodes {
             happenings,
             commands: Rc::default(),
             ranks: Ranks::default(),
+            memories: Memories::default(),
             reached_at: None,
             adopting: None,
             running: BTreeMap::new(),
@@ -303,69 +310,6 @@ impl Nodes {
         }
     }
 
-    /// Has the agents start the ranks of a generation on these nodes, in order of rank; those that
-    /// are `kept` (in their order) go on in their processes, where these are still there on the
-    /// same node.
-    pub fn start(
-        &mut self,
-        generation: u64,
-        run: &RunDir,
-        nodes: &[NodeId],
-        assignments: Vec<Assignment>,
-        kept: &[usize],
-    ) -> Vec<RankHandle> {
-        let numbers = assignments.iter().map(|assignment| assignment.rank);
-        let before = std::mem::take(&mut self.ranks);
-        let handles = self.handles(generation, nodes, numbers);
-        self.end_left_over(&before, kept);
-        let mut by_node: BTreeMap<NodeId, Vec<Assignment>> = BTreeMap::new();
-        for assignment in assignments {
-            if let Some(&node) = self.ranks.nodes.get(assignment.rank) {
-                by_node.entry(node).or_default().push(assignment);
-            }
-        }
-        for (node, ranks) in by_node {
-            let numbers = ranks.iter().map(|assignment| assignment.rank);
-            let kept = numbers.filter(|rank| kept.binary_search(rank).is_ok()).collect();
-            let start = Start { generation, run_dir: run.root().to_owned(), ranks, kept };
-            self.send(node, ToAgent::Start(Box::new(start)));
-        }
-        handles
-    }
-
-    /// Processes that wait on nodes where nobody goes on in them, because others have their places.
-    fn end_left_over(&mut self, before: &Ranks, kept: &[usize]) {
-        for (rank, node) in before.nodes.iter().copied().enumerate() {
-            let is_kept = kept.binary_search(&rank).is_ok();
-            let stays = is_kept && self.ranks.nodes.get(rank) == Some(&node);
-            if !stays && !before.has_exited[rank] {
-                self.send(node, ToAgent::Kill { generation: before.generation, rank });
-            }
-        }
-    }
-
-    /// Notes where the ranks of a generation are, which are numbered from 0.
-    fn handles(
-        &mut self,
-        generation: u64,
-        nodes: &[NodeId],
-        numbers: impl Iterator<Item = usize>,
-    ) -> Vec<RankHandle> {
-        self.ranks = Ranks { generation, ..Ranks::default() };
-        let mut handles = Vec::new();
-        for rank in numbers {
-            let Some(&node) = nodes.get(rank / self.plan.ranks_per_node.max(1)) else { continue };
-            let pid = Rc::new(Cell::new(0));
-            let commands = Rc::clone(&self.commands);
-            let handle = RemoteRank::new(commands, node, (generation, rank), Rc::clone(&pid));
-            handles.push(RankHandle::Remote(handle));
-            self.ranks.nodes.push(node);
-            self.ranks.pids.push(pid);
-            self.ranks.has_exited.push(false);
-        }
-        handles
-    }
-
     /// Sends what the ranks' handles were asked for.
     pub fn flush(&mut self) {
         while let Some((node, command)) = self.commands.next() {
@@ -466,6 +410,10 @@ impl Nodes {
                 }
                 return Some(stored).filter(|_| generation == self.ranks.generation);
             }
+            FromAgent::Holds(holding) => {
+                self.memories.holds(node, holding);
+                return None;
+            }
             FromAgent::StopRequested { signal } => {
                 let name = self.name(node);
                 if self.ranks.nodes.contains(&node) {
@@ -473,6 +421,7 @@ impl Nodes {
                 }
                 let reason = format!("{signal}, and the run goes on without node {name}");
                 self.send(node, ToAgent::Over { code: exit_code::PREEMPTED, reason });
+                self.memories.lost(node);
                 return None;
             }
             FromAgent::Started { generation, rank, pid } => {
@@ -526,6 +475,7 @@ impl Nodes {
     /// refused by its generation.
     fn died(&mut self, node: NodeId, why: &str) -> Vec<Outcome> {
         self.conversations.remove(&node);
+        self.memories.lost(node);
         let name = self.name(node);
         tracing::error!("node {name} is lost: {why}");
         let lost = Outcome::Event("node_lost", json!({ "node": name, "reason": why }));

@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 /// The name that the certificate is for; agents know the coordinator by its certificate alone.
 const NAME: &str = "phalanx-coordinator";
+/// The name that the certificate of all doors is for.
+const DOORS: &str = "phalanx-door";
 /// Bytes of a token; twice as many hexadecimal digits.
 const TOKEN_BYTES: usize = 32;
 
@@ -43,13 +45,58 @@ pub fn make(run: &RunDir) -> Result<Secrets> {
         .map_err(invalid)?;
     write_private(&run.certificate(), made.cert.pem().as_bytes())?;
     write_private(&run.token(), token.as_bytes())?;
+    make_doors(run)?;
     Ok(Secrets { tls: Arc::new(tls), token })
+}
+
+/// Makes the certificate and the key of the doors at which agents reach each other, unless an
+/// earlier coordinator has: agents outlive it.
+fn make_doors(run: &RunDir) -> Result<()> {
+    if run.doors().is_file() {
+        return Ok(());
+    }
+    let made = rcgen::generate_simple_self_signed([DOORS.to_owned()]).map_err(invalid)?;
+    let pem = format!("{}{}", made.cert.pem(), made.signing_key.serialize_pem());
+    write_private(&run.doors(), pem.as_bytes())
+}
+
+/// What an agent shows at its door. All doors of a run have one certificate; what opens each is its
+/// own key.
+///
+/// # Errors
+/// Where the coordinator has made none yet.
+pub fn door(run: &RunDir) -> Result<Arc<ServerConfig>> {
+    let pem = std::fs::read(run.doors())?;
+    let certificate = CertificateDer::from_pem_slice(&pem).map_err(invalid)?;
+    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(invalid)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let tls = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(invalid)?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .map_err(invalid)?;
+    Ok(Arc::new(tls))
+}
+
+/// What an agent trusts at other agents' doors, and the name to ask for.
+///
+/// # Errors
+/// As [`door`].
+pub fn doors(run: &RunDir) -> Result<(Arc<ClientConfig>, ServerName<'static>)> {
+    let certificate = CertificateDer::from_pem_file(run.doors()).map_err(invalid)?;
+    Ok((trusting(certificate)?, ServerName::try_from(DOORS).map_err(invalid)?))
 }
 
 /// What an agent trusts, the name to ask for, and the token to show.
 pub fn read(run: &RunDir) -> Result<(Arc<ClientConfig>, ServerName<'static>, String)> {
     let token = std::fs::read_to_string(run.token())?.trim().to_owned();
     let certificate = CertificateDer::from_pem_file(run.certificate()).map_err(invalid)?;
+    Ok((trusting(certificate)?, ServerName::try_from(NAME).map_err(invalid)?, token))
+}
+
+/// Trusts one certificate and no other.
+fn trusting(certificate: CertificateDer<'static>) -> Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(certificate).map_err(invalid)?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -58,10 +105,14 @@ pub fn read(run: &RunDir) -> Result<(Arc<ClientConfig>, ServerName<'static>, Str
         .map_err(invalid)?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    Ok((Arc::new(tls), ServerName::try_from(NAME).map_err(invalid)?, token))
+    Ok(Arc::new(tls))
 }
 
-fn new_token() -> Result<String> {
+/// A new secret, in hexadecimal.
+///
+/// # Errors
+/// Where the system gives no random bytes.
+pub fn new_token() -> Result<String> {
     let mut bytes = [0; TOKEN_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())

@@ -74,8 +74,8 @@ impl Door for TlsStream<TcpStream> {
     }
 }
 
-/// As many descriptors as this process may have: one a node.
-fn raise_limit() {
+/// As many descriptors as this process may have: one a node, or one for each that reads here.
+pub fn raise_limit() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised) {

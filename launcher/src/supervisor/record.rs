@@ -85,6 +85,12 @@ pub struct Status {
     /// Step of the newest checkpoint in memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_checkpoint: Option<u64>,
+    /// The same, where other nodes have copies of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_copied: Option<u64>,
+    /// Why copies fail, while they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_copy_alarm: Option<String>,
     /// Why none is kept there, while that is so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_alarm: Option<String>,

@@ -31,11 +31,14 @@ pub enum Reads {
     UpTo(u64),
 }
 
+/// The most generations whose beginnings are kept in mind.
+const MAX_RESUMES: usize = 100;
+
 /// Where a checkpoint was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
-    /// The memory of this machine.
+    /// The memory of this machine, or of the run's nodes.
     Memory,
     /// The run's folder.
     Local,
@@ -44,9 +47,10 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// In words.
-    pub fn describe(self) -> &'static str {
+    /// In words; of a run on several nodes or on this machine alone.
+    pub fn describe(self, is_on_nodes: bool) -> &'static str {
         match self {
+            Tier::Memory if is_on_nodes => "the nodes' memories",
             Tier::Memory => "this machine's memory",
             Tier::Local => "the run's folder",
             Tier::Remote => "the object store",
@@ -64,6 +68,15 @@ pub struct Branch {
     pub generation: u64,
 }
 
+/// A checkpoint of which the run's nodes have the parts in their memories.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Its step.
+    pub step: u64,
+    /// The generation that wrote it.
+    pub generation: u64,
+}
+
 /// What is looked for, and where.
 #[derive(Clone, Debug, Default)]
 pub struct Search {
@@ -71,6 +84,8 @@ pub struct Search {
     pub dir: PathBuf,
     /// The one in memory.
     pub memory: Option<PathBuf>,
+    /// The newest that is whole in the nodes' memories.
+    pub kept: Option<Kept>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
     /// The step that was asked for; `None`: the newest.
@@ -111,6 +126,15 @@ fn roll_backs(checkpoint: &Checkpoint) -> Vec<RollBack> {
 /// Whether a checkpoint belongs to the run as it went on after `branches`.
 pub fn is_current(step: u64, generation: u64, branches: &[Branch]) -> bool {
     branches.iter().all(|branch| generation >= branch.generation || step <= branch.step)
+}
+
+/// Notes what a generation goes on from. Of the earlier ones those alone are kept that still say
+/// something.
+pub fn went_back(resumes: &mut Vec<Branch>, to: Branch) {
+    resumes.retain(|before| before.step < to.step);
+    resumes.push(to);
+    let old = resumes.len().saturating_sub(MAX_RESUMES);
+    resumes.drain(..old);
 }
 
 /// The newest good checkpoint (or the one asked for) over all tiers, its bytes checked (see
@@ -193,6 +217,19 @@ fn tried<T>(ask: impl Fn(Width) -> Result<T, RemoteError>) -> Result<T, RemoteEr
 
 /// Of those in memory and on disk; of equal ones that in memory.
 fn newest_here(search: &Search) -> Result<Restored, String> {
+    let kept = search.kept.filter(|_| search.only.is_none());
+    if let Some(Kept { step, generation }) = kept {
+        let on_disk = newest_in(&search.dir, Some(step), search)?;
+        // It has no folder before the nodes put it together.
+        let (path, bytes) = (PathBuf::new(), 0);
+        return Ok(match on_disk.found {
+            Some(_) => Restored { tier: Some(Tier::Local), ..on_disk },
+            None => {
+                let found = Some(Found { step, path, generation, bytes });
+                Restored { found, tier: Some(Tier::Memory), ..on_disk }
+            }
+        });
+    }
     let memory = search.memory.as_ref().filter(|_| search.only.is_none());
     let kept = memory.map(|dir| newest_in(dir, None, search)).transpose()?;
     let step = kept.as_ref().and_then(|kept| Some(kept.found.as_ref()?.step));
@@ -325,6 +362,43 @@ mod tests {
         assert_eq!((restored.found.unwrap().step, restored.tier), (30, Some(Tier::Local)));
         let restored = newest(&Search { only: Some(20), ..search }).unwrap();
         assert_eq!((restored.found.unwrap().step, restored.tier), (20, Some(Tier::Local)));
+    }
+
+    /// What several nodes keep has no folder.
+    #[test]
+    fn the_newest_of_the_nodes_memories_and_disk_is_taken() {
+        let check = |kept: Option<u64>, disk: &[u64], expected: (Option<u64>, Option<Tier>)| {
+            let disk = saved(disk);
+            let kept = kept.map(|step| Kept { step, generation: 1 });
+            let search = Search { dir: disk.path().into(), kept, ..Search::default() };
+            let restored = newest(&search).unwrap();
+            assert_eq!((restored.found.map(|found| found.step), restored.tier), expected);
+        };
+        check(None, &[20], (Some(20), Some(Tier::Local)));
+        check(Some(30), &[], (Some(30), Some(Tier::Memory)));
+        check(Some(30), &[20, 30], (Some(30), Some(Tier::Memory)));
+        check(Some(30), &[20, 40], (Some(40), Some(Tier::Local)));
+        let disk = saved(&[20, 30]);
+        let kept = Some(Kept { step: 40, generation: 1 });
+        let search = Search { dir: disk.path().into(), kept, only: Some(20), ..Search::default() };
+        let restored = newest(&search).unwrap();
+        assert_eq!((restored.found.unwrap().step, restored.tier), (20, Some(Tier::Local)));
+    }
+
+    #[test]
+    fn what_a_generation_did_not_go_on_from_is_given_up() {
+        let mut resumes = Vec::new();
+        // From the start; from step 30; from step 30 once more; from step 10, as of a disk.
+        for (generation, step) in [(1, 0), (2, 30), (3, 30), (4, 10)] {
+            went_back(&mut resumes, Branch { step, generation });
+        }
+        assert_eq!(resumes.len(), 2, "{resumes:?}");
+        let counts = |generation, step| is_current(step, generation, &resumes);
+        assert!(counts(4, 40) && counts(3, 10) && counts(1, 5));
+        assert!(!counts(3, 30) && !counts(2, 20) && !counts(1, 35));
+        // Back behind numeric trouble: nothing of before counts.
+        went_back(&mut resumes, Branch { step: 0, generation: 5 });
+        assert!(!is_current(10, 4, &resumes) && is_current(10, 5, &resumes));
     }
 
     #[test]

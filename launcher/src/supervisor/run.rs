@@ -15,6 +15,7 @@ use crate::remote::uploads::News as CopyNews;
 use crate::view::View;
 use checkpoints::next_of_copies;
 use elsewhere::{Elsewhere, Next, changed, next_of};
+use memory::Doubt;
 use rank_protocol::store::{Requester, Store};
 use rank_protocol::{FailureClass, FromRank, Phase, RollBack, RunDir, Steps, ToRank, exit_code};
 use run_config::RunConfig;
@@ -60,6 +61,8 @@ pub struct Plan {
     pub ever_committed: Option<u64>,
     /// Earlier resumes at a step that was not the newest.
     pub branches: Vec<Branch>,
+    /// What each generation went on from.
+    pub resumes: Vec<Branch>,
     /// Steps that the run went back behind: their samples are left out.
     pub roll_backs: Vec<RollBack>,
     /// Step that the first generation must continue from.
@@ -85,7 +88,7 @@ pub struct Plan {
     pub stop_after: Option<u64>,
     /// Where checkpoints are copied to, and read from where they are missing here.
     pub remote: Option<Place>,
-    /// The folder of checkpoints in memory.
+    /// The folder of checkpoints in memory, where ranks are started here.
     pub memory: Option<PathBuf>,
     /// Steps of which the ranks write a timeline.
     pub profile: Option<Steps>,
@@ -101,6 +104,7 @@ pub struct Adopt {
 
 mod checkpoints;
 mod elsewhere;
+mod memory;
 mod roll_backs;
 mod signals;
 mod spawning;
@@ -122,6 +126,8 @@ struct Executor {
     failures: u64,
     /// Whether the last generation failed while it read a checkpoint.
     has_failed_to_load: bool,
+    /// What that says of the one in the nodes' memories.
+    doubt: Doubt,
     generation_start: Instant,
     has_stepped: bool,
     is_first_search: bool,
@@ -151,6 +157,7 @@ pub fn supervise(
         let (nodes, happened) = match &plan.cluster {
             Some(cluster) => {
                 let (mut nodes, happened) = Nodes::listen(cluster.clone(), &plan.run).await?;
+                nodes.set_run(&plan.run_id);
                 if let Some(keeper) = &mut plan.keeper {
                     nodes.set_epoch(keeper.standing().epoch);
                     keeper.announce(nodes.address().clone());
@@ -224,6 +231,7 @@ impl Executor {
             searches,
             failures,
             has_failed_to_load: false,
+            doubt: Doubt::default(),
             generation_start: Instant::now(),
             has_stepped: false,
             is_first_search: true,
@@ -371,8 +379,11 @@ impl Executor {
             FromRank::Failure(report) => {
                 self.handle(Event::Reported { rank, report: *report });
             }
-            // What only `mpirun`'s tasks need.
-            FromRank::Output { .. } | FromRank::Exiting { .. } => {}
+            // What only `mpirun`'s tasks need, and what agents keep to themselves.
+            FromRank::Output { .. }
+            | FromRank::Exiting { .. }
+            | FromRank::BundleWritten { .. }
+            | FromRank::BundleKept { .. } => {}
             FromRank::Finished { .. } => self.handle(Event::Finished { rank }),
             FromRank::Released => {
                 self.handle(Event::Released { rank });
@@ -469,6 +480,7 @@ impl Executor {
                 self.is_growing = false;
                 self.failures += u64::from(cause.class.is_of_the_machines());
                 self.has_failed_to_load = cause.phase == Phase::Load;
+                self.doubt.failed(&cause);
                 self.told_cause = cause.summary();
                 tracing::error!("first cause: {}", self.told_cause);
                 self.recorder.first_cause(&cause);
@@ -552,7 +564,8 @@ impl Executor {
         });
         self.recorder.event(kind, fields);
         self.recorder.status.eta_s = None;
-        self.recorder.status.memory_checkpoint = None;
+        let status = &mut self.recorder.status;
+        (status.memory_checkpoint, status.memory_copied) = (None, None);
         self.recorder.status.exit_code = Some(code);
         self.recorder.status.reason = Some(reason.clone());
         self.recorder.status.state = state.to_owned();

@@ -1,8 +1,10 @@
 //! Checkpoints of ours, and weights of other programs.
 
 use crate::{fixture, folder};
+use checkpoint_format::bundle::{BUNDLE_VERSION, BundleManifest, NodeRanks};
 use checkpoint_format::checksum::{Checksum, sha256_hex};
 use checkpoint_format::hf::HfSource;
+use checkpoint_format::manifest::FileEntry;
 use checkpoint_format::meta::MetaSource;
 use checkpoint_format::scan::scan;
 use checkpoint_format::{Checkpoint, Dtype, Piece, Save, TensorBox, TrainState, WeightSource};
@@ -91,6 +93,27 @@ fn forged(name: &str, bytes: &[u8]) -> bool {
 
 pub fn seeds(name: &str) -> Vec<Vec<u8>> {
     vec![original(name)]
+}
+
+/// The manifest of a bundle that comes from another node, with the hash that follows.
+pub fn bundle(bytes: &[u8]) -> bool {
+    let commit = format!("{}\n", sha256_hex(bytes));
+    let Ok(manifest) = BundleManifest::sealed(Path::new("x"), commit.as_bytes(), bytes) else {
+        return false;
+    };
+    let name = manifest.folder();
+    assert!(manifest.files.keys().all(|name| !name.contains('/')) && !name.contains('/'));
+    drop((manifest.bytes(), manifest.check(Path::new("x"), INDEX, bytes)));
+    true
+}
+
+pub fn bundle_seeds() -> Vec<Vec<u8>> {
+    let node = NodeRanks { place: 1, places: 2, first: 1, count: 1, world_size: 2 };
+    let entry = FileEntry { size: 5, checksum: Checksum::of(b"bytes") };
+    let files = [INDEX, STATE, TENSORS].map(|name| (name.to_owned(), entry)).into();
+    let (version, run) = (BUNDLE_VERSION, "run-1".to_owned());
+    let manifest = BundleManifest { version, run, step: 5, generation: 3, node, files };
+    vec![serde_json::to_vec(&manifest).unwrap()]
 }
 
 const META: &str = "trainer/crates/checkpoint-format/tests/meta";

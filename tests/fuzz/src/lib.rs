@@ -52,6 +52,7 @@ pub const TARGETS: &[Target] = &[
         run: |bytes| checkpoints::with(checkpoints::TENSORS, bytes),
         seeds: || checkpoints::seeds(checkpoints::TENSORS),
     },
+    Target { name: "bundle_manifest", run: checkpoints::bundle, seeds: checkpoints::bundle_seeds },
     Target {
         name: "hf_safetensors",
         run: |bytes| checkpoints::hf("model.safetensors", bytes),

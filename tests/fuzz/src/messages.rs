@@ -3,6 +3,7 @@
 use rank_protocol::agent::{
     Answer, FromAgent, Join, MAX_JOIN_BYTES, NodeInfo, Running, Start, ToAgent,
 };
+use rank_protocol::bundle::{Ask, Knock, Reply};
 use rank_protocol::frame::{Decoder, decode, encode};
 use rank_protocol::message::{Position, StepReport};
 use rank_protocol::session::{Numbered, Session};
@@ -44,6 +45,7 @@ fn assignment() -> Assignment {
         stop_after: None,
         roll_backs: Vec::new(),
         memory_dir: Some("/dev/shm/phalanx-run".into()),
+        node: None,
         resume_dir: Some("/dev/shm/phalanx-run".into()),
         failures: 1,
         observed_s: 60,
@@ -121,8 +123,8 @@ pub fn session_seeds() -> Vec<Vec<u8>> {
         body(&Numbered { seq, ack: 0, m: Some(FromAgent::Said { generation, rank, message }) })
     };
     let from_agent: Vec<Vec<u8>> = (1..).zip(from_rank()).map(said).collect();
-    let start =
-        Start { generation, run_dir: "/runs/x".into(), ranks: vec![assignment()], kept: vec![1] };
+    let (ranks, kept, memory) = (vec![assignment()], vec![1], None);
+    let start = Start { generation, run_dir: "/runs/x".into(), ranks, kept, memory };
     let to_agent = [
         ToAgent::Start(Box::new(start)),
         ToAgent::Tell { generation, rank, message: ToRank::Where },
@@ -134,13 +136,15 @@ pub fn session_seeds() -> Vec<Vec<u8>> {
     vec![from_agent.join(&b'\n'), to_agent.join(&b'\n')]
 }
 
-/// The first message of a connection, from whoever has no token yet, and the answer.
+/// The first message of a connection, from whoever has no token yet, and the answer; and the same
+/// at the door of a node's memory, with what is asked there.
 pub fn joins(bytes: &[u8]) -> bool {
     if bytes.len() > MAX_JOIN_BYTES {
         return false;
     }
     let join = decode::<Join>(bytes);
     let answer = decode::<Answer>(bytes);
+    drop((decode::<Knock>(bytes).is_ok(), decode::<Ask>(bytes), decode::<Reply>(bytes)));
     join.is_ok() || answer.is_ok()
 }
 
@@ -148,7 +152,8 @@ pub fn join_seeds() -> Vec<Vec<u8>> {
     let node = NodeInfo { name: "a".into(), index: Some(1), ..NodeInfo::default() };
     let running = Running { generation: 3, ranks: vec![(0, 17)], exited: vec![1] };
     let token = "0123456789abcdef".repeat(4);
-    let join = Join { token, node, conversation: 5, taken: 7, running: Some(running) };
+    let (running, door, bundles) = (Some(running), None, Default::default());
+    let join = Join { token, node, conversation: 5, taken: 7, running, door, bundles };
     let welcome = Answer::Welcome { conversation: 6, taken: 0, epoch: 1 };
     vec![body(&join), body(&welcome), body(&Answer::Refused { reason: "no".into() })]
 }

@@ -91,6 +91,8 @@ async fn join(plan: &Plan, node: usize) -> Result<Connected, Box<dyn Error>> {
         conversation: 0,
         taken: 0,
         running: None,
+        door: None,
+        bundles: Default::default(),
     };
     let attempt = attempt(plan.run.clone(), Whereabouts::Folder, 0, join).await?;
     drop(permit);

@@ -2,6 +2,7 @@
 //! place in a generation, of which a process that stays has one after another.
 
 use super::{AbortCallback, ClientError, LAST_WORDS, WaitCallback, lock};
+use crate::bundle::Copied;
 use crate::frame;
 use crate::message::{Assignment, FromRank, Phase, Position, ToRank};
 use crate::store::StoreReply;
@@ -36,6 +37,8 @@ struct Writer {
 pub(super) struct Place {
     pub(super) assignment: Assignment,
     pub(super) replies: Mutex<HashMap<u64, SyncSender<StoreReply>>>,
+    /// Who waits for the copy of a bundle, of this step.
+    pub(super) copying: Mutex<Option<(u64, SyncSender<Copied>)>>,
     /// Why the generation is over, once the rank was told to let go of it.
     over: Mutex<Option<String>>,
     on_abort: Mutex<Vec<AbortCallback>>,
@@ -48,6 +51,7 @@ impl Place {
         Arc::new(Self {
             assignment,
             replies: Mutex::default(),
+            copying: Mutex::default(),
             over: Mutex::default(),
             on_abort: Mutex::default(),
             at: Mutex::new((Phase::Init, None)),
@@ -76,6 +80,7 @@ impl Place {
         log_line("DEBUG", &format!("rank {rank} is to let go: {reason}"), None);
         // Whoever asks from now on sees that it is over.
         lock(&self.replies).clear();
+        lock(&self.copying).take();
         self.abort(reason);
     }
 
@@ -163,6 +168,10 @@ impl Link {
                     // The asker may have given up, which is no fault.
                     let asker = lock(&place.replies).remove(&id);
                     let _ = asker.map(|asker| asker.try_send(reply));
+                }
+                Ok(Some(ToRank::BundleCopied { step, copied })) => {
+                    let asker = lock(&place.copying).take_if(|(asked, _)| *asked == step);
+                    let _ = asker.map(|(_, asker)| asker.try_send(copied));
                 }
                 Ok(Some(ToRank::Assignment(assignment))) => {
                     if let Err(why) = self.join(&place, *assignment) {

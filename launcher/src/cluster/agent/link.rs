@@ -29,6 +29,8 @@ impl Agent {
             conversation: self.conversation,
             taken: self.session.taken(),
             running: (self.generation > 0).then_some(running),
+            door: self.outside.door(),
+            bundles: self.kept.holding.clone(),
         };
         self.outside.connect(join, self.epoch);
     }
@@ -75,6 +77,7 @@ impl Agent {
         for message in std::mem::take(&mut self.unsaid).into_values() {
             self.tell(message);
         }
+        self.tell_holds();
     }
 
     /// Another coordinator, or one that had given this node up: it knows nothing of what the ranks
@@ -91,6 +94,8 @@ impl Agent {
                     | FromRank::Finished { .. }
             ),
             FromAgent::Exited { .. } | FromAgent::Store { .. } => true,
+            // What counts is what it has now.
+            FromAgent::Holds { .. } => true,
             _ => false,
         };
         self.session.other_side_is_new(|message| !is_again(message));

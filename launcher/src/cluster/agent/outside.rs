@@ -3,12 +3,15 @@
 use super::connect::{self, Attempt, Connected, Whereabouts};
 use super::trainer::Trainer;
 use super::{Happening, Talk};
+use crate::cluster::depot::{Command, Depot, News};
 use crate::cluster::wire;
 use crate::runs;
 use crate::supervisor::rank::{Input, RankHandle};
 use rank_protocol::agent::{FromAgent, Join};
+use rank_protocol::bundle::Door;
 use rank_protocol::session::Numbered;
 use rank_protocol::{Assignment, RunDir};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
@@ -44,6 +47,15 @@ pub trait Outside {
     /// Why it cannot be started.
     fn warm_up(&self, local_rank: usize) -> Result<RankHandle, String>;
 
+    /// Where other agents reach this node's memory, where checkpoints are kept in it.
+    fn door(&self) -> Option<Door>;
+
+    /// The folder there into which its ranks write.
+    fn memory_dir(&self) -> Option<PathBuf>;
+
+    /// Has whoever cares for it do something; where that is not taken in, what it comes to.
+    fn order(&self, command: Command) -> Option<News>;
+
     /// Whether a coordinator works on the run.
     fn has_coordinator(&self) -> bool;
 
@@ -61,6 +73,8 @@ pub struct Machine {
     pub after: Option<String>,
     /// What ranks are started from.
     pub trainer: Trainer,
+    /// What keeps checkpoints in memory.
+    pub depot: Option<Depot>,
     /// Whether trainers are started before they have a place.
     pub warms_up: bool,
     /// Takes what ranks say.
@@ -110,6 +124,18 @@ impl Outside for Machine {
 
     fn warm_up(&self, local_rank: usize) -> Result<RankHandle, String> {
         self.trainer.warm_up(&self.run, local_rank, self.inputs.clone())
+    }
+
+    fn door(&self) -> Option<Door> {
+        self.depot.as_ref().map(|depot| depot.door().clone())
+    }
+
+    fn memory_dir(&self) -> Option<PathBuf> {
+        self.depot.as_ref().map(|depot| depot.bundles().to_path_buf())
+    }
+
+    fn order(&self, command: Command) -> Option<News> {
+        self.depot.as_ref()?.order(command)
     }
 
     fn has_coordinator(&self) -> bool {

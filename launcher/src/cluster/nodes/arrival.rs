@@ -55,6 +55,9 @@ impl Nodes {
         if let Some(conversation) = self.conversations.get_mut(&node) {
             (conversation.connection, conversation.outbox) = (connection, Some(outbox));
         }
+        if let Some(but) = self.memories.joined(node, join.door, join.bundles) {
+            self.send(node, ToAgent::Forget { but });
+        }
         if let Some(running) = join.running.filter(|_| is_new) {
             match self.adopting == Some(running.generation) {
                 true => drop(self.running.insert(node, running)),

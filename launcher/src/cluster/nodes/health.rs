@@ -33,6 +33,7 @@ impl Nodes {
         let name = self.name(node);
         tracing::error!("node {name} is quarantined: {why}");
         let reason = format!("quarantined: {why}");
+        self.memories.lost(node);
         let code = exit_code::NODE_UNHEALTHY;
         self.send(node, ToAgent::Over { code, reason: reason.clone() });
         let fields = json!({ "node": name, "reason": reason, "is_quarantined": true });

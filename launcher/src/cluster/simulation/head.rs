@@ -327,6 +327,7 @@ impl Head {
             stop_after: None,
             roll_backs: Vec::new(),
             memory_dir: None,
+            node: None,
             resume_dir: None,
             failures: 0,
             observed_s: 0,
@@ -335,7 +336,7 @@ impl Head {
         };
         let assignments = (0..world_size).map(assignment).collect();
         let run = RunDir::new("/simulated");
-        self.ranks = self.nodes.start(generation, &run, &self.places, assignments, kept);
+        self.ranks = self.nodes.start(generation, &run, &self.places, assignments, kept, None);
     }
 
     /// After each event, as in production.

@@ -3,10 +3,12 @@
 
 use crate::cluster::agent::Agent;
 use crate::cluster::agent::outside::Outside;
+use crate::cluster::depot::{Command, News};
 use crate::cluster::remote::{Commands, RemoteRank};
 use crate::supervisor::rank::RankHandle;
 use rank_protocol::Assignment;
 use rank_protocol::agent::{Join, NodeInfo};
+use rank_protocol::bundle::Door;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Instant;
@@ -62,6 +64,18 @@ impl Outside for Place {
 
     fn warm_up(&self, _local_rank: usize) -> Result<RankHandle, String> {
         Err("none is wanted".into())
+    }
+
+    fn door(&self) -> Option<Door> {
+        None
+    }
+
+    fn memory_dir(&self) -> Option<std::path::PathBuf> {
+        None
+    }
+
+    fn order(&self, _command: Command) -> Option<News> {
+        None
     }
 
     fn has_coordinator(&self) -> bool {

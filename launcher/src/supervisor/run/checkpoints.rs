@@ -8,7 +8,7 @@ use crate::remote::upload::{self, Uploader};
 use crate::remote::uploads::{News, Target};
 use crate::supervisor::policy::RankState;
 use crate::supervisor::record::Resumed;
-use crate::supervisor::restore::{self, READ_UP_TO, Reads, Restored, Search, Tier};
+use crate::supervisor::restore::{self, Kept, READ_UP_TO, Reads, Restored, Search, Tier};
 use rank_protocol::exit_code;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -66,7 +66,17 @@ impl Executor {
             "checkpoint_kept" => {
                 status.memory_alarm = None;
                 status.memory_checkpoint = fields.get("step").and_then(Value::as_u64);
+                // The copies of the step before are forgotten with it.
+                status.memory_copied = None;
+                if fields.get("is_copied") == Some(&Value::Bool(true)) {
+                    status.memory_copy_alarm = None;
+                    status.memory_copied = status.memory_checkpoint;
+                }
                 return;
+            }
+            "checkpoint_not_copied" => {
+                tracing::error!("rank {rank}: what its node keeps is not copied: {reason}");
+                status.memory_copy_alarm = Some(reason);
             }
             "checkpoint_not_kept" => {
                 tracing::error!("rank {rank} could not keep a checkpoint in memory: {reason}");
@@ -89,6 +99,7 @@ impl Executor {
         if !self.state.ranks().any(|(state, ..)| state == RankState::Released) {
             self.ranks.clear();
         }
+        self.forget_what_is_damaged();
         // What was committed and is not here may be in the object store, also where nobody could
         // say so when the run was resumed.
         let ever = self.plan.ever_committed.filter(|_| self.is_first_search);
@@ -96,6 +107,7 @@ impl Executor {
         let search = Search {
             dir: self.plan.run.checkpoints(),
             memory: self.plan.memory.clone(),
+            kept: self.newest_kept(),
             branches: self.plan.branches.clone(),
             only: self.plan.first_step.filter(|_| self.is_first_search),
             committed: self.state.committed().max(ever),
@@ -161,6 +173,11 @@ impl Executor {
             copies.committed(Target { generation: found.generation, step: found.step });
         }
         self.leave_out(&restored.roll_backs);
+        if let Some(elsewhere) = &mut self.elsewhere {
+            let found = restored.found.as_ref().filter(|_| tier == Some(Tier::Memory));
+            elsewhere.kept =
+                found.map(|found| Kept { step: found.step, generation: found.generation });
+        }
         let step = restored.found.map(|found| found.step);
         let resumed = step.zip(tier).map(|(step, tier)| Resumed { step, tier });
         self.recorder.status.resumed = resumed;

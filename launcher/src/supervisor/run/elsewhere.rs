@@ -8,6 +8,7 @@ use crate::cluster::sizes::Size;
 use crate::cluster::store::keeper::Standing;
 use crate::supervisor::cause::Cause;
 use crate::supervisor::record::Layout;
+use crate::supervisor::restore::Kept;
 use rank_protocol::store::Requester;
 use rank_protocol::{FailureClass, Phase, exit_code};
 use serde_json::json;
@@ -24,6 +25,8 @@ pub struct Elsewhere {
     /// Those of the generation, by place.
     places: Vec<NodeId>,
     size: Size,
+    /// What the generation goes on from, or the next one will, where the nodes have it in memory.
+    pub kept: Option<Kept>,
     /// The step from which a generation shall go on that has not all its nodes yet.
     gathering: Option<Option<u64>>,
     /// Until when the ranks of an earlier coordinator are waited for.
@@ -68,6 +71,7 @@ impl Elsewhere {
             size: nodes.whole(),
             nodes,
             places: Vec::new(),
+            kept: None,
             gathering: None,
             adopt_until: None,
             asked_by: None,
@@ -159,6 +163,12 @@ impl Executor {
         let Some(step) = elsewhere.gathering else { return };
         match elsewhere.nodes.found(Instant::now()) {
             Seek::Waiting => {}
+            // Of a node that was lost meanwhile, so was what it had in memory.
+            Seek::Found(_) if elsewhere.kept.is_some_and(|k| !elsewhere.nodes.has_in_memory(k)) => {
+                elsewhere.gathering = None;
+                tracing::warn!("the checkpoint in the nodes' memories is no longer whole");
+                self.when_claimed(Next::Search);
+            }
             Seek::Found(places) => {
                 elsewhere.size = elsewhere.nodes.size(places.len());
                 (elsewhere.gathering, elsewhere.places) = (None, places);
@@ -252,8 +262,15 @@ impl Executor {
     ) {
         let assignment = |rank| self.assignment(generation, rank, resume_step);
         let assignments = (0..self.size().ranks).map(assignment).collect();
+        let keeping = self.keeping();
+        let keeping = keeping.as_ref();
         if let Some(Elsewhere { nodes, places, .. }) = &mut self.elsewhere {
-            self.ranks = nodes.start(generation, &self.plan.run, places, assignments, kept);
+            if let Some(why) = keeping.and_then(|_| nodes.keeps_nothing(places)) {
+                tracing::warn!("nothing is kept in memory: {why}");
+                self.recorder.status.memory_alarm = Some(why);
+            }
+            let run = &self.plan.run;
+            self.ranks = nodes.start(generation, run, places, assignments, kept, keeping);
         }
     }
 
@@ -314,7 +331,7 @@ impl Executor {
             }
         };
         tracing::warn!("{found}");
-        if committed.is_none() && !self.plan.may_begin {
+        if committed.is_none() && !self.plan.may_begin && self.newest_kept().is_none() {
             let reason = "the ranks are gone, and nothing was saved; `--from-start` begins again \
                           from the initial weights";
             let (code, reason) = (exit_code::FAILED, reason.to_owned());

@@ -1,7 +1,6 @@
 //! The executor's part in numeric trouble: samples that are left out from now on.
 
 use super::Executor;
-use crate::memory;
 use rank_protocol::RollBack;
 use serde_json::json;
 
@@ -12,17 +11,6 @@ impl Executor {
             if !self.plan.roll_backs.contains(roll_back) {
                 self.plan.roll_backs.push(*roll_back);
             }
-        }
-    }
-
-    /// What is in memory is as near to the trouble as can be, and of a future that is given up.
-    fn forget_memory(&mut self) {
-        let Some(memory) = &self.plan.memory else { return };
-        self.recorder.status.memory_checkpoint = None;
-        if let Err(error) = memory::forget(memory) {
-            // Better none than that one.
-            tracing::error!("nothing is read from memory any more: {}: {error}", memory.display());
-            self.plan.memory = None;
         }
     }
 

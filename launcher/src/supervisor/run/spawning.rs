@@ -8,7 +8,7 @@ use crate::supervisor::mpirun;
 use crate::supervisor::rank::{Input, News, RankHandle, set_environment, start};
 use crate::supervisor::record::Layout;
 use crate::supervisor::relay::RankLog;
-use crate::supervisor::restore::Tier;
+use crate::supervisor::restore::{Branch, Tier, went_back};
 use rank_protocol::store::Store;
 use rank_protocol::{Assignment, env, exit_code};
 use run_config::{ClusterKind, RunConfig};
@@ -68,6 +68,7 @@ impl Executor {
         if let Some(step) = resume_step {
             tracing::info!("generation {generation} continues from step {step}");
         }
+        went_back(&mut self.plan.resumes, Branch { step: resume_step.unwrap_or(0), generation });
         let before = std::mem::take(&mut self.ranks);
         if self.elsewhere.is_some() {
             self.start_elsewhere(generation, resume_step, kept);
@@ -175,6 +176,7 @@ impl Executor {
             stop_after: self.plan.stop_after,
             roll_backs: self.plan.roll_backs.clone(),
             memory_dir: self.plan.memory.clone(),
+            node: self.node_place(rank / on_node, size.nodes),
             resume_dir: self.resume_dir(),
             failures: self.failures,
             observed_s: self.recorder.ledger.sums(Instant::now()).wall_s as u64,

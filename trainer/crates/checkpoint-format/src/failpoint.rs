@@ -50,6 +50,8 @@ points! {
     RETIRE_REMOVE = "retire_remove": "An old checkpoint's files are removed.",
 }
 
+/// A bundle is about to be copied to another node; no save passes it.
+pub const COPY_BUNDLE: &str = "copy_bundle";
 /// A manifest or `COMMIT` that came from another place is written; no save passes it.
 pub const WRITE_ARRIVED: &str = "write_arrived";
 /// Files that came from another place go to disk; no save passes it.

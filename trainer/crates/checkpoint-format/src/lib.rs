@@ -10,8 +10,11 @@
 //!   MANIFEST.json                  every file: size, checksum; what the boxes add up to
 //!   COMMIT                         SHA-256 of MANIFEST.json, written last
 //! ```
+//!
+//! In the memory of several nodes each has the files of its own ranks alone: a [`bundle`].
 
 pub mod boxes;
+pub mod bundle;
 pub mod checksum;
 mod coordinate;
 pub mod diff;

@@ -66,9 +66,31 @@ pub fn parse_remote_folder(name: &str) -> Option<(u64, u64)> {
     (remote_folder(found.0, found.1) == name).then_some(found)
 }
 
+/// The folder of what one node's ranks wrote of a checkpoint, in memory, by the node's place:
+/// `step-0001200.g0003.p00002`.
+pub fn bundle_folder(step: u64, generation: u64, place: usize) -> String {
+    format!("{}.p{place:05}", remote_folder(step, generation))
+}
+
+/// The step, generation and place of such a folder, where it is one.
+pub fn parse_bundle_folder(name: &str) -> Option<(u64, u64, usize)> {
+    let (folder, place) = name.rsplit_once(".p")?;
+    let (step, generation) = parse_remote_folder(folder)?;
+    let found = (step, generation, place.parse().ok()?);
+    (bundle_folder(found.0, found.1, found.2) == name).then_some(found)
+}
+
 /// A tensor file of a rank: `rank-00000-000.safetensors`.
 pub fn tensor_file(rank: usize, number: usize) -> String {
     format!("rank-{rank:05}-{number:03}.safetensors")
+}
+
+/// The rank and the number of a tensor file, where it is one.
+pub fn parse_tensor_file(name: &str) -> Option<(usize, usize)> {
+    let rest = name.strip_prefix("rank-")?.strip_suffix(".safetensors")?;
+    let (rank, number) = rest.split_once('-')?;
+    let found = (rank.parse().ok()?, number.parse().ok()?);
+    (tensor_file(found.0, found.1) == name).then_some(found)
 }
 
 /// A rank's part of the index, which exists until rank 0 has merged it.
@@ -92,6 +114,12 @@ mod tests {
             assert_eq!(parse_temporary_folder(&temporary_folder(step, 3)), Some(3));
             assert_eq!(parse_temporary_folder(&retired_folder(step, 12_345)), Some(12_345));
             assert_eq!(parse_remote_folder(&remote_folder(step, 12_345)), Some((step, 12_345)));
+            let bundle = bundle_folder(step, 3, 70_000);
+            assert_eq!(parse_bundle_folder(&bundle), Some((step, 3, 70_000)));
+            assert_eq!(parse_remote_folder(&bundle), None);
+        }
+        for name in ["step-0000120.g0001", "step-0000120.g0001.p1", "step-0000120.p00001"] {
+            assert_eq!(parse_bundle_folder(name), None, "{name}");
         }
         for name in ["step-0000120", "step-120.g0001", "step-0000120.g1", "step-0000120.g+001"] {
             assert_eq!(parse_remote_folder(name), None, "{name}");
@@ -102,5 +130,15 @@ mod tests {
             assert_eq!(parse_step_folder(name), None, "{name}");
         }
         assert_eq!(parse_temporary_folder("step-0000120"), None);
+    }
+
+    #[test]
+    fn tensor_files_read_back() {
+        for (rank, number) in [(0, 0), (7, 12), (123_456, 1_000)] {
+            assert_eq!(parse_tensor_file(&tensor_file(rank, number)), Some((rank, number)));
+        }
+        for name in ["rank-1-0.safetensors", "rank-00001-000", "rank-00001.part.json", "../x"] {
+            assert_eq!(parse_tensor_file(name), None, "{name}");
+        }
     }
 }

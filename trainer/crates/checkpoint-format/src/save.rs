@@ -27,6 +27,7 @@ use crate::tensor_file::{HeaderEntry, TensorFile};
 use crate::{names, parallel, place, retention};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -37,11 +38,14 @@ const MAX_PART: u64 = 256 << 20;
 
 const TENSORS: Points = Points { write: failpoint::WRITE_TENSORS, fsync: failpoint::FSYNC_TENSORS };
 const PART: Points = Points { write: failpoint::WRITE_PART, fsync: failpoint::FSYNC_PART };
-const STATE: Points = Points { write: failpoint::WRITE_STATE, fsync: failpoint::FSYNC_STATE };
-const INDEX: Points = Points { write: failpoint::WRITE_INDEX, fsync: failpoint::FSYNC_INDEX };
-const MANIFEST: Points =
+pub(crate) const STATE: Points =
+    Points { write: failpoint::WRITE_STATE, fsync: failpoint::FSYNC_STATE };
+pub(crate) const INDEX: Points =
+    Points { write: failpoint::WRITE_INDEX, fsync: failpoint::FSYNC_INDEX };
+pub(crate) const MANIFEST: Points =
     Points { write: failpoint::WRITE_MANIFEST, fsync: failpoint::FSYNC_MANIFEST };
-const COMMIT: Points = Points { write: failpoint::WRITE_COMMIT, fsync: failpoint::FSYNC_COMMIT };
+pub(crate) const COMMIT: Points =
+    Points { write: failpoint::WRITE_COMMIT, fsync: failpoint::FSYNC_COMMIT };
 
 /// A part of a tensor that this rank writes.
 #[derive(Clone, Debug)]
@@ -71,7 +75,7 @@ struct RankPart {
 pub struct Save {
     checkpoints_dir: PathBuf,
     pub(crate) step: u64,
-    generation: u64,
+    pub(crate) generation: u64,
     max_file_bytes: u64,
 }
 
@@ -248,7 +252,7 @@ impl Save {
     /// then: call [`Save::abandon`].
     pub fn commit(&self, world_size: usize, state: &TrainState) -> Result<u64> {
         let temporary = self.temporary();
-        let (mut files, index) = self.merge(world_size)?;
+        let (mut files, index) = self.merge(0..world_size)?;
         let sizes = files.iter().map(|(name, file)| (name.clone(), file.size)).collect();
         let coverage = index.validate(&sizes).map_err(|reason| self.not_committed(reason))?;
         let mut write = |name: &str, bytes: &[u8], points: Points| -> Result<()> {
@@ -275,11 +279,14 @@ impl Save {
     }
 
     /// Reads the ranks' parts, checks that their files are there in full, and removes the parts.
-    fn merge(&self, world_size: usize) -> Result<(BTreeMap<String, FileEntry>, Index)> {
+    pub(crate) fn merge(
+        &self,
+        ranks: Range<usize>,
+    ) -> Result<(BTreeMap<String, FileEntry>, Index)> {
         let folder = Folder::open(&self.temporary())?;
         let mut files = BTreeMap::new();
         let mut index = Index::default();
-        for rank in 0..world_size {
+        for rank in ranks.clone() {
             let name = names::part_file(rank);
             if !folder.has(&name) {
                 let why = folder.read(&names::failure_file(rank), 4096).unwrap_or_default();
@@ -303,7 +310,7 @@ impl Save {
             }
             index.merge(part.index).map_err(|reason| self.not_committed(reason))?;
         }
-        for rank in 0..world_size {
+        for rank in ranks {
             let path = self.temporary().join(names::part_file(rank));
             std::fs::remove_file(&path).map_err(|error| FormatError::io("remove", &path, error))?;
         }
@@ -366,12 +373,12 @@ pub(crate) fn entry_name(name: &str, shape: &[u64], region: &TensorBox) -> Strin
     format!("{name}[{}]", spans.join(","))
 }
 
-fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
+pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value)
         .map_err(|error| FormatError::Request(format!("cannot make {}: {error}", path.display())))
 }
 
-fn pretty_json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
+pub(crate) fn pretty_json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec_pretty(value)
         .map_err(|error| FormatError::Request(format!("cannot make {}: {error}", path.display())))
 }

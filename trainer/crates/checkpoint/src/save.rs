@@ -3,6 +3,7 @@
 
 use crate::error::Result;
 use crate::views::{View, check_owned, dtype, dtype_of, views};
+use checkpoint_format::bundle::{BundleReport, HandOver, JointBundle, Meeting, NodeRanks};
 use checkpoint_format::share::{SharedTensor, rows_of_rank};
 use checkpoint_format::{
     Barrier, Dtype, JointSave, Piece, Save, SaveReport, TensorBox, TrainState, names,
@@ -130,20 +131,7 @@ impl Snapshot {
     /// # Errors
     /// As [`save`].
     pub fn write(self, barrier: &mut Barrier<'_>) -> Result<SaveReport> {
-        let mut result = self.failed.map_or(Ok(()), Err);
-        let mut pieces = Vec::with_capacity(self.shares.len());
-        for share in &self.shares {
-            match as_bytes(&share.elements) {
-                Ok(data) => pieces.push(Piece {
-                    name: share.name.clone(),
-                    dtype: share.dtype,
-                    shape: share.shape.clone(),
-                    region: share.region.clone(),
-                    data,
-                }),
-                Err(error) => result = result.and(Err(error.into())),
-            }
-        }
+        let (pieces, result) = pieces(&self.shares, self.failed);
         let joint = JointSave {
             save: self.save,
             rank: self.rank,
@@ -158,6 +146,57 @@ impl Snapshot {
         result?;
         Ok(report?)
     }
+
+    /// Writes it into the memory of this rank's node, which has these ranks of the run, where each
+    /// node keeps its own ranks' part.
+    ///
+    /// # Errors
+    /// As [`save`].
+    pub fn write_bundle(
+        self,
+        run: &str,
+        node: NodeRanks,
+        meet: &mut Meeting<'_>,
+        hand_over: &mut HandOver<'_>,
+    ) -> Result<BundleReport> {
+        let (pieces, result) = pieces(&self.shares, self.failed);
+        let joint = JointBundle {
+            run,
+            save: self.save,
+            rank: self.rank,
+            node,
+            total_bytes: self.total_bytes,
+            pieces,
+            state: &self.state,
+        };
+        // One that could not be read must not be taken for one that has nothing to write.
+        let is_whole = result.is_ok();
+        let report = joint.run(&mut |is_well| meet(is_well && is_whole), hand_over);
+        result?;
+        Ok(report?)
+    }
+}
+
+/// What is written of the shares, and why not all of it.
+fn pieces(
+    shares: &[Share],
+    failed: Option<crate::CheckpointError>,
+) -> (Vec<Piece<'_>>, Result<()>) {
+    let mut result = failed.map_or(Ok(()), Err);
+    let mut pieces = Vec::with_capacity(shares.len());
+    for share in shares {
+        match as_bytes(&share.elements) {
+            Ok(data) => pieces.push(Piece {
+                name: share.name.clone(),
+                dtype: share.dtype,
+                shape: share.shape.clone(),
+                region: share.region.clone(),
+                data,
+            }),
+            Err(error) => result = result.and(Err(error.into())),
+        }
+    }
+    (pieces, result)
 }
 
 /// This rank's share, and the bytes of the whole checkpoint.

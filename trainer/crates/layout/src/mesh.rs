@@ -117,7 +117,7 @@ impl Mesh {
     }
 
     /// Ranks from one coordinate of `axis` to the next: the product of the degrees inside it.
-    fn stride(&self, axis: Axis) -> usize {
+    pub(crate) fn stride(&self, axis: Axis) -> usize {
         self.degrees.iter().take(axis as usize).product()
     }
 }

@@ -6,10 +6,10 @@ use model_spec::{LocalParameter, Place};
 use run_config::{DeviceKind, RunConfig};
 
 /// Bytes of the copy, and of what it keeps in the machine's memory (`checkpoint.memory`: the newest
-/// checkpoint, the one being written, and its copy), where bytes of an element are `compute` in
-/// compute and `state` in master weights and optimizer state: its weights, master weights where
-/// they are others, and two moments. Ranks that own the same elements write equal shares of them,
-/// to within one tensor or 1 MiB.
+/// checkpoint, the one being written, and its copy; on several nodes another's newest and the one
+/// that arrives too), where bytes of an element are `compute` in compute and `state` in master
+/// weights and optimizer state: its weights, master weights where they are others, and two moments.
+/// Ranks that own the same elements write equal shares of them, to within one tensor or 1 MiB.
 ///
 /// 0 where the only checkpoint is that after the last step, which is written without a copy, and
 /// with `cluster.device: cuda`, where it is not in the memory of the rank's device.
@@ -23,7 +23,8 @@ pub(crate) fn copy_bytes(
     // With `auto` there is a checkpoint before the last step, where there are several steps.
     let has_copy = steps.contains(&config.checkpoint.every_steps.unwrap_or(1));
     let is_kept = steps.contains(&config.checkpoint.memory.every_steps);
-    let times = u64::from(has_copy) + 3 * u64::from(is_kept);
+    let in_memory = if config.cluster.nodes > 1 { 5 } else { 3 };
+    let times = u64::from(has_copy) + in_memory * u64::from(is_kept);
     if config.cluster.device == DeviceKind::Cuda {
         return 0;
     }
@@ -99,6 +100,8 @@ mod tests {
         let kept = ["checkpoint.memory.every_steps=1", "precision.compute=fp64"];
         check(&kept, (1 + 3) * 3 * 8);
         check(&[kept[0], kept[1], "checkpoint.every_steps=0"], 3 * 3 * 8);
+        let nodes = ["cluster.nodes=2", "cluster.ranks_per_node=4"];
+        check(&[&kept[..], &nodes].concat(), (1 + 5) * 3 * 8);
     }
 
     #[test]
