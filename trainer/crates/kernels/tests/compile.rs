@@ -78,9 +78,15 @@ fn check_accesses(variant: &Variant, kernel: &str, body: &str) {
         body.lines().filter(has_16_bytes).count()
     };
     // Those that read and write partial sums, or single numbers.
-    let small = ["rms_norm_weight_gradient", "sum_of_squares", "clip_coefficient", "column_scales"];
+    let small = [
+        "rms_norm_weight_gradient",
+        "sum_of_squares",
+        "clip_coefficient",
+        "column_scales",
+        "cut_rescale",
+    ];
     // Those whose results are few, or a byte for each element.
-    let reduces = ["squares_of_chunks", "column_maxima", "quantise_rows"];
+    let reduces = ["squares_of_chunks", "column_maxima", "quantise_rows", "cut_gauge"];
     if !small.contains(&kernel) {
         assert!(wide("ld.global") > 0, "{kernel} of {variant} reads less at a time");
         if !reduces.contains(&kernel) {

@@ -36,6 +36,11 @@ fn cross_entropy() {
 }
 
 #[test]
+fn cut_cross_entropy() {
+    used(suite::cut_cross_entropy::check(&emulator::kernels(None), Extent::Small));
+}
+
+#[test]
 fn embedding() {
     used(suite::embedding::check(&emulator::kernels(None), Extent::Small));
 }

@@ -80,6 +80,14 @@ fn cross_entropy() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn cut_cross_entropy() {
+    let (kernels, _folder) = open();
+    let worst = suite::cut_cross_entropy::check(&kernels, Extent::Full);
+    report(&kernels, "cut_cross_entropy", worst);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn embedding() {
     let (kernels, _folder) = open();
     report(&kernels, "embedding", suite::embedding::check(&kernels, Extent::Full));

@@ -26,6 +26,11 @@ impl Dense {
     pub fn new(kernels: Option<Kernels>) -> Self {
         Self { kernels }
     }
+
+    /// The kernels, where there are any.
+    pub fn kernels(&self) -> Option<&Kernels> {
+        self.kernels.as_ref()
+    }
 }
 
 impl LayerBuilder for Dense {

@@ -16,6 +16,7 @@ use torch_shim::tch::Tensor;
 use crate::context::ContextGroup;
 use crate::shards::Shards;
 use crate::tensor::TensorGroup;
+use crate::vocabulary::LossBy;
 
 /// Builds sharded layers.
 pub(crate) struct Sharded {
@@ -124,8 +125,9 @@ impl LayerBuilder for Sharded {
         self.need(weight)?;
         match &self.tensor {
             Some(tensor) => {
-                let chunk = LOSS_CHUNK_TOKENS as i64;
-                Ok(tensor.loss(x_BSD, weight, targets_BS, scale, chunk)?)
+                let how =
+                    LossBy { kernels: self.dense.kernels(), tokens: LOSS_CHUNK_TOKENS as i64 };
+                Ok(tensor.loss(x_BSD, weight, targets_BS, scale, how)?)
             }
             None => self.dense.loss(x_BSD, weight, targets_BS, scale),
         }

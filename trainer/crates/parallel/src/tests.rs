@@ -11,6 +11,7 @@ use torch_shim::tch::{Device, Kind, Tensor};
 
 use crate::failure::Failure;
 use crate::tensor::TensorGroup;
+use crate::vocabulary::LossBy;
 
 /// How long the other rank holds.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -88,7 +89,8 @@ fn input_gradients(factor: Option<f64>) -> [Tensor; 2] {
     let (own, twin) = (x.copy().set_requires_grad(true), x.set_requires_grad(true));
     let targets = Tensor::from_slice(&[4i64, -100, 1]).view([1, TOKENS]);
     let weight = set.at(0).unwrap();
-    let loss = group.loss(&own, weight, &targets, 0.5, 2).unwrap();
+    let loss =
+        group.loss(&own, weight, &targets, 0.5, LossBy { kernels: None, tokens: 2 }).unwrap();
     let loss = factor.map_or(loss.shallow_clone(), |factor| loss * factor);
     autograd::backward(&[&loss], &[]).unwrap();
     let logits = twin.view([TOKENS, DIM]).matmul(&weight.compute.detach().tr());

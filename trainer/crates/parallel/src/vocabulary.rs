@@ -8,6 +8,8 @@
 //! Shapes: `N` positions, `D` dim, `v` tokens of this rank.
 
 use collectives::ReduceOp;
+use kernels::Kernels;
+use kernels::ops::cut_cross_entropy::{self, Part};
 use torch_shim::params::Parameter;
 use torch_shim::tch::{Kind, Tensor};
 use torch_shim::uses::{Use, product, project};
@@ -20,11 +22,28 @@ use crate::tensor::{TensorGroup, input, local, one, outside};
 /// Stands for no target.
 const NO_TARGET: i64 = -100;
 
+/// How a loss is computed.
+#[derive(Clone, Copy)]
+pub(crate) struct LossBy<'a> {
+    /// The kernels of the device, where there are any: they are used where they take the input.
+    pub(crate) kernels: Option<&'a Kernels>,
+    /// Positions whose logits are held at a time.
+    pub(crate) tokens: i64,
+}
+
 /// What one chunk of positions gives.
 struct Chunk {
     loss: Tensor,
     /// Gradient of this rank's logits, `[N, v]`.
     d_logits: Option<Tensor>,
+}
+
+/// What the losses of a chunk are made of.
+struct Goal<'a> {
+    targets_N: &'a Tensor,
+    head: &'a Parameter,
+    scale: f64,
+    with_gradients: bool,
 }
 
 impl TensorGroup {
@@ -37,12 +56,13 @@ impl TensorGroup {
         weight: &Parameter,
         targets: &Tensor,
         scale: f64,
-        chunk_tokens: i64,
+        LossBy { kernels, tokens }: LossBy<'_>,
     ) -> ShimResult<Tensor> {
         let usage = Use::open(weight)?;
         let with_gradients = usage.counts();
         let slot = Slot::new();
         let (group, own, kept) = (self.clone(), weight.shallow_clone(), slot.share());
+        let kernels = kernels.filter(|kernels| kernels.takes(x)).cloned();
         let (targets, usage_forward) = (targets.f_reshape([-1])?, usage);
         let finish = Slot::new();
         let keep_use = finish.share();
@@ -60,11 +80,15 @@ impl TensorGroup {
             let dx_ND = rows_ND.f_empty_like()?;
             let mut first = 0;
             while first < num_rows {
-                let count = chunk_tokens.min(num_rows - first);
+                let count = tokens.min(num_rows - first);
                 let part_ND = rows_ND.f_narrow(0, first, count)?;
-                let logits = project(&part_ND, &own)?.f_to_kind(wide)?;
-                let goal = targets.f_narrow(0, first, count)?;
-                let chunk = group.chunk(logits, &goal, &own, scale, with_gradients)?;
+                let logits = project(&part_ND, &own)?;
+                let targets_N = &targets.f_narrow(0, first, count)?;
+                let goal = Goal { targets_N, head: &own, scale, with_gradients };
+                let chunk = match &kernels {
+                    Some(kernels) => group.chunk_by_kernels(kernels, logits, &goal)?,
+                    None => group.chunk(logits.f_to_kind(wide)?, &goal)?,
+                };
                 loss = loss.f_add(&chunk.loss)?;
                 if let Some(d_logits) = chunk.d_logits {
                     let d_logits = narrowed(d_logits, x.kind())?;
@@ -79,7 +103,7 @@ impl TensorGroup {
                 kept.put(dx);
             }
             keep_use.put(usage);
-            Ok(vec![loss])
+            Ok(vec![loss.f_to_kind(wide)?])
         };
         let backward = move |gradients: &[Option<Tensor>]| {
             let dx = only_for_one(slot.take()?, input(gradients, 0)?)?;
@@ -89,16 +113,40 @@ impl TensorGroup {
         one(autograd::apply(&[x, &weight.compute], 1, forward, backward)?)
     }
 
+    /// Two launches on each side of what goes over the ranks, and a short one in between.
+    fn chunk_by_kernels(
+        &self,
+        kernels: &Kernels,
+        logits_Nv: Tensor,
+        &Goal { targets_N, head, scale, with_gradients }: &Goal<'_>,
+    ) -> ShimResult<Chunk> {
+        let reduce = |x: &Tensor, op| begin_reduce(self.comm.as_ref(), &self.failure, x, op);
+        let rows = self.vocabulary(head);
+        let vocabulary = self.comm.size() as i64 * (rows.end - rows.start);
+        let part = Part { first: rows.start, vocabulary };
+        let targets_N = targets_N.f_to_kind(Kind::Int64)?;
+        let gauged = cut_cross_entropy::gauge(kernels, &logits_Nv, &targets_N, part)?;
+        // The own maxima are needed again.
+        let mut most_N = gauged.maxima.f_empty_like()?;
+        most_N.f_copy_(&gauged.maxima)?;
+        let most_N = reduce(&most_N, ReduceOp::Max)?.finish()?;
+        cut_cross_entropy::rescale(kernels, &gauged, &most_N)?;
+        let sums_2N = reduce(&gauged.sums, ReduceOp::Sum)?.finish()?;
+        let own = (&logits_Nv, &targets_N, part);
+        let all = (&most_N, &sums_2N);
+        let losses_N = cut_cross_entropy::cross_entropy(kernels, own, all, scale, with_gradients)?;
+        // In FP64, because the sum is over all tokens.
+        let loss = losses_N.f_sum(Kind::Double)?.f_mul_scalar(scale)?;
+        Ok(Chunk { loss, d_logits: with_gradients.then_some(logits_Nv) })
+    }
+
     fn chunk(
         &self,
         mut logits_Nv: Tensor,
-        targets_N: &Tensor,
-        weight: &Parameter,
-        scale: f64,
-        with_gradients: bool,
+        &Goal { targets_N, head, scale, with_gradients }: &Goal<'_>,
     ) -> ShimResult<Chunk> {
         let reduce = |x: &Tensor, op| begin_reduce(self.comm.as_ref(), &self.failure, x, op);
-        let rows = self.vocabulary(weight);
+        let rows = self.vocabulary(head);
         let kind = logits_Nv.kind();
         let valid_N = targets_N.f_ne(NO_TARGET)?.f_to_kind(kind)?;
         let here_N = outside(targets_N, &rows)?.f_logical_not()?.f_to_kind(kind)?;

@@ -13,13 +13,13 @@ use crate::error::Result;
 use crate::launch::{Argument, Grid, Kernels, int, pieces, plain, rows, threads};
 use crate::program::{Program, Storage};
 
-const KERNEL: &str = "cross_entropy";
+pub(super) const KERNEL: &str = "cross_entropy";
 
 /// The CUDA source.
 pub static PROGRAM: Program = Program {
     name: KERNEL,
     source: include_str!("cross_entropy.cu"),
-    kernels: &[KERNEL],
+    kernels: &[KERNEL, "cut_gauge", "cut_rescale", "cut_cross_entropy"],
     storages: Storage::ALL,
     items: &[],
 };
@@ -59,12 +59,17 @@ pub fn cross_entropy(
         Argument::F64(scale),
         Argument::I32(i32::from(gradients)),
     ];
-    let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
-    let grid = Grid::line(kernels.share(count, BLOCKS * MAX_THREADS / threads), threads);
+    let grid = grid(kernels, storage, [count, width]);
     // SAFETY: the parameters are those of the source; logits have `count` rows of `width` elements,
     // targets and losses `count` elements.
     unsafe { kernels.launch(plain(&PROGRAM, storage), KERNEL, grid, &arguments)? };
     Ok(losses)
+}
+
+/// A block for a row at a time.
+pub(super) fn grid(kernels: &Kernels, storage: Storage, [count, width]: [i64; 2]) -> Grid {
+    let threads = threads(pieces(width, storage.lanes()), MAX_THREADS);
+    Grid::line(kernels.share(count, BLOCKS * MAX_THREADS / threads), threads)
 }
 
 /// `scale` times the summed cross-entropy of `softmax(x head^T)` at `targets`, as

@@ -4,6 +4,7 @@
 pub mod accumulate;
 pub mod adamw;
 pub mod cross_entropy;
+pub mod cut_cross_entropy;
 pub mod embedding;
 pub mod fp8;
 pub mod gradient_norm;

@@ -87,10 +87,36 @@ fn in_cross_entropy() {
             "at < width; at += (int)blockDim.x) element(at);",
             "at + 1 < width; at += (int)blockDim.x) element(at);",
         ),
-        ("target == -100 ? (Wide)0 : kNan", "(Wide)0"),
+        ("target == -100 ? (Wide)0 : (Wide)__uint_as_float(0x7fc00000u)", "(Wide)0"),
     ];
     all_are_found(&planted, |kernels| {
         suite::cross_entropy::check(kernels, SMALL);
+    });
+}
+
+#[test]
+fn in_cut_cross_entropy() {
+    let planted = [
+        ("if (at >= 0 && at < width) at_target", "if (at > 0 && at < width) at_target"),
+        ("if (at >= 0 && at < width) at_target", "if (at >= 0 && at <= width) at_target"),
+        ("sums[row] *= exponential(maxima[row] - largest[row]);", ""),
+        ("width, target - first, most,", "width, target, most,"),
+        ("sums[rows + row] = at_target;", "sums[rows + row] = at_target - most;"),
+        (
+            "logarithm(sum) + most - sums[rows + row] : untargeted(target);",
+            "logarithm(sum) + most - sums[rows + row] : (Wide)0;",
+        ),
+        (
+            "bool is_target = target >= 0 && target < vocabulary;",
+            "bool is_target = target != -100;",
+        ),
+        (
+            "row < rows; row += gridDim.x * (i64)blockDim.x)",
+            "row + 1 < rows; row += gridDim.x * (i64)blockDim.x)",
+        ),
+    ];
+    all_are_found(&planted, |kernels| {
+        suite::cut_cross_entropy::check(kernels, SMALL);
     });
 }
 

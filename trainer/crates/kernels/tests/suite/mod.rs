@@ -11,6 +11,7 @@
 
 pub mod accumulate;
 pub mod cross_entropy;
+pub mod cut_cross_entropy;
 pub mod embedding;
 pub mod fp8;
 pub mod graph;
