@@ -26,7 +26,6 @@ use crate::train_step::{
 };
 use collectives::ReduceOp;
 use data_pipeline::MicroBatch;
-use optim::clip_coefficient_of;
 use parallel::Reducing;
 use std::time::Instant;
 use torch_shim::cuda::{Readback, Stream};
@@ -164,9 +163,9 @@ fn read_ahead(rank: &mut Rank, step: u64) -> Result<Ahead> {
 /// limits, and begins to read these.
 fn update(rank: &mut Rank, step: u64, given: &Given, sums: &Tensor) -> Result<Readback> {
     let _phase = profiler::phase("optimizer");
-    let norm = sums.f_select(0, 2)?.f_sqrt()?;
+    let clip_norm = rank.config.training.clip_norm;
+    let (norm, coefficient) = rank.optimizer.clip(&sums.f_select(0, 2)?, clip_norm)?;
     let held = held(&sums.f_select(0, 0)?, &norm, rank.watch.limits())?;
-    let coefficient = clip_coefficient_of(&norm, rank.config.training.clip_norm)?;
     let local_squares = match rank.watch.config().replay {
         true => rank.worker.local_squares(&given.counted)?,
         false => given.counted.f_zeros_like()?,

@@ -7,13 +7,12 @@ use crate::profile::Profile;
 use crate::rank::longest_sequence;
 use crate::setup::{Trainee, initialize, prepare_libtorch, read_config, trainee};
 use model::{AttentionKernels, Inputs, targets};
-use optim::{AdamW, clip_coefficient_of};
+use optim::AdamW;
 use rank_protocol::Steps;
 use run_config::RunConfig;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use torch_shim::cuda::Readback;
-use torch_shim::norm::squared_norm;
 use torch_shim::tch::{Kind, Tensor};
 
 /// What to measure.
@@ -75,7 +74,7 @@ impl Bench {
         }
         let coefficient = match self.config.training.clip_norm {
             None => None,
-            clip => clip_coefficient_of(&squared_norm(params.flat_grad())?.f_sqrt()?, clip)?,
+            clip => self.optimizer.clip(&self.optimizer.squared_norm(params)?, clip)?.1,
         };
         let rate = self.config.optimizer.learning_rate;
         self.optimizer.step_unless(params, rate, coefficient.as_ref(), &self.go)?;

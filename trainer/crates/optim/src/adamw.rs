@@ -5,15 +5,17 @@
 //! `w -= lr * decay * w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 //! w -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
 
+use crate::clip::clip_coefficient_of;
 use crate::error::{OptimError, Result};
 use kernels::Kernels;
 use kernels::ops::adamw::{self, Buffers, Chunks};
+use kernels::ops::gradient_norm;
 use run_config::Optimizer;
 use std::ops::Range;
 use torch_shim::ops::OnDevice;
 use torch_shim::params::{Parameter, ParameterSet};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
-use torch_shim::{ShimError, memory, ops};
+use torch_shim::{ShimError, memory, norm, ops};
 
 /// AdamW and its state: two flat buffers laid out as the parameter set's master buffer is.
 #[derive(Debug)]
@@ -113,6 +115,40 @@ impl AdamW {
         held: &Tensor,
     ) -> Result<()> {
         self.update_all(parameters, learning_rate, coefficient, Some(held))
+    }
+
+    /// Sum of the squares of all gradients, an FP64 scalar on their device.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn squared_norm(&self, parameters: &ParameterSet) -> Result<Tensor> {
+        let gradients = parameters.flat_grad();
+        match &self.own {
+            Some(Own { kernels, chunks }) => {
+                Ok(gradient_norm::squared_norm(kernels, gradients, chunks)?)
+            }
+            None => Ok(norm::squared_norm(gradients)?),
+        }
+    }
+
+    /// The global norm, FP64, from the sum of the squares of all gradients, and what
+    /// [`AdamW::step_unless`] multiplies gradients of this norm by; `None` where nothing is clipped.
+    /// Nothing is read. Where the norm is not finite the other number is of no use.
+    ///
+    /// # Errors
+    /// Where libtorch refuses.
+    pub fn clip(
+        &self,
+        squares: &Tensor,
+        clip_norm: Option<f64>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if let (Some(own), Some(_)) = (&self.own, clip_norm) {
+            let (norm, coefficient) = gradient_norm::clip(&own.kernels, squares, clip_norm)?;
+            return Ok((norm, Some(coefficient)));
+        }
+        let norm = squares.f_sqrt()?;
+        let coefficient = clip_coefficient_of(&norm, clip_norm)?;
+        Ok((norm, coefficient))
     }
 
     /// The last update was held back.

@@ -28,7 +28,7 @@ pub fn clip_coefficient(norm: f64, clip_norm: Option<f64>) -> f64 {
 ///
 /// # Errors
 /// Where libtorch refuses.
-pub fn clip_coefficient_of(norm: &Tensor, clip_norm: Option<f64>) -> Result<Option<Tensor>> {
+pub(crate) fn clip_coefficient_of(norm: &Tensor, clip_norm: Option<f64>) -> Result<Option<Tensor>> {
     let Some(limit) = clip_norm else { return Ok(None) };
     let limit = norm.f_full_like(limit)?;
     Ok(Some(limit.f_div(&norm.f_add_scalar(NORM_EPS)?)?.f_clamp_max(1.0)?))

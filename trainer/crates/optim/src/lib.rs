@@ -8,6 +8,6 @@ mod error;
 pub mod schedule;
 
 pub use adamw::{AdamW, Moments};
-pub use clip::{clip_coefficient, clip_coefficient_of, gradient_norm};
+pub use clip::{clip_coefficient, gradient_norm};
 pub use error::{OptimError, Result};
 pub use schedule::learning_rate;

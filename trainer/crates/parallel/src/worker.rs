@@ -5,6 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use collectives::{Communicator, ReduceOp};
+use kernels::Kernels;
+use kernels::ops::adamw::Chunks;
+use kernels::ops::gradient_norm;
 use layout::Schedule;
 use layout::mesh::Axis;
 use layout::plan::{PartialSum, SumOver, TensorPlace, partial_sums};
@@ -12,12 +15,12 @@ use layout::schedule::Action;
 use model::{Dense, Inputs, LayerBuilder, Llama, Recompute, allocate_sharded};
 use model_spec::LocalParameter;
 use run_config::RunConfig;
-use torch_shim::ShimError;
 use torch_shim::cuda::Readback;
 use torch_shim::norm::squared_norm;
 use torch_shim::params::{ParameterSet, Sharding};
 use torch_shim::profiler;
 use torch_shim::tch::{Device, Tensor, no_grad};
+use torch_shim::{Result as ShimResult, ShimError};
 
 use crate::builder::Sharded;
 use crate::context::{self, ContextGroup, Masks};
@@ -57,6 +60,8 @@ pub struct Worker {
     stream_parts: usize,
     data: Data,
     sums: Vec<PartialSum>,
+    /// Where kernels take the gradients: those that count here, and all that are owned.
+    squares: Option<Squaring>,
     failure: Failure,
 }
 
@@ -88,6 +93,7 @@ impl Worker {
         let data = Data::new(config, &groups, &params, &held, bucket_bytes, &failure)?;
         // 4. Sequence, context and recomputation: how each layer's graph is built.
         let shards = data.shards(&params, &held);
+        let squares = Squaring::new(dense.kernels(), &params, &held, counts(&groups))?;
         let builder = Sharded { dense, ..builder(config, &groups, place, &failure, shards) };
         let builder: Arc<dyn LayerBuilder> = Arc::new(builder);
         let parameters_of = parameters_of(&stages, &held);
@@ -103,6 +109,7 @@ impl Worker {
             chunks,
             parameters_of,
             data,
+            squares,
             failure,
         })
     }
@@ -262,9 +269,7 @@ impl Worker {
     /// # Errors
     /// Where libtorch refuses.
     pub fn counted_gradients(&self) -> Result<Vec<Tensor>> {
-        let axes = [Axis::Context, Axis::Replicate];
-        if axes.iter().any(|&axis| self.groups.coordinate(axis) > 0) {
-            // Ranks that differ in their tokens alone have the same gradients.
+        if !counts(&self.groups) {
             return Ok(Vec::new());
         }
         counted(&self.held, &self.params).iter().map(|run| self.gradient(run)).collect()
@@ -276,6 +281,9 @@ impl Worker {
     /// # Errors
     /// Where libtorch refuses.
     pub fn counted_squares(&self) -> Result<Tensor> {
+        if let Some(squares) = &self.squares {
+            return Ok(squares.counted(&self.params)?);
+        }
         let gradients = self.counted_gradients()?;
         let squares = gradients.iter().map(squared_norm).collect::<Result<Vec<_>, _>>()?;
         Ok(sum(&squares, self.device())?)
@@ -295,6 +303,9 @@ impl Worker {
         if self.groups.mesh.size() == 1 {
             // All that there is counts.
             return Ok(counted.shallow_clone());
+        }
+        if let Some(squares) = &self.squares {
+            return Ok(squares.owned(&self.params)?);
         }
         Ok(no_grad(|| squared_norm(self.params.owned_grad()))?)
     }
@@ -323,6 +334,49 @@ fn owned_parts(params: &ParameterSet, range: &Range<i64>) -> impl Iterator<Item 
         let start = owned.start + low - owned.elements.start;
         (low < high).then(|| start..start + high - low)
     })
+}
+
+/// Whether gradients count on this rank: ranks that differ in their tokens alone have the same.
+fn counts(groups: &Groups) -> bool {
+    [Axis::Context, Axis::Replicate].iter().all(|&axis| groups.coordinate(axis) == 0)
+}
+
+/// Norms of gradients with our own kernels: all runs in one launch.
+struct Squaring {
+    kernels: Kernels,
+    counted: Chunks,
+    owned: Chunks,
+}
+
+impl Squaring {
+    /// `None` where there are no kernels, or they do not take the gradients.
+    fn new(
+        kernels: Option<&Kernels>,
+        params: &ParameterSet,
+        held: &[LocalParameter],
+        counts: bool,
+    ) -> Result<Option<Self>> {
+        let gradients = params.owned_grad();
+        let Some(kernels) = kernels.filter(|kernels| kernels.takes(gradients)) else {
+            return Ok(None);
+        };
+        let runs = if counts { counted(held, params) } else { Vec::new() };
+        let all = 0..gradients.numel() as i64;
+        let chunks = |runs: Vec<Range<i64>>| -> ShimResult<Chunks> {
+            let runs: Vec<_> = runs.into_iter().map(|run| (run, false)).collect();
+            Ok(Chunks::new(kernels, &runs)?)
+        };
+        let (counted, owned) = (chunks(runs)?, chunks(vec![all])?);
+        Ok(Some(Self { kernels: kernels.clone(), counted, owned }))
+    }
+
+    fn counted(&self, params: &ParameterSet) -> ShimResult<Tensor> {
+        Ok(gradient_norm::squared_norm(&self.kernels, params.owned_grad(), &self.counted)?)
+    }
+
+    fn owned(&self, params: &ParameterSet) -> ShimResult<Tensor> {
+        Ok(gradient_norm::squared_norm(&self.kernels, params.owned_grad(), &self.owned)?)
+    }
 }
 
 /// The longest runs of what is owned whose elements all count here; the padding between two

@@ -5,9 +5,11 @@ use std::time::Instant;
 
 use kernels::Kernels;
 use kernels::ops::adamw::{Buffers, Chunks, adamw};
+use kernels::ops::cut_cross_entropy::Part;
 use kernels::ops::rope::{Layout, Tables};
 use kernels::ops::{
-    accumulate, cross_entropy, embedding, fp8, gradient_norm, rms_norm, rope, swiglu,
+    accumulate, cross_entropy, cut_cross_entropy, embedding, fp8, gradient_norm, rms_norm, rope,
+    swiglu,
 };
 use torch_shim::cuda;
 use torch_shim::ops::AdamW;
@@ -86,6 +88,21 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
                 drop(cross_entropy::cross_entropy(kernels, &logits, &targets, 1e-4, true).unwrap());
             };
             vec![("with gradients", rate(bytes, run))]
+        }
+        "cut_cross_entropy" => {
+            let vocabulary = VOCABULARY / 8;
+            let logits = bf16(&[CHUNK, vocabulary]);
+            let targets = Tensor::arange(CHUNK, (Kind::Int64, kernels.device()));
+            let part = Part { first: 0, vocabulary: VOCABULARY };
+            // Read twice, written once.
+            let bytes = (CHUNK * vocabulary * 2 * 3) as f64;
+            let run = || {
+                let gauged = cut_cross_entropy::gauge(kernels, &logits, &targets, part).unwrap();
+                let own = (&logits, &targets, part);
+                let all = (&gauged.maxima, &gauged.sums);
+                drop(cut_cross_entropy::cross_entropy(kernels, own, all, 1e-4, true).unwrap());
+            };
+            vec![("one of 8 parts", rate(bytes, run))]
         }
         "embedding" => {
             let tokens = Tensor::arange(TOKENS, (Kind::Int64, kernels.device())).remainder(3000);
