@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use collectives::{Communicator, Group, GroupOptions, local};
 use emulator::Planted;
@@ -54,7 +55,10 @@ fn join(
 ) -> Result<Arc<dyn Communicator>, collectives::CommError> {
     let mut groups = meeting.lock().unwrap();
     let make = || {
-        let made = local::group(ranks.len(), &GroupOptions::new(name, 1)).unwrap();
+        // Where one fails, the others do not wait for long.
+        let timeout = Duration::from_secs(60);
+        let options = GroupOptions { timeout, ..GroupOptions::new(name, 1) };
+        let made = local::group(ranks.len(), &options).unwrap();
         made.into_iter().map(Some).collect()
     };
     let group = groups.entry(name.to_owned()).or_insert_with(make);

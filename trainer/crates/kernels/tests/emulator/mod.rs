@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::{env, fs};
 
 use kernels::{Access, Argument, Executor, Kernels, Key, Launch, Result, Variant};
@@ -71,6 +71,9 @@ fn source_of(variant: &Variant, planted: Option<Planted>) -> String {
 
 /// The compiled program, from an earlier test where there was one.
 fn library_of(variant: &Variant, planted: Option<Planted>) -> PathBuf {
+    // Ranks that are threads want the same at the same time.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let text = source_of(variant, planted);
     let key = Key::of(&[&text]).to_string();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
