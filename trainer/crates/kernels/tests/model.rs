@@ -196,7 +196,7 @@ fn an_update_that_is_wrong_is_found() {
         let found = catch_unwind(|| {
             check_updates(ComputeDtype::Bf16, &emulator::kernels(Some(planted)));
         });
-        let text = found.expect_err("not found").downcast_ref::<String>().cloned();
+        let text = found.unwrap_err().downcast_ref::<String>().cloned();
         let text = text.unwrap_or_default();
         assert!(!text.contains("host compiler"), "{planted:?}: {text}");
         println!("found: {planted:?}: {text}");
