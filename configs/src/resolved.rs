@@ -280,7 +280,7 @@ pub enum Recompute {
 pub struct Precision {
     /// Of activations and of the weights used in compute.
     pub compute: ComputeDtype,
-    /// Of matrix products.
+    /// Of the matrix products of blocks.
     pub matmul: Matmul,
     /// Kernels of attention on GPUs; each rounds in its own way.
     pub attention: AttentionKernel,
@@ -316,7 +316,7 @@ pub enum ComputeDtype {
 pub enum Matmul {
     /// As `compute`.
     Same,
-    /// FP8 with scales.
+    /// FP8 (e4m3) with a scale for each row of an operand.
     Fp8,
 }
 

@@ -8,18 +8,12 @@ use crate::rules::Rules;
 /// Refuses each feature that is asked for and not there.
 pub(crate) fn check(rules: &mut Rules) {
     let c = &rules.config.cluster;
-    let asked: [(bool, &str, &str, &str); 4] = [
+    let asked: [(bool, &str, &str, &str); 3] = [
         (
             rules.config.checkpoint.memory.every_steps > 0 && c.nodes > 1,
             "checkpoint.memory.every_steps",
             "checkpoints in the memory of more than one node",
             "0",
-        ),
-        (
-            rules.config.precision.matmul == Matmul::Fp8,
-            "precision.matmul",
-            "FP8 matrix products",
-            "same",
         ),
         (
             !matches!(c.kind, ClusterKind::Local | ClusterKind::Mpi),

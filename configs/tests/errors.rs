@@ -334,11 +334,33 @@ fn not_yet_supported() {
             "parallelism.pipeline={stages: 2, virtual_stages: 1}",
             "parallelism.shard={ranks: 2, level: optimizer}",
             "parallelism.recompute=full",
-            "precision.matmul=fp8",
             "cluster={kind: slurm, nodes: 2, ranks_per_node: 8}",
             "data.sources.0.path=s3://bucket/*.parquet",
         ]
     ));
+}
+
+/// What FP8 products go with, and each way in which sizes do not.
+#[test]
+fn fp8() {
+    let fp8 = "precision.matmul=fp8";
+    let sound = ["model.ffn_dim=176", fp8];
+    load(GOOD, &sound).unwrap();
+    load(GOOD, &["model.ffn_dim=352", "parallelism.tensor=2", fp8]).unwrap();
+    insta::assert_snapshot!(errors(
+        GOOD,
+        &[fp8, "precision.compute=fp32", "model.dim=72", "model.heads=9", "model.head_dim=10"]
+    ));
+    let split = ["parallelism.tensor=2", "model.ffn_dim=176", "model.head_dim=8", fp8];
+    insta::assert_snapshot!(errors(GOOD, &split));
+    let tokens = ["data.sequence_length=24", "parallelism.context=3", "model.ffn_dim=176", fp8];
+    insta::assert_snapshot!(errors(GOOD, &tokens));
+    let several = [&sound[..], &["data.sequence_length=24", "training.micro_batch=2"]].concat();
+    load(GOOD, &several).unwrap();
+    let ramp = "training.global_batch=[{from_tokens: 0, global_batch: 8, sequence_length: 8}, \
+                {from_tokens: 640, global_batch: 8}]";
+    let text = errors(GOOD, &[&sound[..], &[ramp]].concat());
+    assert!(text.contains("made of 1 sequences x 8 = 8 tokens\n"), "{text}");
 }
 
 #[test]

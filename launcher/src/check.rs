@@ -10,7 +10,7 @@ use layout::{Axis, Memory, Mesh, memory_per_rank};
 use model_spec::{FlopConvention, flops_per_token, num_parameters};
 use rank_protocol::exit_code;
 use run_config::batch_plan::{first_steps, step_batch};
-use run_config::{ConfigErrors, DeviceKind, Loaded, Note, NoteLevel, Place, RunConfig};
+use run_config::{ConfigErrors, DeviceKind, Loaded, Matmul, Note, NoteLevel, Place, RunConfig};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -330,7 +330,10 @@ impl Plan {
                 degree(Axis::Replicate)
             ),
         );
-        let precision = format!("{:?}", c.precision.compute).to_lowercase();
+        let mut precision = format!("{:?}", c.precision.compute).to_lowercase();
+        if c.precision.matmul == Matmul::Fp8 {
+            precision.push_str("; products of blocks in FP8 (e4m3, a scale a row)");
+        }
         row("precision", precision);
     }
 

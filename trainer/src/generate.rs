@@ -9,6 +9,7 @@ use data_pipeline::prepare::tokenizer::Tokenizer;
 use model::Sampling;
 use rank_protocol::env;
 use rank_protocol::run_dir::RunDir;
+use run_config::Matmul;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use torch_shim::tch::no_grad_guard;
@@ -66,7 +67,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         stop_tokens: tokenizer.eos_id.into_iter().map(|id| id as i32).collect(),
         use_cache: true,
     };
-    let trainee = trainee(&config, longest_sequence(&config))?;
+    // One token at a time there is little to multiply: FP8 would cost accuracy and save nothing.
+    let trainee = trainee(&config, longest_sequence(&config), Matmul::Same)?;
     let whole = model_spec::hf_tensors(&config.model);
     let target = Target { whole: &whole, held: &trainee.held, params: &trainee.params };
     checkpoint::load(&step_dir, target, &[])?;

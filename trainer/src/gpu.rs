@@ -11,7 +11,7 @@ pub use speed::{Speed, Speedometer};
 
 use crate::error::{Result, TrainError};
 use rank_protocol::{env, gpus};
-use run_config::{DeviceKind, RunConfig};
+use run_config::{DeviceKind, Matmul, RunConfig};
 use std::path::Path;
 use torch_shim::cuda::driver::{self, Card};
 use torch_shim::cuda::{self, MemoryUse};
@@ -74,6 +74,11 @@ pub fn choose(config: &RunConfig, local_rank: usize) -> Result<Chosen> {
     let index = found.index();
     let cards = found.driver.map(|driver| driver.cards).unwrap_or_default();
     let card = cards.into_iter().nth(index).unwrap_or_default();
+    if config.precision.matmul == Matmul::Fp8
+        && let Some(misfit) = fit::without_fp8(index, &card)
+    {
+        return Err(TrainError::Config(format!("precision.matmul is fp8: {misfit}")));
+    }
     let gib = card.bytes as f64 / f64::from(1 << 30);
     tracing::debug!("GPU {index}: {}, {gib:.0} GiB", card.name);
     Ok(Chosen { device: Device::Cuda(index), gpu: Some(Gpu { index, card }) })

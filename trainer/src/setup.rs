@@ -18,7 +18,7 @@ use nccl_rs::{Nccl, Search};
 use parallel::Groups;
 use rank_protocol::client::RankClient;
 use rank_protocol::{Phase, STORAGE_TIMEOUT, env, libtorch};
-use run_config::{CollectiveCheck, InitFrom, Parallelism, RunConfig};
+use run_config::{CollectiveCheck, InitFrom, Matmul, Parallelism, RunConfig};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,18 +125,19 @@ fn cache_folder() -> Option<PathBuf> {
     cache.map(|cache| cache.join("phalanx"))
 }
 
-/// The whole model on this rank, its weights all zero: for generation and measurements.
+/// The whole model on this rank, its weights all zero, and the products of its blocks as `matmul`
+/// says: for generation and measurements.
 ///
 /// # Errors
 /// Where memory runs out.
-pub fn trainee(config: &RunConfig, num_positions: usize) -> Result<Trainee> {
+pub fn trainee(config: &RunConfig, num_positions: usize, matmul: Matmul) -> Result<Trainee> {
     let Chosen { device, gpu } = gpu::choose(config, 0)?;
     let stage = Stage::whole(&config.model);
     let specs = stage.parameters(&config.model);
     let held: Vec<LocalParameter> = specs.iter().map(LocalParameter::whole).collect();
     let decay_norms = config.optimizer.decay_norms;
     let params = allocate(&held, decay_norms, config.precision.compute, device)?;
-    let dense = Arc::new(Dense::new(kernels(device)?));
+    let dense = Arc::new(Dense::new(kernels(device)?).with_products(matmul));
     let model = Llama::new(&config.model, stage, &params, dense, num_positions)?;
     Ok(Trainee { model, params, held, device, gpu })
 }

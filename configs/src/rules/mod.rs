@@ -3,6 +3,7 @@
 
 mod degrees;
 mod elastic;
+mod fp8;
 mod ranks;
 mod sizes;
 
@@ -46,6 +47,7 @@ impl Rules<'_, '_> {
         self.batches();
         self.sizes();
         self.splits();
+        self.fp8();
         self.pipeline();
         // After the rules of each degree by itself.
         self.ranks();

@@ -32,6 +32,7 @@ const SOURCES: &[&str] = &[
     "csrc/ops.cpp",
     "csrc/parameter.cpp",
     "csrc/fused_linear.cpp",
+    "csrc/scaled.cpp",
     "csrc/fused_norm.cpp",
     "csrc/fused_block.cpp",
     "csrc/fused_attention.cpp",

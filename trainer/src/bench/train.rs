@@ -51,7 +51,7 @@ struct Bench {
 
 impl Bench {
     fn new(config: RunConfig) -> Result<Self> {
-        let trainee = trainee(&config, longest_sequence(&config))?;
+        let trainee = trainee(&config, longest_sequence(&config), config.precision.matmul)?;
         initialize(&config, &trainee.held, &trainee.params, Path::new("runs"))?;
         let gpu = trainee.gpu.as_ref();
         let kernels = gpu.map(|gpu| attention::kernels(&config, gpu)).transpose()?;

@@ -2,7 +2,7 @@
 
 use rank_protocol::libtorch;
 use std::fmt;
-use torch_shim::cuda::driver::{Driver, LIBRARY};
+use torch_shim::cuda::driver::{Card, Driver, LIBRARY};
 
 /// Where a rank stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,6 +130,18 @@ impl Found {
     }
 }
 
+/// Whether a GPU multiplies FP8 numbers, which libtorch asks of it too: from compute capability 8.9
+/// on. What is not known is left to libtorch.
+pub fn without_fp8(index: usize, card: &Card) -> Option<Misfit> {
+    let (major, minor) = card.capability;
+    if card.capability >= (8, 9) || major == 0 {
+        return None;
+    }
+    let found = format!("GPU {index} ({}) is of compute capability {major}.{minor}", card.name);
+    let needed = "8.9 or more for precision.matmul fp8";
+    misfit(found, needed, "`--set precision.matmul=same`")
+}
+
 /// Source of the numbers: `CUresult` in the public header cuda.h.
 fn driver_fails(code: i32, (major, minor): (u32, u32)) -> Option<Misfit> {
     let version = match major {
@@ -205,7 +217,6 @@ fn too_old((major, minor): (u32, u32), built_with: (u32, u32)) -> Option<Misfit>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use torch_shim::cuda::driver::Card;
 
     const PLACE: Place = Place { listed: 2, local_rank: 1, is_shared: false };
 
@@ -293,6 +304,18 @@ mod tests {
         check(&one, &["2 ranks or more on a machine with 1 GPUs", "cluster.ranks_per_node=1"]);
         let shared = Found { place: Place { is_shared: true, ..PLACE }, ..one };
         assert_eq!((shared.misfit(), shared.index()), (None, 0));
+    }
+
+    #[test]
+    fn a_gpu_that_multiplies_no_fp8() {
+        let card = |capability| Card { name: "NVIDIA A100".into(), capability, bytes: 80 << 30 };
+        let text = without_fp8(3, &card((8, 0))).unwrap().to_string();
+        for part in ["GPU 3 (NVIDIA A100)", "capability 8.0", "8.9 or more", "matmul=same"] {
+            assert!(text.contains(part), "{part:?} is not in {text}");
+        }
+        for capability in [(8, 9), (9, 0), (10, 3), (0, 0)] {
+            assert_eq!(without_fp8(0, &card(capability)), None);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::peak::peak_tflops;
 use model_spec::{FlopConvention, flops_per_token};
-use run_config::{ComputeDtype, ModelConfig, RunConfig};
+use run_config::{ComputeDtype, Matmul, ModelConfig, RunConfig};
 
 /// The speed of a rank's GPU in a step: the model's operations, those that are done again in the
 /// backward pass not counted.
@@ -29,9 +29,10 @@ pub struct Speedometer {
 
 impl Speedometer {
     /// Of a run on `num_ranks` GPUs, of which this rank's has this name. The peak is that of BF16
-    /// products, so that other formats of compute have none.
+    /// products, so that other formats have none.
     pub fn new(config: &RunConfig, num_ranks: usize, gpu_name: &str) -> Self {
-        let is_bf16 = config.precision.compute == ComputeDtype::Bf16;
+        let precision = &config.precision;
+        let is_bf16 = precision.compute == ComputeDtype::Bf16 && precision.matmul == Matmul::Same;
         let peak = peak_tflops(gpu_name).filter(|_| is_bf16).unwrap_or(f64::NAN);
         Self { model: config.model.clone(), num_ranks: num_ranks.max(1), peak }
     }

@@ -3,9 +3,11 @@
 use crate::builder::{HeadShape, Heads, LayerBuilder, LinearRole, Qkv};
 use crate::error::Result;
 use crate::inputs::{Flash, Inputs};
+use crate::products::Products;
 use kernels::Kernels;
 use kernels::ops::rope::{Layout, Tables};
 use kernels::ops::{cross_entropy, embedding, rms_norm, rope, swiglu};
+use run_config::Matmul;
 use torch_shim::flash::{self, Kernel};
 use torch_shim::fused;
 use torch_shim::params::Parameter;
@@ -19,12 +21,25 @@ const LOSS_CHUNK_TOKENS: i64 = 1024;
 #[derive(Clone, Debug, Default)]
 pub struct Dense {
     kernels: Option<Kernels>,
+    products: Products,
 }
 
 impl Dense {
     /// With the kernels of a device, or none.
     pub fn new(kernels: Option<Kernels>) -> Self {
-        Self { kernels }
+        Self { kernels, products: Products::Same }
+    }
+
+    /// The same, with the products of blocks made as `precision.matmul` says.
+    #[must_use]
+    pub fn with_products(self, matmul: Matmul) -> Self {
+        let products = Products::new(matmul, self.kernels.clone());
+        Self { products, ..self }
+    }
+
+    /// How the products of blocks are made.
+    pub fn products(&self) -> &Products {
+        &self.products
     }
 }
 
@@ -41,11 +56,11 @@ impl LayerBuilder for Dense {
     }
 
     fn linear(&self, x: &Tensor, weight: &Parameter, _: LinearRole) -> Result<Tensor> {
-        Ok(fused::linear(x, weight)?)
+        self.products.linear(x, weight)
     }
 
     fn linear_graph(&self, x: &Tensor, weight: &Parameter, _: LinearRole) -> Result<Tensor> {
-        Ok(fused::linear_graph(x, weight)?)
+        self.products.linear_graph(x, weight)
     }
 
     fn norm(&self, x_BSD: &Tensor, weight: &Parameter, eps: f64) -> Result<Tensor> {

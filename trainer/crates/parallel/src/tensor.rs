@@ -11,9 +11,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use collectives::{Communicator, ReduceOp};
+use model::Products;
 use torch_shim::params::Parameter;
 use torch_shim::tch::Tensor;
-use torch_shim::uses::{Use, product, project};
+use torch_shim::uses::Use;
 use torch_shim::{Result as ShimResult, ShimError, autograd};
 
 use crate::failure::Failure;
@@ -30,6 +31,8 @@ pub(crate) struct TensorGroup {
     /// Whether the residual stream is cut along the sequence.
     pub(crate) sequence: bool,
     pub(crate) failure: Failure,
+    /// How the products of blocks are made; in FP8 each rank scales its own part of what is cut.
+    pub(crate) products: Products,
 }
 
 /// A sum over the ranks under way, to be left whole or in pieces.
@@ -73,7 +76,7 @@ impl TensorGroup {
         let (group, kept, own) = (self.clone(), slot.share(), weight.shallow_clone());
         let forward = move |inputs: &[Option<Tensor>]| {
             let x = input(inputs, 0)?;
-            let y = project(&group.whole(x)?, &own)?;
+            let y = group.products.project(&group.whole(x)?, &own)?;
             kept.put(x.f_detach()?);
             Ok(vec![y])
         };
@@ -86,9 +89,9 @@ impl TensorGroup {
                 true => Some(begin_gather(group.comm.as_ref(), &group.failure, &x, SEQUENCE)?),
                 false => None,
             };
-            let summing = group.begin_sum(&product(dy, &own)?)?;
+            let summing = group.begin_sum(&group.products.product(dy, &own)?)?;
             let x = gathering.map_or(Ok(x), |gathering| gathering.finish())?;
-            usage.accumulate(dy, &x)?;
+            group.products.accumulate(&usage, dy, &x)?;
             let dx = summing.finish()?;
             usage.done()?;
             Ok(vec![Some(dx), None])
@@ -111,7 +114,8 @@ impl TensorGroup {
             let x = input(inputs, 0)?;
             kept.put(x.f_detach()?);
             if with_values {
-                return Ok(vec![group.begin_sum(&project(x, &own)?)?.finish()?]);
+                let y = group.products.project(x, &own)?;
+                return Ok(vec![group.begin_sum(&y)?.finish()?]);
             }
             let mut shape = x.size();
             shape[1] /= if group.sequence { group.comm.size() as i64 } else { 1 };
@@ -123,8 +127,8 @@ impl TensorGroup {
         let backward = move |gradients: &[Option<Tensor>]| {
             let x = slot.take()?;
             let dy = group.whole(input(gradients, 0)?)?;
-            let dx = product(&dy, &own)?;
-            usage.accumulate(&dy, &x)?;
+            let dx = group.products.product(&dy, &own)?;
+            group.products.accumulate(&usage, &dy, &x)?;
             usage.done()?;
             Ok(vec![Some(dx), None])
         };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use collectives::{Communicator, Group, GroupOptions, ReduceOp, local};
+use model::Products;
 use torch_shim::autograd;
 use torch_shim::params::{ParameterSet, ParameterSpec};
 use torch_shim::tch::{Device, Kind, Tensor};
@@ -56,7 +57,8 @@ fn check(sequence: bool) {
     let gradient = set.flat_grad().shallow_clone();
     let other = std::thread::spawn(move || other(&peer, sequence, &gradient));
     let comm: Arc<dyn Communicator> = Arc::new(own);
-    let group = TensorGroup { comm, sequence, failure: Failure::default() };
+    let group =
+        TensorGroup { comm, sequence, failure: Failure::default(), products: Products::Same };
     let x = Tensor::ones([1, TOKENS, DIM], F32).set_requires_grad(true);
     let y = group.column(&x, set.at(0).unwrap()).unwrap();
     autograd::backward(&[&y.sum(Kind::Float)], &[]).unwrap();
@@ -79,7 +81,12 @@ fn the_weight_gradient_is_made_while_the_input_gradient_is_reduced() {
 fn input_gradients(factor: Option<f64>) -> [Tensor; 2] {
     let comm = local::group(1, &GroupOptions::new("tensor", 1)).unwrap().pop().unwrap();
     let comm: Arc<dyn Communicator> = Arc::new(comm);
-    let group = TensorGroup { comm, sequence: false, failure: Failure::default() };
+    let group = TensorGroup {
+        comm,
+        sequence: false,
+        failure: Failure::default(),
+        products: Products::Same,
+    };
     let spec = ParameterSpec { name: "head".into(), shape: vec![OUTPUTS, DIM], decay: true };
     let set = ParameterSet::new(vec![spec], Kind::Float, Kind::Float, Device::Cpu).unwrap();
     let numbers = |count: i64| Tensor::arange(count, F32).sin();

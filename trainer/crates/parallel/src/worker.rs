@@ -88,7 +88,7 @@ impl Worker {
         let data = Data::new(config, &groups, &params, &held, bucket_bytes, &failure)?;
         // 4. Sequence, context and recomputation: how each layer's graph is built.
         let shards = data.shards(&params, &held);
-        let builder = Sharded { dense, ..builder(config, &groups, place, &failure, shards) };
+        let builder = builder(config, &groups, place, &failure, shards, dense);
         let builder: Arc<dyn LayerBuilder> = Arc::new(builder);
         let parameters_of = parameters_of(&stages, &held);
         let chunk = |stage| Llama::new(model, stage, &params, builder.clone(), num_positions);
@@ -378,11 +378,14 @@ fn builder(
     place: TensorPlace,
     failure: &Failure,
     shards: Option<(Shards, HashMap<usize, usize>)>,
+    dense: Dense,
 ) -> Sharded {
+    let dense = dense.with_products(config.precision.matmul);
     let tensor = groups.tensor.as_ref().map(|comm| TensorGroup {
         comm: comm.clone(),
         sequence: place.sequence,
         failure: failure.clone(),
+        products: dense.products().clone(),
     });
     let context = groups.context.as_ref().map(|comm| ContextGroup {
         comm: comm.clone(),
@@ -394,5 +397,5 @@ fn builder(
         run_config::Recompute::Selective => Recompute::Attention,
         run_config::Recompute::Full => Recompute::Block,
     };
-    Sharded { dense: Dense::default(), tensor, context, recompute, shards }
+    Sharded { dense, tensor, context, recompute, shards }
 }

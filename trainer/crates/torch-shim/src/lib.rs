@@ -19,6 +19,7 @@ pub mod profiler;
 pub mod random;
 pub mod reduce;
 mod result;
+pub mod scaled;
 mod sys;
 pub mod uses;
 

@@ -332,6 +332,22 @@ unsafe extern "C" {
     ) -> ErrorText;
     pub(crate) fn phx_use_open(parameter: *mut RawParameter, out: *mut *mut RawUse) -> ErrorText;
     pub(crate) fn phx_use_accumulate(r#use: *mut RawUse, dy: RawTensor, x: RawTensor) -> ErrorText;
+    pub(crate) fn phx_use_accumulate_scaled(
+        r#use: *mut RawUse,
+        dy: RawTensor,
+        dy_scales: RawTensor,
+        x: RawTensor,
+        x_scales: RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_scaled_product(
+        a: RawTensor,
+        a_scales: RawTensor,
+        b: RawTensor,
+        b_scales: RawTensor,
+        fast: bool,
+        out: *mut RawTensor,
+    ) -> ErrorText;
+    pub(crate) fn phx_scaled_is_fast() -> bool;
     pub(crate) fn phx_use_accumulate_rows(
         r#use: *mut RawUse,
         tokens: RawTensor,

@@ -8,6 +8,7 @@ use tch::Tensor;
 use crate::error::Result;
 use crate::params::Parameter;
 use crate::result::{check, made_one, raw};
+use crate::scaled::Scaled;
 use crate::sys::{self, RawUse};
 
 /// `x weight^T` without a graph, for a weight `[out, in]`: `[.., in]` to `[.., out]`.
@@ -63,6 +64,19 @@ impl Use {
     pub fn accumulate(&self, dy: &Tensor, x: &Tensor) -> Result<()> {
         // SAFETY: the use and the tensors live through the call.
         check(unsafe { sys::phx_use_accumulate(self.0, raw(dy), raw(x)) })
+    }
+
+    /// As [`Use::accumulate`] of FP8 operands: rows of `dy^T` `[out, tokens]` and of `x^T` `[in,
+    /// tokens]`. The product is rounded to BF16 before it is added.
+    ///
+    /// # Errors
+    /// When the shapes or dtypes do not fit.
+    pub fn accumulate_scaled(&self, dy: &Scaled, x: &Scaled) -> Result<()> {
+        let (dy, x, dy_scales, x_scales) = (&dy.values, &x.values, &dy.scales, &x.scales);
+        // SAFETY: the use and the tensors live through the call.
+        check(unsafe {
+            sys::phx_use_accumulate_scaled(self.0, raw(dy), raw(dy_scales), raw(x), raw(x_scales))
+        })
     }
 
     /// Adds each row of `dy` to the accumulator's row of its token: the gradient of an embedding.

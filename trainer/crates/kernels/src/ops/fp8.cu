@@ -5,6 +5,13 @@ constexpr Wide kLargest = 448;
 // Rows whose numbers are all smaller than this (2^-100) are scaled as if one were as large: the scale's reciprocal stays finite.
 constexpr Wide kSmallest = (Wide)7.888609052210118e-31;
 
+// A row with an infinity: its scale stays finite, 448 / infinity makes zeros of its numbers, and a NaN of the infinity. A NaN
+// counts for no maximum and stays one.
+__device__ __forceinline__ float scale_of(Wide most) {
+  constexpr Wide kGreatest = (Wide)3.402823466385288598e38;
+  return (float)((most > kGreatest ? kGreatest : most) / kLargest);
+}
+
 // To nearest, ties to even; what is beyond the largest number becomes it, a NaN stays one.
 __device__ __forceinline__ u8 to_e4m3(float x) {
 #if !defined(EMULATED) && __CUDA_ARCH__ >= 890
@@ -41,7 +48,7 @@ __device__ __forceinline__ void rows_of(const T* __restrict__ x, u8* __restrict_
       for (int lane = 0; lane < kStep; lane++) most = larger(most, magnitude(values[lane]));
     }
     most = block_max(most, scratch);
-    if (threadIdx.x == 0) scales[row] = (float)(most / kLargest);
+    if (threadIdx.x == 0) scales[row] = scale_of(most);
     Wide inverse = kLargest / most;
     for (int at = (int)threadIdx.x * kStep; at < width; at += (int)blockDim.x * kStep) {
       Wide values[kStep];
@@ -124,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(256)
   Wide most = kSmallest;
 #pragma unroll 4
   for (i64 band = 0; band < bands; band++) most = larger(most, partial[band * width + column]);
-  scales[column] = (float)(most / kLargest);
+  scales[column] = scale_of(most);
   inverses[column] = kLargest / most;
 }
 

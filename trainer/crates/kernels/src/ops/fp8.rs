@@ -1,11 +1,13 @@
 //! Quantisation to FP8 (e4m3) with a scale a row, or a column of what is transposed on the way: the
 //! operands of a product whose inner dimension is that of the rows, or of the columns.
 
+use torch_shim::Result as ShimResult;
+use torch_shim::scaled::Scaled;
 use torch_shim::tch::{Kind, Tensor};
 
 use super::expect;
 use crate::error::Result;
-use crate::launch::{Argument, Grid, Kernels, cover, int, pieces, plain, rows, threads};
+use crate::launch::{Argument, Grid, Kernels, cover, int, pieces, plain, rows as measure, threads};
 use crate::program::{Program, Storage};
 
 const KERNEL: &str = "fp8";
@@ -35,15 +37,6 @@ const TILE_ROWS: i64 = 128;
 /// A limit of CUDA's: blocks in y.
 const MAX_BLOCKS_Y: i64 = 65_535;
 
-/// A quantised matrix: `x = values * scales`, a scale a row of `values`.
-#[derive(Debug)]
-pub struct Quantised {
-    /// e4m3.
-    pub values: Tensor,
-    /// FP32, one a row.
-    pub scales: Tensor,
-}
-
 fn storage_of(x: &Tensor) -> Result<Storage> {
     let storage = Storage::of(KERNEL, x)?;
     expect(storage != Storage::Fp64, KERNEL, "the dtype", storage, "Float or BFloat16")?;
@@ -55,9 +48,9 @@ fn storage_of(x: &Tensor) -> Result<Storage> {
 ///
 /// # Errors
 /// Where the tensor does not fit, or the launch fails.
-pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
+pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Scaled> {
     let storage = storage_of(x)?;
-    let (count, width) = rows(KERNEL, x)?;
+    let (count, width) = measure(KERNEL, x)?;
     kernels.check(KERNEL, "x", x, storage.kind(), &x.size())?;
     let values = kernels.empty(&x.size(), Kind::Float8e4m3fn)?;
     let scales = kernels.empty(&[count], Kind::Float)?;
@@ -73,7 +66,7 @@ pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
     // SAFETY: the parameters are those of the source; x and values have `count` rows of `width`
     // elements, and there is a scale for each row.
     unsafe { kernels.launch(plain(&PROGRAM, storage), "quantise_rows", grid, &arguments)? };
-    Ok(Quantised { values, scales })
+    Ok(Scaled { values, scales })
 }
 
 /// Quantises each column of x `[N, D]`, FP32 or BF16, and transposes: values `[D, N]`, scales
@@ -81,11 +74,11 @@ pub fn quantise_rows(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
 ///
 /// # Errors
 /// Where the tensor does not fit, or a launch fails.
-pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
+pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Scaled> {
     let storage = storage_of(x)?;
     let shape = x.size();
     expect(shape.len() == 2, KERNEL, "the shape of x", &shape, "a matrix")?;
-    let (count, width) = rows(KERNEL, x)?;
+    let (count, width) = measure(KERNEL, x)?;
     kernels.check(KERNEL, "x", x, storage.kind(), &shape)?;
     let variant = plain(&PROGRAM, storage);
     let bands = pieces(count, BAND).max(1);
@@ -120,17 +113,44 @@ pub fn quantise_columns(kernels: &Kernels, x: &Tensor) -> Result<Quantised> {
         [Argument::read(x), Argument::read(&inverses), Argument::write(&values), rows, columns];
     // SAFETY: as above; the blocks cover the matrix in tiles.
     unsafe { kernels.launch(variant, "quantise_columns", grid, &arguments)? };
-    Ok(Quantised { values, scales })
+    Ok(Scaled { values, scales })
 }
 
-/// The plain form of [`quantise_rows`] for a matrix, to the bit.
+/// The plain form of [`quantise_rows`] for a matrix, to the bit (but for the sign of a NaN).
+///
+/// The scale is `max |x| / 448` over the numbers of a row that are any, at least 2^-100 / 448 and
+/// at most [`f32::MAX`] / 448. In a row with an infinity each such becomes NaN, and the rest zero.
 ///
 /// # Errors
 /// Where libtorch refuses.
-pub fn reference(x: &Tensor) -> Result<Quantised> {
+pub fn reference(x: &Tensor) -> Result<Scaled> {
     let x = x.f_to_kind(Kind::Float)?;
-    let most = x.f_abs()?.f_amax([-1].as_slice(), true)?.f_clamp_min(SMALLEST)?;
+    let sizes = x.f_abs()?.f_nan_to_num(0.0, f64::INFINITY, 0.0)?;
+    let most = sizes.f_amax([-1].as_slice(), true)?.f_clamp_min(SMALLEST)?;
     let largest = Tensor::f_full([] as [i64; 0], LARGEST, (Kind::Float, x.device()))?;
     let values = x.f_mul(&largest.f_div(&most)?)?.f_to_kind(Kind::Float8e4m3fn)?;
-    Ok(Quantised { values, scales: most.f_div(&largest)?.f_view([-1])? })
+    let scales = most.f_clamp_max(f64::from(f32::MAX))?.f_div(&largest)?.f_view([-1])?;
+    Ok(Scaled { values, scales })
+}
+
+/// The rows of a matrix in FP8, by the kernels where there are any that take it.
+///
+/// # Errors
+/// Where the tensor does not fit, or a launch fails.
+pub fn rows(kernels: Option<&Kernels>, x: &Tensor) -> ShimResult<Scaled> {
+    match kernels.filter(|kernels| kernels.takes(x)) {
+        Some(kernels) => Ok(quantise_rows(kernels, x)?),
+        None => Ok(reference(x)?),
+    }
+}
+
+/// The columns of a matrix as rows in FP8, by the kernels where there are any that take it.
+///
+/// # Errors
+/// As [`rows`].
+pub fn columns(kernels: Option<&Kernels>, x: &Tensor) -> ShimResult<Scaled> {
+    match kernels.filter(|kernels| kernels.takes(x)) {
+        Some(kernels) => Ok(quantise_columns(kernels, x)?),
+        None => Ok(reference(&x.f_tr()?.f_contiguous()?)?),
+    }
 }
