@@ -5,9 +5,12 @@
 use crate::error::{Result, TrainError};
 use crate::gpu::choose;
 use crate::setup::{prepare_libtorch, read_config};
+use kernels::ops::fp8::rows;
+use run_config::Matmul;
 use std::path::PathBuf;
 use std::time::Instant;
 use torch_shim::cuda::{self, Event};
+use torch_shim::scaled::{self, Scaled};
 use torch_shim::tch::{Device, Kind, Tensor, no_grad};
 
 /// Repetitions before those that count.
@@ -30,8 +33,8 @@ pub struct DeviceArgs {
     repeats: usize,
 }
 
-/// Measures and prints JSON: TFLOP/s of a BF16 product, and GB/s of a copy, bytes that are read and
-/// that are written counted.
+/// Measures and prints JSON: TFLOP/s of a BF16 product, and of one in FP8 where the config makes
+/// such, and GB/s of a copy, bytes that are read and that are written counted.
 ///
 /// # Errors
 /// Where the config cannot be used or libtorch fails.
@@ -56,15 +59,33 @@ pub fn run(args: &DeviceArgs) -> Result<()> {
     let mut to = Tensor::f_empty([elements], (Kind::Float, device))?;
     let copy_s = median_s(device, args.repeats, || Ok(to.f_copy_(&from)?))?;
     let operations = 2.0 * (side as f64).powi(3);
-    let result = serde_json::json!({
+    let mut result = serde_json::json!({
         "device": chosen.gpu.map_or("CPU".to_owned(), |gpu| gpu.card.name),
         "matmul_tflops": operations / product_s / 1e12,
         "matmul_side": side,
         "copy_gb_per_s": 8.0 * elements as f64 / copy_s / 1e9,
         "copy_mib": args.mib,
     });
+    if config.precision.matmul == Matmul::Fp8 {
+        let fp8_s = fp8_product_s(device, side, args.repeats)?;
+        result["fp8_tflops"] = (operations / fp8_s / 1e12).into();
+    }
     println!("{result}");
     Ok(())
+}
+
+/// The median time of a product of matrices that are in FP8 already.
+fn fp8_product_s(device: Device, side: i64, repeats: usize) -> Result<f64> {
+    let random = |_| -> Result<Scaled> {
+        Ok(rows(None, &Tensor::f_randn([side, side], (Kind::BFloat16, device))?)?)
+    };
+    let matrices = (0..2).map(random).collect::<Result<Vec<_>>>()?;
+    let multiply = || -> Result<()> {
+        let [a, b] = &matrices[..] else { return Ok(()) };
+        drop(scaled::product(a, b, scaled::accumulation())?);
+        Ok(())
+    };
+    no_grad(|| median_s(device, repeats, multiply))
 }
 
 /// The median time of one call, by the device's own clock where it has one.

@@ -5,6 +5,7 @@
 mod communication;
 mod faults;
 mod forms;
+mod fp8;
 mod grid;
 mod harness;
 mod memory;

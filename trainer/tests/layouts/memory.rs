@@ -356,6 +356,19 @@ fn peaks_of_deferred_weight_gradients_in_parallel_forms() {
     }
 }
 
+/// In FP8 weight gradients that wait keep what they read as rounded.
+#[test]
+fn peaks_of_deferred_weight_gradients_in_fp8() {
+    let pipeline = "parallelism.pipeline={stages: 2, schedule: zero-bubble}";
+    let fp8 = ["precision={compute: bf16, matmul: fp8}", "model.ffn_dim=96", pipeline];
+    for recompute in ["none", "selective", "full"] {
+        let recompute = format!("parallelism.recompute={recompute}");
+        let with = |set| [&fp8[..], &[&recompute, set]].concat();
+        let layouts = [with("parallelism.tensor=1"), with("parallelism.tensor=2")];
+        check_peaks(2, &layouts.each_ref().map(Vec::as_slice));
+    }
+}
+
 /// The first document of each row, of another length in each; the second is all the rest.
 const LONG: RowDocuments = |micro_batch, row| {
     let first = first_document(micro_batch, row);

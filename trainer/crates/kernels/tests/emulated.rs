@@ -55,6 +55,13 @@ fn fp8() {
     suite::fp8::check(&emulator::kernels(None), Extent::Small);
 }
 
+/// On a CPU sums are those of FP32: each of the additions, and two scales.
+#[test]
+fn fp8_products() {
+    let unit = |summed: i64| (summed + 2) as f64 / f64::from(1 << 24);
+    used(suite::fp8::products(&emulator::kernels(None), Extent::Small, unit));
+}
+
 #[test]
 fn accumulate() {
     suite::accumulate::check(&emulator::kernels(None), Extent::Small);

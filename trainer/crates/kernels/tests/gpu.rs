@@ -107,6 +107,20 @@ fn fp8() {
     report(&kernels, "fp8", EXACT);
 }
 
+/// Tensor cores align the products of an instruction (32 of FP8) and the sum so far, and keep 13
+/// bits behind the point of the largest (DeepSeek-V3, section 3.3.2: "around 14 bits"): each of 33
+/// addends loses less than 2^-13 of it. Every 128 products, four instructions, the sum goes on in
+/// FP32, so that of the magnitudes of all terms at most 4 x 33 x 2^-13 is lost.
+#[test]
+#[ignore = "needs a GPU"]
+fn fp8_products() {
+    let (kernels, _folder) = open();
+    let unit = |summed: i64| 4.0 * 33.0 / 8192.0 + summed as f64 / f64::from(1 << 24);
+    let worst = suite::fp8::products(&kernels, Extent::Full, unit);
+    cuda::synchronize(0).unwrap();
+    println!("FIGURE {worst:.2} of the tolerance; {}", speed::of_fp8_products(&kernels));
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn accumulate() {

@@ -15,8 +15,11 @@ use crate::mesh::{Axis, Mesh};
 use crate::saving::copy_bytes;
 use crate::schedule::{Action, Schedule};
 use crate::sharded::sharded_step;
-use run_config::{BatchStage, PipelineSchedule, Recompute, RunConfig};
+use run_config::{BatchStage, Matmul, PipelineSchedule, Recompute, RunConfig};
 use serde::Serialize;
+
+/// Bytes of the FP32 scale of a row in FP8.
+const SCALE_BYTES: u64 = 4;
 
 /// Bytes of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -199,7 +202,10 @@ impl<'a> Place<'a> {
             Recompute::Full => (product([2, block.stream]), all),
         };
         // A recomputed linear of a whole model's width holds its graph, and that the block's input.
-        let holds_input = recompute == Recompute::Full && self.held.tensor.ranks == 1;
+        // In FP8 the weight gradients keep what they read as rounded, without a graph.
+        let holds_input = recompute == Recompute::Full
+            && self.held.tensor.ranks == 1
+            && self.config.precision.matmul == Matmul::Same;
         let deferred = sum([block.linears, if holds_input { kept } else { 0 }]);
         // The first block's input has no addition.
         let missing = if recompute == Recompute::Full { block.stream } else { 0 };
@@ -255,7 +261,18 @@ impl<'a> Place<'a> {
             // Inputs and output gradients of the four linears: what norms make and get (4 dim, of
             // the whole sequence also where the stream is cut), what the rotation gets and
             // attention makes (2 heads + 2 kv_heads, times head_dim), and 3 ffn_dim.
-            linears: sum([product([4, of_tokens(tokens)]), of_heads(mixed), ffn]),
+            linears: match self.config.precision.matmul {
+                Matmul::Same => sum([product([4, of_tokens(tokens)]), of_heads(mixed), ffn]),
+                // A byte each, and a scale for each of a token's.
+                Matmul::Fp8 => {
+                    let of_token = sum([
+                        product([4, m.dim as u64]),
+                        product([mixed, m.head_dim as u64]),
+                        inner,
+                    ]);
+                    product([of_token, sum([tokens, SCALE_BYTES])])
+                }
+            },
         }
     }
 

@@ -120,3 +120,117 @@ fn a_loss_gradient_is_one_or_makes_no_number() {
     let [twice, _] = input_gradients(Some(2.0));
     assert_eq!(twice.isnan().logical_not().count_nonzero(None::<i64>).int64_value(&[]), 0);
 }
+
+/// Numbers and sizes of a layer in FP8: tokens of all ranks, inputs and outputs, whole.
+const FP8_TOKENS: i64 = 64;
+const FP8_IN: i64 = 64;
+const FP8_OUT: i64 = 96;
+
+/// A rank's weight, and what its products are by themselves.
+struct Own {
+    set: ParameterSet,
+    products: Products,
+}
+
+impl Own {
+    fn new(rank: i64, shape: [i64; 2]) -> Self {
+        let spec = ParameterSpec { name: "weight".into(), shape: shape.to_vec(), decay: true };
+        let set = ParameterSet::new(vec![spec], Kind::BFloat16, Kind::Float, Device::Cpu).unwrap();
+        set.at(0).unwrap().master.shallow_clone().copy_(&numbers(&shape, 100 + rank));
+        set.refresh_compute().unwrap();
+        Self { set, products: Products::Fp8(None) }
+    }
+
+    fn project(&self, x: &Tensor) -> Tensor {
+        self.products.project(x, self.set.at(0).unwrap()).unwrap()
+    }
+
+    fn product(&self, dy: &Tensor) -> Tensor {
+        self.products.product(dy, self.set.at(0).unwrap()).unwrap()
+    }
+
+    fn gradient(&self, dy: &Tensor, x: &Tensor) -> Tensor {
+        let weight = self.set.at(0).unwrap();
+        let usage = torch_shim::uses::Use::open(weight).unwrap();
+        self.products.accumulate(&usage, dy, x).unwrap();
+        weight.grad.copy()
+    }
+}
+
+/// Numbers that look random, in BF16.
+fn numbers(shape: &[i64], seed: i64) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let x = ((Tensor::arange(count, F32) + seed as f64) * 12.9898).sin() * 43758.547;
+    ((x.frac() - 0.25) * 2.0).view(shape).to_kind(Kind::BFloat16)
+}
+
+/// What a rank gets of one layer: output, input gradient, weight gradient.
+fn layer(own: Group, is_column: bool, sequence: bool, x: &Tensor, dy: &Tensor) -> [Tensor; 3] {
+    let shape = if is_column { [FP8_OUT / 2, FP8_IN] } else { [FP8_OUT, FP8_IN / 2] };
+    let rank = own.rank() as i64;
+    let Own { set, products } = Own::new(rank, shape);
+    let comm: Arc<dyn Communicator> = Arc::new(own);
+    let group = TensorGroup { comm, sequence, failure: Failure::default(), products };
+    let x = x.copy().set_requires_grad(true);
+    let weight = set.at(0).unwrap();
+    let y = match is_column {
+        true => group.column(&x, weight).unwrap(),
+        false => group.row(&x, weight, true).unwrap(),
+    };
+    let dx = autograd::gradients(&[&y], &[dy], &[&x], false).unwrap().remove(0).unwrap();
+    [y.detach(), dx, weight.grad.copy()]
+}
+
+/// Two BF16 numbers summed and rounded once.
+fn sum(parts: &[Tensor]) -> Tensor {
+    (parts[0].to_kind(Kind::Float) + parts[1].to_kind(Kind::Float)).to_kind(Kind::BFloat16)
+}
+
+/// A layer cut by rows or columns of its weight makes all its products in FP8, and each rank rounds
+/// its own part of what is summed over the ranks: what comes out is, to the last bit, the sum of
+/// what the ranks make by themselves.
+fn check_fp8(is_column: bool, sequence: bool) {
+    let (wide, narrow) = if is_column { (FP8_IN, FP8_OUT / 2) } else { (FP8_OUT, FP8_IN / 2) };
+    // What every rank has a token's whole width of, and what it has a part of the width of.
+    let stream = numbers(&[1, FP8_TOKENS, wide], 1);
+    let parts = [2, 3].map(|seed| numbers(&[1, FP8_TOKENS, narrow], seed));
+    let own_tokens = |x: &Tensor, rank: i64| match sequence {
+        true => x.narrow(1, rank * FP8_TOKENS / 2, FP8_TOKENS / 2),
+        false => x.shallow_clone(),
+    };
+    let groups = local::group(2, &GroupOptions::new("tensor", 1)).unwrap();
+    let found: Vec<[Tensor; 3]> = std::thread::scope(|scope| {
+        let run = |(rank, group): (usize, Group)| {
+            let (cut, part) = (own_tokens(&stream, rank as i64), parts[rank].shallow_clone());
+            let (x, dy) = if is_column { (cut, part) } else { (part, cut) };
+            scope.spawn(move || layer(group, is_column, sequence, &x, &dy))
+        };
+        let handles: Vec<_> = groups.into_iter().enumerate().map(run).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
+    });
+    let shape = if is_column { [FP8_OUT / 2, FP8_IN] } else { [FP8_OUT, FP8_IN / 2] };
+    let owns = [0, 1].map(|rank| Own::new(rank, shape));
+    let summed: Vec<Tensor> = owns
+        .iter()
+        .zip(&parts)
+        .map(|(own, part)| if is_column { own.product(part) } else { own.project(part) })
+        .collect();
+    for (rank, ([y, dx, gradient], own)) in found.iter().zip(&owns).enumerate() {
+        let what = format!("rank {rank}, column {is_column}, sequence {sequence}");
+        let (of_stream, of_part) = if is_column { (dx, y) } else { (y, dx) };
+        assert_eq!(of_stream, &own_tokens(&sum(&summed), rank as i64), "{what}: of the stream");
+        let part = &parts[rank];
+        let expected = if is_column { own.project(&stream) } else { own.product(&stream) };
+        assert_eq!(of_part, &expected, "{what}: of its part");
+        let (dy, x) = if is_column { (part, &stream) } else { (&stream, part) };
+        assert_eq!(gradient, &own.gradient(dy, x), "{what}: of its weight");
+    }
+}
+
+#[test]
+fn layers_cut_in_two_make_their_products_in_fp8() {
+    for sequence in [true, false] {
+        check_fp8(true, sequence);
+        check_fp8(false, sequence);
+    }
+}

@@ -11,6 +11,7 @@ use kernels::ops::{
 };
 use torch_shim::cuda;
 use torch_shim::ops::AdamW;
+use torch_shim::scaled::{Accumulation, product};
 use torch_shim::tch::{Kind, Tensor};
 
 const TOKENS: i64 = 8192;
@@ -140,6 +141,19 @@ pub fn of(kernels: &Kernels, name: &str) -> String {
     };
     let parts = parts.iter().map(|(part, rate)| format!("{part} {rate:.2} TB/s"));
     format!("{} (a copy {copy:.2})", parts.collect::<Vec<_>>().join(", "))
+}
+
+/// TFLOP/s of FP8 products at the sizes of a feed-forward, by how they are summed, in words.
+pub fn of_fp8_products(kernels: &Kernels) -> String {
+    let make = |rows: i64| {
+        let x = Tensor::randn([rows, DIM], (Kind::BFloat16, kernels.device()));
+        fp8::quantise_rows(kernels, &x).unwrap()
+    };
+    let (x, weight) = (make(TOKENS), make(2 * FFN));
+    let operations = (2 * TOKENS * DIM * 2 * FFN) as f64;
+    let of = |sums| rate(operations, || drop(product(&x, &weight, sums).unwrap()));
+    let (fp32, fast) = (of(Accumulation::Fp32), of(Accumulation::Fast));
+    format!("{fp32:.0} TFLOP/s summed in FP32, {fast:.0} with fast sums")
 }
 
 /// TB/s of the median run. Each is timed by the host's clock between two waits for the GPU: good

@@ -2,6 +2,7 @@
 
 use kernels::ops::fp8::{quantise_columns, quantise_rows, reference};
 use kernels::{Kernels, Storage};
+use torch_shim::scaled::{Scaled, accumulation, product};
 use torch_shim::tch::{Device, Kind, Tensor};
 
 use super::{Extent, begin, random, same, shifted};
@@ -21,6 +22,7 @@ pub fn check(kernels: &Kernels, extent: Extent) {
             case(kernels, &random(kernels, &[2048, 14336], storage.kind()));
         }
         case(kernels, &edges(storage).to_device(kernels.device()));
+        case(kernels, &no_numbers(storage).to_device(kernels.device()));
     }
     every_number(kernels);
 }
@@ -30,11 +32,35 @@ fn case(kernels: &Kernels, x: &Tensor) {
     let want = reference(&own).unwrap();
     let got = quantise_rows(kernels, x).unwrap();
     same("scales of rows", &got.scales, &want.scales);
-    same("rows", &got.values, &want.values);
+    same("rows", &unsigned(&got.values), &unsigned(&want.values));
     let want = reference(&own.tr().contiguous()).unwrap();
     let got = quantise_columns(kernels, x).unwrap();
     same("scales of columns", &got.scales, &want.scales);
-    same("columns", &got.values, &want.values);
+    same("columns", &unsigned(&got.values), &unsigned(&want.values));
+}
+
+/// The bytes, those of NaN without their sign, of which nothing is said.
+fn unsigned(values: &Tensor) -> Tensor {
+    assert_eq!(values.kind(), Kind::Float8e4m3fn);
+    let bytes = values.to_device(Device::Cpu).contiguous().view_dtype(Kind::Uint8);
+    let is_none = bytes.bitwise_and(0x7f).eq(0x7f);
+    bytes.masked_fill(&is_none, 0x7f)
+}
+
+/// Infinities and NaN, alone and beside numbers.
+fn no_numbers(storage: Storage) -> Tensor {
+    let x = Tensor::arange(64 * 48, (Kind::Float, Device::Cpu)).sin().view([64, 48]);
+    for (row, column, value) in [
+        (0, 0, f64::NAN),
+        (1, 47, f64::INFINITY),
+        (2, 3, f64::NEG_INFINITY),
+        (3, 5, f64::NAN),
+        (3, 6, f64::INFINITY),
+    ] {
+        let _ = x.get(row).get(column).fill_(value);
+    }
+    let _ = x.get(4).fill_(f64::NAN);
+    x.to_kind(storage.kind())
 }
 
 /// Zeros, tiny rows, rows of one large number, and numbers of all sizes.
@@ -71,4 +97,41 @@ fn every_number(kernels: &Kernels) {
         .map(|step| (centres.view_dtype(Kind::Int) + step).clamp(0, 0x43e0_0000));
     let around = Tensor::cat(&around, 0).view_dtype(Kind::Float).view([1, -1]);
     case(kernels, &around.to_device(kernels.device()));
+}
+
+/// Rows, columns and summed numbers of products.
+const PRODUCTS: [[i64; 3]; 4] = [[1, 16, 16], [48, 80, 32], [96, 64, 144], [256, 128, 512]];
+
+/// The product of FP8 matrices, `a b^T`, against that of the same numbers in FP64. `unit` bounds the
+/// error of a sum by the sum of its terms' magnitudes, for so many terms. Returns the largest share
+/// of the tolerance that was used.
+pub fn products(kernels: &Kernels, extent: Extent, unit: impl Fn(i64) -> f64) -> f64 {
+    let large: &[[i64; 3]] =
+        if extent == Extent::Full { &[[2048, 4096, 4096], [4096, 1024, 14336]] } else { &[] };
+    let mut worst: f64 = 0.0;
+    for &[rows, columns, summed] in PRODUCTS.iter().chain(large) {
+        begin();
+        let device = kernels.device();
+        let make = |count| {
+            let sizes = Tensor::randn([count, 1], (Kind::Float, device)).exp2();
+            let x = random(kernels, &[count, summed], Kind::BFloat16);
+            quantise_rows(kernels, &(x * sizes).to_kind(Kind::BFloat16)).unwrap()
+        };
+        let (a, b) = (make(rows), make(columns));
+        let got = product(&a, &b, accumulation()).unwrap();
+        assert_eq!((got.size(), got.kind()), (vec![rows, columns], Kind::BFloat16));
+        let whole = |x: &Scaled| {
+            x.values.to_kind(Kind::Double) * x.scales.to_kind(Kind::Double).unsqueeze(1)
+        };
+        let (a, b) = (whole(&a), whole(&b));
+        let want = a.matmul(&b.tr());
+        let terms = a.abs().matmul(&b.abs().tr());
+        // BF16's unit roundoff, and the sum's.
+        let tolerance = want.abs() * (1.01 / 512.0) + terms * unit(summed);
+        let share = ((got.to_kind(Kind::Double) - &want).abs() / tolerance).max();
+        let share = share.double_value(&[]);
+        assert!(share <= 1.0, "{rows} x {columns} x {summed}: {share} of the tolerance");
+        worst = worst.max(share);
+    }
+    worst
 }
