@@ -21,7 +21,7 @@ const U: f64 = 1.0 / 16.0;
 /// Half of its least number.
 const HALF_LEAST: f64 = 1.0 / 1024.0;
 /// Unit roundoffs of BF16 and FP32.
-const U_BF16: f64 = 1.0 / 512.0;
+const U_BF16: f64 = 1.0 / 256.0;
 const U_FP32: f64 = 1.0 / (1 << 24) as f64;
 
 /// Tokens, inputs and outputs: no two alike.

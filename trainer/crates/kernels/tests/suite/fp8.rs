@@ -127,7 +127,7 @@ pub fn products(kernels: &Kernels, extent: Extent, unit: impl Fn(i64) -> f64) ->
         let want = a.matmul(&b.tr());
         let terms = a.abs().matmul(&b.abs().tr());
         // BF16's unit roundoff, and the sum's.
-        let tolerance = want.abs() * (1.01 / 512.0) + terms * unit(summed);
+        let tolerance = want.abs() * (1.01 / 256.0) + terms * unit(summed);
         let share = ((got.to_kind(Kind::Double) - &want).abs() / tolerance).max();
         let share = share.double_value(&[]);
         assert!(share <= 1.0, "{rows} x {columns} x {summed}: {share} of the tolerance");
