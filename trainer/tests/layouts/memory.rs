@@ -363,7 +363,7 @@ fn peaks_of_deferred_weight_gradients_in_fp8() {
     let fp8 = ["precision={compute: bf16, matmul: fp8}", "model.ffn_dim=96", pipeline];
     for recompute in ["none", "selective", "full"] {
         let recompute = format!("parallelism.recompute={recompute}");
-        let with = |set| [&fp8[..], &[&recompute, set]].concat();
+        let with = |set| [&fp8[..], &[recompute.as_str(), set]].concat();
         let layouts = [with("parallelism.tensor=1"), with("parallelism.tensor=2")];
         check_peaks(2, &layouts.each_ref().map(Vec::as_slice));
     }

@@ -142,15 +142,15 @@ fn each_row_has_its_own_scale() {
     let of = |x: &Tensor, is_column| if is_column { columns(None, x) } else { rows(None, x) };
     let [x_rows, dy_rows, w_rows] = [&x, &dy, &w].map(|x| of(x, false).unwrap());
     let [x_columns, dy_columns, w_columns] = [&x, &dy, &w].map(|x| of(x, true).unwrap());
-    check_rounded("forward", &y, (&x_rows, &w_rows), 1.0);
+    drop(check_rounded("forward", &y, (&x_rows, &w_rows), 1.0));
     let dx = products.product(&dy, weight).unwrap();
-    check_rounded("input gradient", &dx, (&dy_rows, &w_columns), 1.0);
+    drop(check_rounded("input gradient", &dx, (&dy_rows, &w_columns), 1.0));
     for times in 1..=3 {
         let usage = Use::open(weight).unwrap();
         products.accumulate(&usage, &dy, &x).unwrap();
         usage.done().unwrap();
         let operands = (&dy_columns, &x_columns);
-        check_rounded("weight gradient", &weight.grad, operands, f64::from(times));
+        drop(check_rounded("weight gradient", &weight.grad, operands, f64::from(times)));
     }
     // The sizes of rows differ by more than FP8 could hold with one scale for all.
     let sizes = exact(&x_rows.scales);
