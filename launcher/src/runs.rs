@@ -294,13 +294,7 @@ impl History {
                 self.committed = self.committed.max(number("step"));
             }
             Some("ledger") => {
-                let sums = serde_json::from_value(event.clone()).unwrap_or_default();
-                self.ledger = Some(LedgerEntry {
-                    sums,
-                    time: text("until").as_deref().and_then(crate::time::parse),
-                    generation: number("generation").unwrap_or(0),
-                    step: number("step").unwrap_or(0),
-                });
+                self.ledger = Some(ledger_entry(event));
             }
             Some("nodes_placed") => {
                 let nodes = event.get("nodes").cloned().unwrap_or_default();
@@ -339,12 +333,7 @@ impl History {
                 }
             }
             Some("config_changed") => {
-                let changes = event.get("changes").and_then(Value::as_array);
-                let key = |change: &Value| change.get("key")?.as_str().map(str::to_owned);
-                self.config_changes.push(ConfigChange {
-                    generation: number("generation").unwrap_or(0),
-                    keys: changes.into_iter().flatten().filter_map(key).collect(),
-                });
+                self.config_changes.push(config_change(event));
             }
             Some("config_restored") => drop(self.config_changes.pop()),
             _ => return code.is_some(),
@@ -357,6 +346,25 @@ impl History {
         if let Some(generation) = generation {
             went_back(&mut self.resumes, Branch { step, generation });
         }
+    }
+}
+
+fn config_change(event: &Value) -> ConfigChange {
+    let changes = event.get("changes").and_then(Value::as_array);
+    let key = |change: &Value| change.get("key")?.as_str().map(str::to_owned);
+    ConfigChange {
+        generation: event.get("generation").and_then(Value::as_u64).unwrap_or(0),
+        keys: changes.into_iter().flatten().filter_map(key).collect(),
+    }
+}
+
+fn ledger_entry(event: &Value) -> LedgerEntry {
+    let number = |name: &str| event.get(name).and_then(Value::as_u64).unwrap_or(0);
+    LedgerEntry {
+        sums: serde_json::from_value(event.clone()).unwrap_or_default(),
+        time: event.get("until").and_then(Value::as_str).and_then(crate::time::parse),
+        generation: number("generation"),
+        step: number("step"),
     }
 }
 
