@@ -297,8 +297,7 @@ impl History {
                 self.ledger = Some(ledger_entry(event));
             }
             Some("nodes_placed") => {
-                let nodes = event.get("nodes").cloned().unwrap_or_default();
-                self.nodes = serde_json::from_value(nodes).unwrap_or_default();
+                self.nodes = serde_json::from_value(event["nodes"].clone()).unwrap_or_default();
             }
             Some("node_unhealthy") => {
                 let is_quarantined = event.get("is_quarantined").and_then(Value::as_bool);
