@@ -35,9 +35,9 @@ const BF16_UNIT: f64 = 1.0 / 256.0;
 /// BF16 stand behind that many roundings ([`Operator::roundings`]), each of one unit at the most
 /// (0.43 of it in the mean square). All else is FP32, which is far less.
 ///
-/// In FP32, sums of up to 512 products are made in another order: 512 x 2^-24 at the worst, 3e-5, and
-/// far below a tenth of it where errors do not conspire. A product whose operands a GPU rounds to
-/// TF32's 11 bits is off by 2^-12 each, 2e-4, and is seen.
+/// In FP32, sums of up to 512 products are made in another order: 512 x 2^-24 at the worst, 3e-5,
+/// and far below a tenth of it where errors do not conspire. A product whose operands a GPU rounds
+/// to TF32's 11 bits is off by 2^-12 each, 2e-4, and is seen.
 fn limit(kind: Kind, roundings: f64) -> f64 {
     if kind == Kind::BFloat16 { roundings * BF16_UNIT } else { 1e-5 }
 }
@@ -113,9 +113,9 @@ const OPERATORS: &[Operator] = &[
     },
     Operator {
         name: "head_loss",
-        // Logits of up to 26 are rounded, and stand in exponentials. What this does to the gradients
-        // comes to 1.6 units in the mean square, with their own roundings to 1.75 (no bound by the
-        // largest error says anything here): half as much again.
+        // Logits of up to 26 are rounded, and stand in exponentials. What this does to the
+        // gradients comes to 1.6 units in the mean square, with their own roundings to 1.75 (no
+        // bound by the largest error says anything here): half as much again.
         roundings: 2.5,
         parameters: &[&[VOCABULARY, 256]],
         inputs: &[&SHAPE],
@@ -137,8 +137,8 @@ fn tokens(set: &ParameterSet) -> ShimResult<Tensor> {
     Ok(ids.f_to_device(set.flat_grad().device())?)
 }
 
-/// Numbers between -1 and 1 that `kind` holds, in FP64: as good as random, so that sums of them lose
-/// no more than others do.
+/// Numbers between -1 and 1 that `kind` holds, in FP64: as good as random, so that sums of them
+/// lose no more than others do.
 fn numbers(shape: &[i64], seed: u64, kind: Kind) -> ShimResult<Tensor> {
     let count: i64 = shape.iter().product();
     let number = |at: i64| {
@@ -297,7 +297,8 @@ mod tests {
         }
     }
 
-    /// What another operator computes in `kind`, held against what `name` computes in FP64, is seen.
+    /// What another operator computes in `kind`, held against what `name` computes in FP64, is
+    /// seen.
     fn is_seen(
         name: &str,
         kind: Kind,

@@ -113,8 +113,8 @@ fn same_bits(one: &[Tensor; 4], other: &[Tensor; 4], what: &str) {
     }
 }
 
-/// The state after three updates, with gradients that are the same whoever computes. Coefficients of
-/// one and of less, parameters that decay and such that do not.
+/// The state after three updates, with gradients that are the same whoever computes. Coefficients
+/// of one and of less, parameters that decay and such that do not.
 fn updated(compute: ComputeDtype, kernels: Option<Kernels>, decided: Decided) -> [Tensor; 4] {
     let config = config();
     let held: Vec<_> = parameters(&config).iter().map(LocalParameter::whole).collect();

@@ -132,8 +132,8 @@ impl AdamW {
     }
 
     /// The global norm, FP64, from the sum of the squares of all gradients, and what
-    /// [`AdamW::step_unless`] multiplies gradients of this norm by; `None` where nothing is clipped.
-    /// Nothing is read. Where the norm is not finite the other number is of no use.
+    /// [`AdamW::step_unless`] multiplies gradients of this norm by; `None` where nothing is
+    /// clipped. Nothing is read. Where the norm is not finite the other number is of no use.
     ///
     /// # Errors
     /// Where libtorch refuses.
@@ -288,11 +288,11 @@ impl AdamW {
     }
 }
 
-/// What our kernel multiplies gradients by: `coefficient` to the bit, or NaN where `held` is 1, which
-/// tells the kernel to change nothing.
+/// What our kernel multiplies gradients by: `coefficient` to the bit, or NaN where `held` is 1,
+/// which tells the kernel to change nothing.
 fn factor(coefficient: Option<Tensor>, held: Option<&Tensor>) -> Result<Option<Tensor>> {
     let Some(held) = held else { return Ok(coefficient) };
-    let goes = held.f_view([] as [i64; 0])?.f_rsub_scalar(1.0)?;
+    let goes = held.f_view(())?.f_rsub_scalar(1.0)?;
     // 1 / 1, or 0 / 0.
     let gate = goes.f_div(&goes)?;
     Ok(Some(match coefficient {

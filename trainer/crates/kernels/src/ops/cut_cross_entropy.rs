@@ -1,6 +1,6 @@
 //! Cross-entropy where each rank has the logits of a part of the vocabulary: three numbers of a row
-//! go over the ranks between the launches, the maximum, the sum of the exponentials and the logit of
-//! the target.
+//! go over the ranks between the launches, the maximum, the sum of the exponentials and the logit
+//! of the target.
 //!
 //! Shapes: `N` positions, `V` tokens of this rank.
 
@@ -89,8 +89,8 @@ pub fn rescale(kernels: &Kernels, gauged: &Gauged, largest: &Tensor) -> Result<(
 }
 
 /// The cross-entropies of the whole rows, `[N]`, from the largest maxima and the sums of all ranks;
-/// as [`cross_entropy`](super::cross_entropy::cross_entropy) else. With `gradients`, `logits` become
-/// this rank's part of `scale * (softmax - onehot(target))`.
+/// as [`cross_entropy`](super::cross_entropy::cross_entropy) else. With `gradients`, `logits`
+/// become this rank's part of `scale * (softmax - onehot(target))`.
 ///
 /// # Errors
 /// Where the tensors do not fit, or the launch fails.

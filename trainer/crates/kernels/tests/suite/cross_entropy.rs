@@ -57,8 +57,8 @@ pub fn problem(kernels: &Kernels, storage: Storage, [rows, width]: [i64; 2]) -> 
 }
 
 /// Roundings of a block's sum of exponentials, but for those of what is exponentiated. A thread's
-/// sum: its elements, and as often as it takes a vector (or an element at the edges), four roundings
-/// of an exponential and one of a product.
+/// sum: its elements, and as often as it takes a vector (or an element at the edges), four
+/// roundings of an exponential and one of a product.
 pub fn sums(storage: Storage, width: i64) -> f64 {
     let lanes = storage.lanes() as f64;
     let vectors = (width as f64 / lanes / threads(width, storage)).ceil() + 2.0;
@@ -77,8 +77,8 @@ pub fn judge(
     let want = reference(&twin, &targets, SCALE).unwrap();
     autograd::backward(&[&want.sum(Kind::Double)], &[]).unwrap();
     // An exponential of x is off by two units in the last place, which are four roundings, and by
-    // |x| for the rounding of x; all such |x| together are at most the range of a row for a rescaled
-    // sum, and again for a term.
+    // |x| for the rounding of x; all such |x| together are at most the range of a row for a
+    // rescaled sum, and again for a term.
     let largest = exact(before).amax([1].as_slice(), true);
     let smallest = exact(before).amin([1].as_slice(), true);
     let range = (&largest - smallest).max().double_value(&[]);
