@@ -65,6 +65,13 @@ impl Run {
         self.agent_by(&[], name);
     }
 
+    /// Agents that get the places, and later others that wait.
+    fn agents(&mut self, placed: &[&str], spares: &[&str]) {
+        placed.iter().for_each(|name| self.agent(name));
+        self.sandbox.wait_for_metrics(1, 1);
+        spares.iter().for_each(|name| self.agent(name));
+    }
+
     fn agent_by(&mut self, before: &[&str], name: &str) {
         let agent = self.sandbox.start_by(before, &["agent", "test", "--name", name]);
         self.agents.push((name.to_owned(), agent));
@@ -157,9 +164,7 @@ fn lost(sandbox: &Sandbox) -> Vec<String> {
 #[test]
 fn a_lost_node_is_restored_from_its_peers_memory() {
     let mut run = Run::start(&TWO_BY_TWO, &[]);
-    ["a", "b"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    run.agent("spare");
+    run.agents(&["a", "b"], &["spare"]);
     let copied = run.wait_for_copies(15);
     run.lose(&["b"]);
     run.sandbox.wait_for(|status| status["generation"] == 2);
@@ -178,9 +183,7 @@ fn a_lost_node_is_restored_from_its_peers_memory() {
 #[test]
 fn at_most_one_interval_is_lost() {
     let mut run = Run::start(&TWO_BY_TWO, &["checkpoint.memory.every_steps=1"]);
-    ["a", "b"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    run.agent("spare");
+    run.agents(&["a", "b"], &["spare"]);
     run.sandbox.wait_for_metrics(23, 1);
     run.lose(&["b"]);
     run.sandbox.wait_for_metrics(23, 2);
@@ -195,9 +198,7 @@ fn at_most_one_interval_is_lost() {
 fn check_group(group: [&str; 2]) {
     let sets = &["parallelism={pipeline: {stages: 2}, replicate: 2}"];
     let mut run = Run::start(&Shape { nodes: 4, ranks: 1, sets }, &["restart.warm_spares=false"]);
-    ["a", "b", "c", "d"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    ["s", "t"].iter().for_each(|name| run.agent(name));
+    run.agents(&["a", "b", "c", "d"], &["s", "t"]);
     let placed = run.sandbox.events_of("nodes_placed");
     assert_eq!(placed[0]["nodes"], serde_json::json!(["a", "b", "c", "d"]));
     let copied = run.wait_for_copies(15);
@@ -253,9 +254,7 @@ fn a_step_whose_copy_had_not_arrived_is_passed_over() {
 #[test]
 fn what_is_lost_with_its_copy_is_on_disk() {
     let mut run = Run::start(&TWO_BY_TWO, &["checkpoint.every_steps=20"]);
-    ["a", "b"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    ["s", "t"].iter().for_each(|name| run.agent(name));
+    run.agents(&["a", "b"], &["s", "t"]);
     run.wait_for_copies(25);
     run.sandbox.wait_for(|status| status["last_checkpoint"].as_u64() >= Some(20));
     run.lose(&["a", "b"]);
@@ -294,9 +293,7 @@ fn check_layout(layout: &'static str) {
     // So many messages go about in a step that few steps and large micro-batches are enough.
     let sets = &[layout, "training.steps=60", "training.micro_batch=4"];
     let mut run = Run::start(&Shape { nodes: 2, ranks: 2, sets }, &[]);
-    ["a", "b"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    run.agent("spare");
+    run.agents(&["a", "b"], &["spare"]);
     let copied = run.wait_for_copies(15);
     run.lose(&["a"]);
     run.sandbox.wait_for(|status| status["generation"] == 2);
@@ -376,9 +373,7 @@ fn a_roll_back_empties_all_memories() {
 fn a_new_coordinator_goes_on_from_the_nodes_memories() {
     let often = ["checkpoint.every_steps=10", "checkpoint.memory.every_steps=1"];
     let mut run = Run::start(&TWO_BY_TWO, &often);
-    ["a", "b"].iter().for_each(|name| run.agent(name));
-    run.sandbox.wait_for_metrics(1, 1);
-    run.agent("spare");
+    run.agents(&["a", "b"], &["spare"]);
     let copied = run.wait_for_copies(25);
     signal(run.coordinator.pid(), Signal::KILL);
     run.lose(&["b"]);

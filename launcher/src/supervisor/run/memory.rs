@@ -146,7 +146,7 @@ mod tests {
         assert!(is_enough(&[cause(Phase::Load, Some(storage))]));
         assert!(!is_enough(&[cause(Phase::Train, Some(storage))]));
         let not_fetched = cause(Phase::Load, Some(link));
-        assert!(!is_enough(&[not_fetched.clone()]));
+        assert!(!is_enough(std::slice::from_ref(&not_fetched)));
         assert!(is_enough(&[not_fetched.clone(), not_fetched.clone()]));
         let between = cause(Phase::Train, Some(link));
         assert!(!is_enough(&[not_fetched.clone(), between, not_fetched]));

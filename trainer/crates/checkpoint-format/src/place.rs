@@ -44,6 +44,24 @@ pub(crate) fn take_name(dir: &Path, step: u64, generation: u64, temporary: &Path
     retention::remove_unless_read(&retired)
 }
 
+/// Makes one of the `files` that are to come, of its full size, all of it a hole.
+///
+/// # Errors
+/// [`FormatError::Write`]; [`FormatError::Request`] for a name that is not one of them.
+pub(crate) fn create_listed(
+    folder: &Path,
+    files: &BTreeMap<String, FileEntry>,
+    name: &str,
+) -> Result<File> {
+    let path = folder.join(name);
+    let Some(entry) = files.get(name) else {
+        return Err(FormatError::Request(format!("{name} is no file of the checkpoint")));
+    };
+    let made = File::create_new(&path).and_then(|file| file.set_len(entry.size).map(|()| file));
+    let (bytes, total) = (0, entry.size);
+    made.map_err(|error| FormatError::Write { path, bytes, total, error })
+}
+
 /// A checkpoint that comes from another place. Its folder has no checkpoint's name until every byte
 /// is there and has its checksum; what is not finished is removed when dropped.
 #[derive(Debug)]
@@ -109,13 +127,7 @@ impl Arrival {
     /// # Errors
     /// [`FormatError::Write`]; [`FormatError::Request`] for a name that is not one of them.
     pub fn create(&self, name: &str) -> Result<File> {
-        let path = self.temporary.join(name);
-        let Some(entry) = self.files.get(name) else {
-            return Err(FormatError::Request(format!("{name} is no file of the checkpoint")));
-        };
-        let made = File::create_new(&path).and_then(|file| file.set_len(entry.size).map(|()| file));
-        let (bytes, total) = (0, entry.size);
-        made.map_err(|error| FormatError::Write { path, bytes, total, error })
+        create_listed(&self.temporary, &self.files, name)
     }
 
     /// All files are there: puts them on disk, checks every byte, and gives the folder its name, in

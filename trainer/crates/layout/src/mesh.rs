@@ -123,12 +123,12 @@ impl Mesh {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use run_config::{Pipeline, PipelineSchedule, Recompute, Shard, ShardLevel};
 
-    fn parallelism(degrees: [usize; 4], replicate: Option<usize>) -> Parallelism {
+    pub(crate) fn parallelism(degrees: [usize; 4], replicate: Option<usize>) -> Parallelism {
         let [tensor, context, stages, ranks] = degrees;
         Parallelism {
             tensor,

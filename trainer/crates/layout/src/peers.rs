@@ -173,24 +173,11 @@ impl Nodes<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mesh::tests::parallelism;
     use proptest::prelude::*;
-    use run_config::{Parallelism, Pipeline, PipelineSchedule, Recompute, Shard, ShardLevel};
 
     fn mesh([tensor, context, stages, ranks, replicate]: [usize; 5]) -> Mesh {
-        let parallelism = Parallelism {
-            tensor,
-            sequence: true,
-            context,
-            pipeline: Pipeline {
-                stages,
-                schedule: PipelineSchedule::OneForwardOneBackward,
-                virtual_stages: 1,
-                contiguous_micro_batches: None,
-            },
-            shard: Shard { ranks, level: ShardLevel::None, reshard_after_forward: false },
-            replicate: Some(replicate),
-            recompute: Recompute::None,
-        };
+        let parallelism = parallelism([tensor, context, stages, ranks], Some(replicate));
         Mesh::new(&parallelism, tensor * context * stages * ranks * replicate).unwrap()
     }
 

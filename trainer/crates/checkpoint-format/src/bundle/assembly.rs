@@ -101,13 +101,7 @@ impl Assembly {
     /// # Errors
     /// [`FormatError::Write`]; [`FormatError::Request`] for a name that is not one of them.
     pub fn create(&self, name: &str) -> Result<File> {
-        let path = self.temporary.join(name);
-        let Some(entry) = self.files.get(name) else {
-            return Err(FormatError::Request(format!("{name} is no file of the checkpoint")));
-        };
-        let made = File::create_new(&path).and_then(|file| file.set_len(entry.size).map(|()| file));
-        let (bytes, total) = (0, entry.size);
-        made.map_err(|error| FormatError::Write { path, bytes, total, error })
+        place::create_listed(&self.temporary, &self.files, name)
     }
 
     /// All files are there: the checkpoint takes its name. Its folder.
